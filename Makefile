@@ -1,0 +1,37 @@
+# The two commands: `make lab` and `make test`. Everything else is for people who write chapters.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help lab test notebooks export bench gpu clean
+help:            ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+lab: $(STAMP)    ## install what is missing and open the tour in JupyterLab
+	$(PY) -m jupyter lab nbs/00_start_here.ipynb $(LAB_ARGS)
+
+test: $(STAMP)   ## install what is missing and run every check
+	$(PY) tools/check.py
+
+notebooks: $(STAMP)  ## run notebooks top to bottom and save clean outputs (NB=path for one)
+	$(PY) tools/run_notebooks.py $(NB)
+
+export: $(STAMP) ## write the package from the notebooks
+	nbdev_export && nbdev_clean
+
+bench: $(STAMP)  ## measure this machine; results go to benchmarks/results/<device>/
+	$(PY) -m benchmarks.decode $(BENCH_ARGS)
+
+gpu: $(STAMP)    ## on a machine with an NVIDIA GPU: the CUDA tests and benchmarks
+	$(PY) -m pytest -q -m cuda tests
+	$(PY) -m benchmarks.decode --device cuda $(BENCH_ARGS)
+
+$(STAMP): settings.ini setup.py constraints.txt tools/install.py
+	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11, 3.12 or 3.13, or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) tools/install.py $(VENV)
+	@touch $@
+
+clean:           ## remove the environment and build leftovers
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,70 @@
+"""Every check, in order, with what each took: what `make test` and continuous integration run.
+
+    python tools/check.py            # all
+    python tools/check.py clean      # only the steps whose name contains a word
+"""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from notebooks import ROOT, all_notebooks, problems
+
+
+def git_state(*paths):
+    "What git would call changed under `paths`, and how: new files count."
+    run = lambda *c: subprocess.run(["git", *c, "--", *paths], cwd=ROOT, capture_output=True, text=True).stdout
+    return run("status", "--porcelain") + run("diff")
+
+
+def unchanged_by(command, *paths, advice):
+    "Run `command`; it fails if that changes anything under `paths`."
+    before = git_state(*paths)
+    if subprocess.run(command, cwd=ROOT).returncode: return False
+    after = git_state(*paths)
+    if before == after: return True
+    changed = sorted(set(after.splitlines()) - set(before.splitlines()))
+    print(*changed[:30], advice, sep="\n")
+    return False
+
+
+def exported(): return unchanged_by(["nbdev_export"], "llm_workbench", advice="The package does not match the notebooks: run make export and commit.")
+def clean(): return unchanged_by(["nbdev_clean"], "nbs", advice="Notebooks are not clean: run make export and commit.")
+
+
+def hygiene():
+    found = [(p, problem) for p in all_notebooks() for problem in problems(p)]
+    for path, problem in found: print(f"{path.relative_to(ROOT)}: {problem}")
+    return not found
+
+
+def notebooks():
+    return subprocess.run(["nbdev_test", "--n_workers", "2", "--do_print", "--timing"], cwd=ROOT).returncode == 0
+
+
+def pytest():
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "--durations=15", "tests"], cwd=ROOT).returncode == 0
+
+
+STEPS = dict(exported=exported, clean=clean, hygiene=hygiene, notebooks=notebooks, pytest=pytest)
+
+
+def main(words):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    took, failed = {}, []
+    for name, step in STEPS.items():
+        if words and not any(w in name for w in words): continue
+        print(f"\n== {name}", flush=True)
+        start = time.time()
+        if not step(): failed.append(name)
+        took[name] = time.time() - start
+    print("\n" + "\n".join(f"{name:10} {seconds:6.0f} s  {'FAILED' if name in failed else 'ok'}" for name, seconds in took.items()))
+    print(f"{'all':10} {sum(took.values()):6.0f} s")
+    sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
