@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "load": "inference.generation",
     "LM": "inference.generation",
-    "Decoder": "architecture",
-    "ModelConfig": "architecture",
+    "Decoder": "architecture.decoder",
+    "ModelConfig": "architecture.decoder",
     "errors": "errors",
 }
 

@@ -15,7 +15,8 @@ def set_style() -> None:
     "Use the project's matplotlib style: the Okabe-Ito colours, light grid, 100 dpi."
     import matplotlib as mpl
     mpl.rcParams.update(STYLE)
-    mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=mpl.color_sequences["okabe_ito"][1:] + mpl.color_sequences["okabe_ito"][:1])
+    black, orange, sky, green, _yellow, blue, vermilion, purple = mpl.color_sequences["okabe_ito"]  # yellow is too pale on white
+    mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=[blue, orange, green, purple, sky, vermilion, black])
 
 
 def png(figure) -> bytes:

@@ -13,21 +13,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 from notebooks import ROOT, all_notebooks, problems
 
 
-def git_state(*paths):
-    "What git would call changed under `paths`, and how: new files count."
-    run = lambda *c: subprocess.run(["git", *c, "--", *paths], cwd=ROOT, capture_output=True, text=True).stdout
-    return run("status", "--porcelain") + run("diff")
+def contents(folder):
+    "Every file under `folder` and what is in it; caches do not count. Not from git: it says nothing of what is inside new files."
+    return {p.relative_to(ROOT): p.read_bytes() for p in sorted((ROOT / folder).rglob("*"))
+            if p.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
 
 
-def unchanged_by(command, *paths, advice):
-    "Run `command`; it fails if that changes anything under `paths`."
-    before = git_state(*paths)
+def unchanged_by(command, folder, advice):
+    "Run `command`; it fails if that changes, adds or removes anything under `folder`."
+    before = contents(folder)
     if subprocess.run(command, cwd=ROOT).returncode: return False
-    after = git_state(*paths)
-    if before == after: return True
-    changed = sorted(set(after.splitlines()) - set(before.splitlines()))
-    print(*changed[:30], advice, sep="\n")
-    return False
+    after = contents(folder)
+    changed = [p for p in sorted(before.keys() | after.keys()) if before.get(p) != after.get(p)]
+    if changed: print(*changed[:30], advice, sep="\n")
+    return not changed
 
 
 def exported(): return unchanged_by(["nbdev_export"], "llm_workbench", advice="The package does not match the notebooks: run make export and commit.")

@@ -1,0 +1,1 @@
+"Scripts that measure this machine, one question each: python -m benchmarks.<name>."

@@ -1,0 +1,1 @@
+"The parts of a decoder, and the decoder."

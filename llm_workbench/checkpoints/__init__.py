@@ -1,0 +1,1 @@
+"Files, tokenizers and where models come from."

@@ -1,0 +1,67 @@
+"""Checks that a right implementation passes and a wrong one must fail.
+
+Tests call them on the real code; tests/test_mutants.py calls them on known-wrong variants and expects a rejection.
+Each returns its worst difference, so that failures and notes can say how far off something is.
+"""
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from llm_workbench.architecture.decoder import Decoder
+
+TINY = dict(vocab_size=97, hidden_size=36, intermediate_size=64, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,
+            head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager", pad_token_id=None)
+CLASSES = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM), mixtral=(MixtralConfig, MixtralForCausalLM))
+
+
+def tiny(family="llama", seed=0, **changes):
+    "A small transformers model with random weights that are large enough for mistakes to show."
+    torch.manual_seed(seed)
+    config, model = CLASSES[family]
+    hf = model(config(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for p in hf.parameters(): p.mul_(3.0)
+        hf.model.embed_tokens.weight.mul_(0.2)  # small enough for the norms' epsilon to matter
+    return hf
+
+
+def some_tokens(B=2, T=14, seed=1): return torch.randint(0, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def worst(a, b): return (a.float() - b.float()).abs().max().item()
+
+
+@torch.inference_mode()
+def matches_transformers(hf, change=lambda decoder: decoder, tolerance=1e-4):
+    "Logits equal those of transformers, on text longer than a window."
+    tokens = some_tokens()
+    error = worst(change(Decoder.from_transformers(hf))(tokens), hf(tokens).logits)
+    assert error <= tolerance, f"logits differ from transformers by {error:.1e}"
+    return error
+
+
+@torch.inference_mode()
+def cached_is_uncached(decoder, make_cache=lambda decoder: decoder.new_cache(), tokens=None, tolerance=1e-3):
+    "Feeding a prompt in two parts through a cache gives the logits of one pass, at every split."
+    tokens = some_tokens() if tokens is None else tokens
+    whole, errors = decoder(tokens), []
+    for cut in range(1, tokens.shape[1]):
+        cache = make_cache(decoder)
+        errors.append(worst(torch.cat([decoder(tokens[:, :cut], cache), decoder(tokens[:, cut:], cache)], 1), whole))
+    assert max(errors) <= tolerance, f"cached differs from uncached by {max(errors):.1e}, first at split {1 + next(i for i, e in enumerate(errors) if e > tolerance)}"
+    return max(errors)
+
+
+@torch.inference_mode()
+def ragged_is_single(decoder, make_cache=lambda decoder: decoder.new_cache(), tokens=None, tolerance=1e-3):
+    "A batch of rows of unequal length, then three decode steps, equals each row alone."
+    tokens = some_tokens(B=3, T=14) if tokens is None else tokens
+    T = tokens.shape[1]
+    counts, steps = torch.tensor([T - 3, 1, (T - 3) // 2]), 3
+    cache = make_cache(decoder)
+    batch = [decoder(tokens[:, :T - 3], cache, counts)] + [decoder(tokens[:, T - 3 + i:T - 2 + i], cache) for i in range(steps)]
+    errors = []
+    for b, n in enumerate(counts.tolist()):
+        alone = decoder(torch.cat([tokens[b:b + 1, :n], tokens[b:b + 1, T - 3:]], 1))[0]
+        errors += [worst(batch[0][b, :n], alone[:n])] + [worst(batch[1 + i][b, 0], alone[n + i]) for i in range(steps)]
+    assert max(errors) <= tolerance, f"a ragged batch differs from its rows alone by {max(errors):.1e}"
+    return max(errors)

