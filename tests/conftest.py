@@ -1,5 +1,6 @@
 "What all tests share: offline, two threads, the GPU marker, and the models that are expensive to load."
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))  # benchmarks/ is part of the checkout, not of the package
 
 
 def pytest_configure(config):

@@ -103,12 +103,11 @@ CHAPTER = [cell("#| default_exp part.one"), cell("# One\n\n> A chapter.", "markd
 @pytest.fixture
 def project(tmp_path):
     "A minimal project of the same make: one chapter, exported and committed, with our tools."
-    settings = (ROOT / "settings.ini").read_text(encoding="utf-8").replace("llm_workbench", "little")
-    (tmp_path / "settings.ini").write_text(settings)
+    shutil.copyfile(ROOT / "settings.ini", tmp_path / "settings.ini")
     shutil.copytree(TOOLS, tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / ".gitignore").write_text("__pycache__/\n*.pyc\n")
-    (tmp_path / "little").mkdir()
-    (tmp_path / "little" / "__init__.py").write_text('__version__ = "0.1.0"\n')
+    (tmp_path / "llm_workbench").mkdir()
+    (tmp_path / "llm_workbench" / "__init__.py").write_text('__version__ = "0.1.0"\n')
     write(tmp_path / "nbs" / "01_part" / "01_one.ipynb", *CHAPTER)
     for command in (["nbdev_export"], ["nbdev_clean"], ["git", "init", "-q"], ["git", "add", "-A"],
                     ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "start"]):
@@ -131,7 +130,7 @@ def test_check_passes_where_nothing_drifted(project):
 
 
 def test_check_sees_a_module_edited_by_hand(project):
-    module = project / "little" / "part" / "one.py"
+    module = project / "llm_workbench" / "part" / "one.py"
     module.write_text(module.read_text().replace("return 1", "return 2"))
     ok, said = check(project, "exported")
     assert not ok and "one.py" in said and "make export" in said, said
@@ -152,7 +151,7 @@ def test_check_sees_a_new_module(project):
 def test_check_sees_an_edited_module_that_git_does_not_know_yet(project):
     write(project / "nbs" / "01_part" / "02_two.ipynb", cell("#| default_exp part.two"), CHAPTER[1], cell("#| export\ndef two(): return 2"))
     subprocess.run(["nbdev_export"], cwd=project, env=environment(), check=True)
-    module = project / "little" / "part" / "two.py"
+    module = project / "llm_workbench" / "part" / "two.py"
     module.write_text(module.read_text().replace("return 2", "return 3"))
     ok, said = check(project, "exported")
     assert not ok and "two.py" in said, said
@@ -170,7 +169,7 @@ def test_check_sees_an_unclean_notebook(project):
 
 def test_check_reports_every_problem_and_fails_with_their_names(project):
     write(project / "nbs" / "01_part" / "01_one.ipynb", *CHAPTER, widgets={})
-    (project / "little" / "part" / "one.py").write_text("")
+    (project / "llm_workbench" / "part" / "one.py").write_text("")
     ok, said = check(project)[0], check(project, "exported", "hygiene")[1]
     assert not ok and "metadata.widgets" in said
 
@@ -237,3 +236,24 @@ def test_a_failing_notebook_is_named_and_left_as_it_was(project):
     done = subprocess.run([sys.executable, "tools/run_notebooks.py", str(path)], cwd=project, env=environment(), capture_output=True, text=True)
     assert done.returncode and "one is not two" in done.stdout + done.stderr
     assert path.read_text() == before
+
+
+# ----------------------------------------------------------------------------------------------------- benchmarks
+def test_a_result_is_kept_with_all_that_explains_it(tmp_path, monkeypatch):
+    from benchmarks import record
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench.py", "--threads", "2", "two words"])
+    path = record.record("decode", dict(ours=[3.0, 1.0, 2.0], theirs=[4.0]), units="token/s", results=tmp_path, threads=2)
+    kept = record.recorded("decode", results=tmp_path)
+    assert path.parent.parent == tmp_path and path.parent.name == record.describe_machine().slug
+    assert kept["medians"] == dict(ours=2.0, theirs=4.0) and kept["samples"]["ours"] == [3.0, 1.0, 2.0] and kept["threads"] == 2
+    assert kept["machine"]["versions"]["torch"] and kept["machine"]["cpu"] and kept["date"].endswith("+00:00")
+    assert kept["command"].endswith("--threads 2 'two words'") and "/somewhere" not in kept["command"]
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    from benchmarks import record
+    path = record.record("decode", dict(ours=[1.0]), results=tmp_path)
+    before = path.read_text()
+    for bad in (dict(samples=dict(ours=[float("nan")])), dict(samples=dict(ours=[2.0]), note=object()), dict(samples=dict(ours=[]))):
+        with pytest.raises((ValueError, TypeError)): record.record("decode", results=tmp_path, **bad)
+    assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == [path.name], "a half-written file was left behind"

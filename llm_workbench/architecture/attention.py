@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..errors import UnsupportedError
 
-# %% ../../nbs/04_architecture/01_attention.ipynb #93308254
+# %% ../../nbs/04_architecture/01_attention.ipynb #055b7092
 def visible(
     n_queries: int,                  # Tq, the new tokens of every row
     n_keys: int,                     # Tk, the keys in the tensor, new ones included
@@ -22,8 +22,9 @@ def visible(
 ) -> Tensor:                         # (1 or B, Tq, Tk) bool, True where the query may look
     """Which keys each query may see. Query i of a row stands at key position lengths[b] - Tq + i.
 
-    Raises `UnsupportedError` for a window below 1. The window limits how far back a query looks, as in Mistral's reference code."""
-    if window is not None and window < 1: raise UnsupportedError(f"window={window} hides every key; give None for no window, or 1 and more")
+    The window only limits how far back a query looks (Mistral 7B, arXiv 2310.06825). Raises `UnsupportedError` for a window below 1."""
+    if window is not None and window < 1:
+        raise UnsupportedError(f"window={window} hides every key; give None for no window, or a number of keys from 1")
     if lengths is None: lengths = torch.tensor([n_keys], device=device)
     key = torch.arange(n_keys, device=device)                                        # (Tk,)
     query = lengths[:, None] - n_queries + torch.arange(n_queries, device=device)    # (B, Tq) positions
@@ -32,7 +33,7 @@ def visible(
     if window is not None: seen = seen & (key > query[..., None] - window)
     return seen
 
-# %% ../../nbs/04_architecture/01_attention.ipynb #f1119d4a
+# %% ../../nbs/04_architecture/01_attention.ipynb #5debb077
 def attention(
     q: Tensor,                       # (B, Tq, H, D) queries, already rotated
     k: Tensor,                       # (B, Tk, K, D) keys; H is a multiple of K
@@ -47,7 +48,8 @@ def attention(
 ) -> Tensor:                         # (B, Tq, H, Dv), in the dtype of v
     """Attention with H query heads over K KV heads; a query that sees no key returns zeros.
 
-    Vaswani et al. 2017 (1706.03762); grouped heads: Ainslie et al. 2023 (2305.13245). Raises `UnsupportedError` for head counts that do not divide."""
+    Vaswani et al. 2017 (arXiv 1706.03762), grouped heads: Ainslie et al. 2023 (arXiv 2305.13245).
+    Raises `UnsupportedError` where H is not a multiple of K."""
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1:3]
     if H % K: raise UnsupportedError(f"{H} query heads cannot share {K} KV heads: H must be a multiple of K")
@@ -60,6 +62,6 @@ def attention(
     if sinks is not None:
         sink = sinks.view(1, K, H // K, 1, 1).expand(B, -1, -1, Tq, 1).to(scores)
         scores = torch.cat([scores, sink], -1)                          # (B, K, G, Tq, Tk + 1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :Tk].to(v.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :Tk].to(v.dtype)  # the sink is dropped
     out = torch.einsum("bkgts,bskd->bkgtd", weights, v)                 # (B, K, G, Tq, Dv)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).masked_fill(blind[..., None, None], 0.0)

@@ -102,7 +102,7 @@ class NoCache(Cache):
     def advance(self, n_tokens, counts=None): pass
     def select(self, rows): pass
 
-# %% ../../nbs/04_architecture/05_kv_cache.ipynb #b1662497
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #1e6d4dc5
 def _grow(old, size, new):  # (B, slots, ...) -> (B, size, ...) like `new`, zeros behind the old slots
     grown = new.new_zeros(new.shape[0], size, *new.shape[2:])
     if old is not None: grown[:, :old.shape[1]] = old
@@ -117,7 +117,7 @@ def _put(store, new, at):  # write new (B, T, ...) into store (B, slots, ...) be
 
 def _write(layer, name, new, at, first, limit=math.inf):  # grow layer[name] if needed, doubling up to `limit`; then write
     old, end = layer.get(name), at.longest + new.shape[1]
-    if old is not None and (old.shape[0], old.shape[2:], old.dtype) != (new.shape[0], new.shape[2:], new.dtype):
+    if old is not None and (old.shape[0] != new.shape[0] or old.shape[2:] != new.shape[2:] or old.dtype != new.dtype):
         raise UnsupportedError(f"the cache holds {name} {tuple(old.shape)} {old.dtype} and is given {tuple(new.shape)} {new.dtype}: "
                                "use a new cache for another batch, and select(rows) when rows leave one")
     if old is None or old.shape[1] < end:

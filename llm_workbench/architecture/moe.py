@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .norms_and_mlps import GatedMLP, swiglu
 from ..errors import UnsupportedError
 
-# %% ../../nbs/04_architecture/04_moe.ipynb #688f94ef
+# %% ../../nbs/04_architecture/04_moe.ipynb #cd7ceb92
 def route(logits: Tensor,               # (N, E) router logits
           top_k: int,                   # experts per token
           *,
@@ -33,8 +33,10 @@ def route(logits: Tensor,               # (N, E) router logits
     scores = wide.softmax(-1) if score == "softmax" else wide.sigmoid()       # (N, E)
     ranking = scores if bias is None else scores + bias
     if n_groups is not None: ranking = _only_best_groups(ranking, n_groups, top_groups, best=1 if score == "softmax" else 2)
-    if not 1 <= top_k <= scores.shape[-1]:
-        raise UnsupportedError(f"cannot choose {top_k} of {scores.shape[-1]} experts; top_k must lie between 1 and the number of experts")
+    available = scores.shape[-1] if n_groups is None else scores.shape[-1] // n_groups * top_groups
+    if not 1 <= top_k <= available:
+        raise UnsupportedError(f"cannot choose {top_k} of {available} experts; "
+                               "top_k must lie between 1 and the number of experts in the open groups")
     chosen = ranking.topk(top_k, -1).indices
     weights = scores.gather(-1, chosen)
     if normalise: weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all underflow to zero
@@ -44,7 +46,8 @@ def _only_best_groups(ranking, n_groups, top_groups, best):
     "`ranking` (N, E) with -inf outside the `top_groups` groups whose `best` largest entries sum highest."
     E = ranking.shape[-1]
     if not top_groups or E % n_groups or top_groups > n_groups:
-        raise UnsupportedError(f"{E} experts in {n_groups} groups, {top_groups} of them open: the groups must be of equal size and top_groups among 1..n_groups")
+        raise UnsupportedError(f"{E} experts in {n_groups} groups, {top_groups} of them open: "
+                               "the groups must be of equal size and top_groups among 1..n_groups")
     grouped = ranking.unflatten(-1, (n_groups, -1))                                          # (N, G, E/G)
     worth = grouped.topk(min(best, grouped.shape[-1]), -1).values.sum(-1)                    # (N, G)
     closed = torch.ones_like(worth, dtype=torch.bool).scatter(-1, worth.topk(top_groups, -1).indices, False)
@@ -70,7 +73,11 @@ def moe(x: Tensor,        # (N, C) tokens
         out.index_add_(0, tokens, F.linear(act(gate, up), expert_out) * weights.flatten()[mine, None])
     return out.to(x.dtype)
 
-# %% ../../nbs/04_architecture/04_moe.ipynb #6b31fb17
+# %% ../../nbs/04_architecture/04_moe.ipynb #59c4acc8
+def _uniform(*shape):
+    "A tensor drawn as nn.Linear draws its weight: uniform within 1/sqrt(inputs), the last dimension."
+    return torch.empty(shape).uniform_(-shape[-1] ** -0.5, shape[-1] ** -0.5)
+
 class Router(nn.Module):
     "A linear layer to `n_experts` logits, then `route`. `fp32` computes the logits in fp32 whatever the model's dtype (DeepSeek)."
     def __init__(self,
@@ -83,16 +90,16 @@ class Router(nn.Module):
                  **options):        # of `route`: score, normalise, scale, n_groups, top_groups
         super().__init__()
         self.top_k, self.fp32, self.options = top_k, fp32, options
-        self.weight = nn.Parameter(torch.empty(n_experts, hidden_size).uniform_(-1, 1) * hidden_size ** -0.5)
+        self.weight = nn.Parameter(_uniform(n_experts, hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(n_experts) if correction_bias else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N, C) -> (N, E) logits, (N, k) experts, (N, k) weights
         logits = F.linear(x.float(), self.weight.float()) if self.fp32 else F.linear(x, self.weight)
         return logits, *route(logits, self.top_k, bias=self.e_score_correction_bias, **self.options)
 
-# %% ../../nbs/04_architecture/04_moe.ipynb #804282b5
+# %% ../../nbs/04_architecture/04_moe.ipynb #60a8ad1a
 class MoE(nn.Module):
-    "Router, experts and an optional shared expert; parameters named and shaped as in transformers 5 (models/mixtral, qwen2_moe, deepseek_v3)."
+    "Router, experts, optional shared expert; parameters named as in transformers 5 (models/mixtral, qwen2_moe, deepseek_v3)."
     def __init__(self,
                  hidden_size: int,        # C
                  intermediate_size: int,  # F of one expert
@@ -105,8 +112,7 @@ class MoE(nn.Module):
         super().__init__()
         C, E, width = hidden_size, n_experts, intermediate_size
         self.gate = Router(C, E, top_k, **router)
-        self.experts = nn.ParameterDict(dict(gate_up_proj=nn.Parameter(torch.empty(E, 2 * width, C).uniform_(-1, 1) * C ** -0.5),
-                                             down_proj=nn.Parameter(torch.empty(E, C, width).uniform_(-1, 1) * width ** -0.5)))
+        self.experts = nn.ParameterDict(dict(gate_up_proj=_uniform(E, 2 * width, C), down_proj=_uniform(E, C, width)))
         self.shared_name = "shared_expert" if shared_gate else "shared_experts"
         if shared_intermediate_size: self.add_module(self.shared_name, GatedMLP(C, shared_intermediate_size))
         if shared_gate: self.shared_expert_gate = nn.Linear(C, 1, bias=False)

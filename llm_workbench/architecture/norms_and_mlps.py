@@ -25,13 +25,13 @@ def layer_norm(
     if bias is not None: out = out + bias
     return out.to(x.dtype)
 
-# %% ../../nbs/04_architecture/03_norms_and_mlps.ipynb #66dabbe3
+# %% ../../nbs/04_architecture/03_norms_and_mlps.ipynb #326eb594
 def rms_norm(
     x: Tensor,              # (..., C)
-    weight: Tensor | None,  # (C,); one wider than x is applied before rounding (Gemma, OLMo 2), one as wide after it (Llama); None: no weight
+    weight: Tensor | None,  # (C,); wider than x: applied before rounding (Gemma, OLMo 2); else after it (Llama); None: no weight
     eps: float,             # added to the mean square, inside the root
 ) -> Tensor:                # (..., C) in the dtype of x
-    "Scale every vector to root mean square 1 (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32 and rounded as the model family does."
+    "Scale every vector to root mean square 1 (Zhang and Sennrich 2019, arXiv 1910.07467), in float32, rounded as the model family does."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is None: return wide.to(x.dtype)

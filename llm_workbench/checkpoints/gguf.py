@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VALUE_TYPES', 'UNPACK', 'PACK', 'PLAIN', 'CHUNK', 'Cursor', 'read_value', 'BlockType', 'block_types', 'GGUFTensor',
            'read_tensor_info', 'check_places', 'unpack_q8_0', 'unpack_q4_0', 'unpack_q4_1', 'pack_q8_0', 'pack_q4_0',
-           'pack_q4_1', 'dequantize', 'quantize', 'GGUFFile', 'unpermute_qk', 'permute_qk', 'value_bytes', 'write_gguf']
+           'pack_q4_1', 'block_type', 'dequantize', 'quantize', 'GGUFFile', 'unpermute_qk', 'permute_qk', 'value_bytes',
+           'write_gguf']
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #5386c4a4
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #ccfb244d
 import mmap
 import struct
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .safetensors import MissingTensor, map_file, replace_file, tensor_at
+from .safetensors import MissingTensor, map_file, replace_file, tensor_at, tensor_bytes
 from ..errors import CheckpointError, UnsupportedError
 
 # %% ../../nbs/03_checkpoints/02_gguf.ipynb #bf301b00
@@ -105,7 +106,7 @@ def block_types() -> dict[int | str, BlockType]:
     types = {int(kind): BlockType(kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     return types | {t.name: t for t in types.values()}
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #21b56f41
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #7c73d3e8
 class GGUFTensor(NamedTuple):
     "An entry of the tensor table."
     name: str
@@ -122,25 +123,27 @@ def read_tensor_info(cursor: Cursor) -> GGUFTensor:  # stands at an entry of the
     if (n_dims := cursor.number("I", what)) > 4: raise cursor.error(f"{what} has {n_dims:,} dimensions, more than 4")
     shape = tuple(cursor.number("Q", what) for _ in range(n_dims))[::-1]
     number, offset = cursor.number("I", what), cursor.number("Q", what)
-    if (kind := block_types().get(number)) is None: raise cursor.error(f"{what} has the unknown type {number} (a newer `gguf` package may know it)")
+    if (kind := block_types().get(number)) is None: raise cursor.error(f"{what} has type {number}, unknown to the installed gguf package")
     if prod(max(1, n) for n in shape) * kind.nbytes >= 2**63: raise cursor.error(f"{what} of shape {shape} overflows 64 bits")
-    if (shape or (1,))[-1] % kind.items: raise cursor.error(f"{what} of shape {shape} does not divide into {kind.name} blocks of {kind.items}")
+    if (shape or (1,))[-1] % kind.items: raise cursor.error(f"{what} of shape {shape} is not whole {kind.name} blocks of {kind.items}")
     return GGUFTensor(name, shape, kind.name, offset, prod(shape) // kind.items * kind.nbytes)
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #f7b352cf
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #b31b22d4
 def check_places(tensors: list[GGUFTensor],   # the tensor table
                  alignment: int,              # bytes
                  data_size: int,              # bytes from the start of the data to the end of the file
                  name: str,                   # how messages name the file
                  ) -> None:
     "Raise `CheckpointError` unless every tensor has its own aligned place in the data."
-    end, previous = 0, None
+    def bad(why): return CheckpointError(f"{name} is {why}; download it again")
+    end, previous = 0, ""
     for t in sorted(tensors, key=lambda t: t.offset):
-        if t.offset % alignment: raise CheckpointError(f"{name}: tensor {t.name[:200]!r} starts at {t.offset:,}, not a multiple of {alignment}: download it again")
-        if t.nbytes and t.offset < end: raise CheckpointError(f"{name}: tensors {previous[:200]!r} and {t.name[:200]!r} overlap: download the file again")
-        if t.offset + t.nbytes > data_size:
-            raise CheckpointError(f"{name} is cut off: tensor {t.name[:200]!r} ends at byte {t.offset + t.nbytes:,} of the data, which has {data_size:,}; download it again")
-        if t.nbytes: end, previous = t.offset + t.nbytes, t.name
+        which = f"tensor {t.name[:200]!r}"
+        if t.offset % alignment: raise bad(f"damaged: {which} starts at byte {t.offset:,} of the data, not a multiple of {alignment}")
+        if t.nbytes and t.offset < end: raise bad(f"damaged: {which} overlaps tensor {previous[:200]!r}")
+        stop = t.offset + t.nbytes
+        if stop > data_size: raise bad(f"cut off: {which} ends at byte {stop:,} of the data, which has {data_size:,}")
+        if t.nbytes: end, previous = stop, t.name
 
 # %% ../../nbs/03_checkpoints/02_gguf.ipynb #fe354adc
 def _halves(blocks: Tensor, n: int) -> Tensor:  # (N, bytes) uint8 -> (N, n) float32
@@ -209,19 +212,27 @@ def pack_q4_1(w: Tensor) -> Tensor:  # (N, 32) float32 -> (N, 20) uint8
 
 PACK = dict(Q8_0=pack_q8_0, Q4_0=pack_q4_0, Q4_1=pack_q4_1)
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #1dcc8778
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #0e0ab961
 PLAIN = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F64=torch.float64,
              I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64)
-CHUNK = 2**20  # weights unpacked at once
+CHUNK = 2**20  # weights packed or unpacked at once
 
 
-def _unpack(blocks: Tensor, kind: str) -> Tensor:  # (N, bytes) uint8 -> (N, items) float32
-    if kind in UNPACK: return UNPACK[kind](blocks)
+def block_type(kind: str) -> BlockType:
+    "The type of that name; raises `UnsupportedError`."
+    if not isinstance(kind, str) or kind not in block_types():
+        raise UnsupportedError(f"{kind!r} is not a tensor type; known are {', '.join(k for k in block_types() if isinstance(k, str))}")
+    return block_types()[kind]
+
+
+def _by_package(function: str, data: Tensor, kind: str) -> Tensor:  # function: quantize or dequantize
+    "The types that are not taken apart here."
     import gguf
+    run, number = getattr(gguf.quants, function), gguf.GGMLQuantizationType[kind]
     try:
-        with np.errstate(all="ignore"): values = gguf.quants.dequantize(blocks.reshape(1, -1).numpy(), gguf.GGMLQuantizationType[kind])
-    except NotImplementedError: raise UnsupportedError(f"{kind} cannot be unpacked by the installed gguf package: use a file of another type") from None
-    return torch.from_numpy(values).reshape(len(blocks), -1)
+        with np.errstate(all="ignore"): return torch.from_numpy(run(data.numpy(), number))
+    except NotImplementedError:
+        raise UnsupportedError(f"the installed gguf package cannot {function} {kind}: choose another type, such as Q8_0") from None
 
 
 def dequantize(packed: Tensor,                       # (..., bytes of a row) uint8
@@ -229,14 +240,15 @@ def dequantize(packed: Tensor,                       # (..., bytes of a row) uin
                dtype: torch.dtype = torch.float32,   # of the result
                ) -> Tensor:                          # (..., weights of a row)
     "Packed rows as numbers, by hand for Q4_0, Q4_1 and Q8_0, by the `gguf` package for the rest; raises `UnsupportedError`."
-    if kind not in block_types(): raise UnsupportedError(f"{kind!r} is not a tensor type; known are {', '.join(k for k in block_types() if type(k) is str)}")
-    _, items, nbytes = block_types()[kind]
-    if packed.shape[-1] % nbytes: raise CheckpointError(f"rows of {packed.shape[-1]} bytes are not whole {kind} blocks of {nbytes}: the wrong type was named")
+    _, items, nbytes = block_type(kind)
+    if packed.shape[-1] % nbytes:
+        raise CheckpointError(f"rows of {packed.shape[-1]} bytes are not whole {kind} blocks of {nbytes}: name the type that was packed")
     shape = (*packed.shape[:-1], packed.shape[-1] // nbytes * items)
-    if kind in PLAIN: return packed.contiguous().reshape(-1).view(PLAIN[kind]).to(dtype, copy=True).reshape(shape)
+    if kind in PLAIN: return tensor_bytes(packed).view(PLAIN[kind]).to(dtype, copy=True).reshape(shape)
     blocks, out = packed.reshape(-1, nbytes), torch.empty(prod(shape), dtype=dtype)
     for i in range(0, len(blocks), step := max(1, CHUNK // items)):
-        part = _unpack(blocks[i:i + step], kind)
+        part = blocks[i:i + step]
+        part = UNPACK[kind](part) if kind in UNPACK else _by_package("dequantize", part.reshape(1, -1), kind)
         out[i * items:i * items + part.numel()] = part.reshape(-1)
     return out.reshape(shape)
 
@@ -245,26 +257,19 @@ def quantize(weight: Tensor,   # (..., n) finite floats, n a multiple of the blo
              kind: str,        # a name of block_types()
              ) -> Tensor:      # (..., bytes of a row) uint8
     "Weights as packed rows; raises `CheckpointError` (shape, NaN, infinity) or `UnsupportedError` (no quantizer for the type)."
-    if kind not in block_types(): raise UnsupportedError(f"{kind!r} is not a tensor type; known are {', '.join(k for k in block_types() if type(k) is str)}")
-    _, items, nbytes = block_types()[kind]
+    _, items, nbytes = block_type(kind)
     if not weight.ndim or weight.shape[-1] % items:
-        raise CheckpointError(f"a tensor of shape {tuple(weight.shape)} does not divide into {kind} blocks of {items}: choose a type with smaller blocks")
+        raise CheckpointError(f"shape {tuple(weight.shape)} does not divide into {kind} blocks of {items}: choose a type with smaller blocks")
     shape = (*weight.shape[:-1], weight.shape[-1] // items * nbytes)
-    if kind in PLAIN: return weight.detach().to(PLAIN[kind]).contiguous().reshape(-1).view(torch.uint8).reshape(shape)
-    if not weight.isfinite().all(): raise CheckpointError("the weight holds NaN or infinity, which would spread over its block: mend the weights first")
-    blocks = weight.detach().reshape(-1, items)
-    parts = [_pack(blocks[i:i + CHUNK // items].float(), kind) for i in range(0, len(blocks), CHUNK // items)]
-    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)).reshape(shape)
+    if kind in PLAIN: return tensor_bytes(weight.to(PLAIN[kind])).reshape(shape)
+    if not weight.isfinite().all(): raise CheckpointError("the weight holds NaN or infinity, which would spoil its block: mend it first")
+    blocks, out = weight.detach().reshape(-1, items), torch.empty(prod(shape) // nbytes, nbytes, dtype=torch.uint8)
+    for i in range(0, len(blocks), step := max(1, CHUNK // items)):
+        part = blocks[i:i + step].float()
+        out[i:i + step] = PACK[kind](part) if kind in PACK else _by_package("quantize", part, kind)
+    return out.reshape(shape)
 
-
-def _pack(w: Tensor, kind: str) -> Tensor:  # (N, items) float32 -> (N, bytes) uint8
-    if kind in PACK: return PACK[kind](w)
-    import gguf
-    try:
-        with np.errstate(all="ignore"): return torch.from_numpy(gguf.quants.quantize(w.contiguous().numpy(), gguf.GGMLQuantizationType[kind]))
-    except NotImplementedError: raise UnsupportedError(f"the gguf package cannot pack {kind}; it can Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4") from None
-
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #2d062a51
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #4ec318b4
 class GGUFFile:
     "A GGUF file: `metadata` and `tensors` are read when it is opened, `load(name)` unpacks a tensor when asked."
     def __init__(self, path: str | Path):  # raises SourceError, CheckpointError
@@ -272,17 +277,17 @@ class GGUFFile:
         self._buffer = map_file(self.path)
         cursor = Cursor(self._buffer, self.path.name)
         if (magic := cursor.take(min(4, len(self._buffer)), "the magic")) != b"GGUF":
-            raise CheckpointError(f"{self.path.name} begins with {magic!r}, not with b'GGUF': this is not a GGUF file, or it is damaged; download it again")
+            raise CheckpointError(f"{self.path.name} begins with {magic!r}, not b'GGUF': this is not a GGUF file, or a damaged one; download it")
         self.version = cursor.number("I", "the version")
         if self.version not in (2, 3):
-            why = "was written for big-endian machines" if self.version & 0xFFFF == 0 else f"has GGUF version {self.version}; versions 2 and 3 can be read"
-            raise CheckpointError(f"{self.path.name} {why}: convert the model again with a current llama.cpp")
-        n_tensors, n_entries = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of metadata entries")
-        cursor.need(13 * n_entries + 24 * n_tensors, f"the list of {n_entries:,} metadata entries and {n_tensors:,} tensors")  # their smallest sizes
+            why = "big-endian machines" if self.version & 0xFFFF == 0 else f"GGUF version {self.version} (versions 2 and 3 can be read)"
+            raise CheckpointError(f"{self.path.name} was written for {why}: convert the model again with a current llama.cpp")
+        n_tensors, n_entries = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of entries")
+        cursor.need(13 * n_entries + 24 * n_tensors, f"{n_entries:,} metadata entries and {n_tensors:,} tensors")  # their smallest sizes
         self.metadata, self.value_types = self._read_metadata(cursor, n_entries)
-        self.alignment = self.metadata.get("general.alignment", 32)
-        if type(self.alignment) is not int or self.alignment < 1 or self.alignment & (self.alignment - 1):
-            raise CheckpointError(f"{self.path.name}: general.alignment is {str(self.alignment)[:40]}, not a power of two; download it again")
+        self.alignment = a = self.metadata.get("general.alignment", 32)
+        if type(a) is not int or a < 1 or a & (a - 1):
+            raise CheckpointError(f"{self.path.name} is damaged: general.alignment is {str(a)[:40]}, not a power of two; download it again")
         infos = [read_tensor_info(cursor) for _ in range(n_tensors)]
         self.tensors = {t.name: t for t in infos}  # dict of name to GGUFTensor
         if len(self.tensors) < len(infos): raise cursor.error("two tensors have the same name")
@@ -329,12 +334,17 @@ class GGUFFile:
 
     def __repr__(self) -> str: return f"GGUFFile({self.path.name!r}, {len(self.tensors)} tensors, {len(self._buffer):,} bytes)"
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #07b40dce
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #001b5349
+def _check_heads(weight, n_heads):
+    if n_heads < 1 or weight.shape[0] % (2 * n_heads):
+        raise CheckpointError(f"{weight.shape[0]} rows are not {n_heads} heads of pairs: check the head count of the configuration")
+
+
 def unpermute_qk(weight: Tensor,   # (H*D, ...) rows as llama.cpp stores them; packed rows do as well
                  n_heads: int,     # heads of this matrix: H for q, K for k
                  ) -> Tensor:      # (H*D, ...) rows as transformers wants them
     "Undo the row order of attn_q and attn_k in GGUF files of the llama architecture (LlamaModel.permute in convert_hf_to_gguf.py)."
-    if n_heads < 1 or weight.shape[0] % (2 * n_heads): raise CheckpointError(f"{weight.shape[0]} rows are not {n_heads} heads of pairs: wrong head count?")
+    _check_heads(weight, n_heads)
     return weight.reshape(n_heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)  # (H, D/2, 2, ...) -> (H, 2, D/2, ...)
 
 
@@ -342,10 +352,10 @@ def permute_qk(weight: Tensor,   # (H*D, ...) rows as transformers has them
                n_heads: int,     # heads of this matrix
                ) -> Tensor:      # (H*D, ...) rows as llama.cpp stores them
     "The inverse of `unpermute_qk`, for writing."
-    if n_heads < 1 or weight.shape[0] % (2 * n_heads): raise CheckpointError(f"{weight.shape[0]} rows are not {n_heads} heads of pairs: wrong head count?")
+    _check_heads(weight, n_heads)
     return weight.reshape(n_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #5cb5d001
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #f65e5d9a
 def _guess(value) -> str:
     "The GGUF type for a Python value."
     if isinstance(value, (list, tuple)):
@@ -356,7 +366,7 @@ def _guess(value) -> str:
     if isinstance(value, bool): return "BOOL"
     if isinstance(value, str): return "STRING"
     if isinstance(value, float): return "FLOAT32"
-    if isinstance(value, int): return "UINT32" if 0 <= value < 2**32 else "INT32" if -2**31 <= value < 0 else "INT64" if value < 0 else "UINT64"
+    if isinstance(value, int): return ("INT32" if value >= -2**31 else "INT64") if value < 0 else "UINT32" if value < 2**32 else "UINT64"
     raise CheckpointError(f"metadata cannot hold a {type(value).__name__}: use bool, int, float, str or a list of one of them")
 
 
@@ -383,14 +393,17 @@ def write_gguf(path: str | Path,                    # replaced only when everyth
     "Write a GGUF file of version 3; raises `CheckpointError` for what it cannot hold."
     plain = {dtype: kind for kind, dtype in PLAIN.items()}
     align, table, packed, offset = metadata.get("general.alignment", 32), [], [], 0
-    if type(align) is not int or align < 1 or align & (align - 1): raise CheckpointError(f"general.alignment is {align!r}: use a power of two, such as 32")
+    if type(align) is not int or align < 1 or align & (align - 1):
+        raise CheckpointError(f"general.alignment is {align!r}: use a power of two, such as 32")
     for name, t in tensors.items():
         kind = types.get(name) or plain.get(t.dtype)
-        if kind not in block_types(): raise CheckpointError(f"tensor {name!r} of {t.dtype} needs a type from block_types() in `types`, not {kind!r}")
+        if kind not in block_types(): raise CheckpointError(f"tensor {name!r} of {t.dtype} needs a type of block_types(), not {kind!r}")
         if t.ndim > 4: raise CheckpointError(f"tensor {name!r} has {t.ndim} dimensions, more than 4: reshape it")
-        rows = t if t.dtype == torch.uint8 and kind not in ("I8", "I16", "I32", "I64") else quantize(t.reshape(1) if not t.ndim else t, kind)
+        is_packed = t.dtype == torch.uint8 and kind not in ("I8", "I16", "I32", "I64")
+        rows = t if is_packed else quantize(t.reshape(1) if not t.ndim else t, kind)
         _, items, nbytes = block_types()[kind]
-        if rows.shape[-1] % nbytes: raise CheckpointError(f"tensor {name!r}: rows of {rows.shape[-1]} bytes are not whole {kind} blocks of {nbytes}")
+        if not rows.ndim or rows.shape[-1] % nbytes:
+            raise CheckpointError(f"tensor {name!r} of {t.dtype}, shape {tuple(t.shape)}, is not made of {kind} blocks of {nbytes} bytes")
         shape = (*rows.shape[:-1], rows.shape[-1] // nbytes * items) if t.ndim else ()
         number = next(k for k, v in block_types().items() if v.name == kind)
         text = name.encode()
@@ -402,5 +415,5 @@ def write_gguf(path: str | Path,                    # replaced only when everyth
         f.write(b"".join([b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata)), *entries, *table]))
         f.write(bytes(-f.tell() % align))
         for rows in packed:
-            f.write(rows.contiguous().reshape(-1).cpu().numpy().data)
+            f.write(tensor_bytes(rows).numpy().data)
             f.write(bytes(-rows.numel() % align))

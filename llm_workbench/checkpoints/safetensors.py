@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_HEADER', 'INDEX', 'map_file', 'tensor_at', 'read_json', 'read_header', 'TensorInfo', 'tensor_info',
-           'check_layout', 'MissingTensor', 'SafetensorsFile', 'header_bytes', 'replace_file', 'save_safetensors',
-           'ShardedSafetensors', 'open_safetensors']
+           'check_layout', 'MissingTensor', 'SafetensorsFile', 'header_bytes', 'replace_file', 'tensor_bytes',
+           'save_safetensors', 'ShardedSafetensors', 'open_safetensors']
 
 # %% ../../nbs/03_checkpoints/01_safetensors.ipynb #e61871bf
 import difflib
@@ -53,7 +53,7 @@ def tensor_at(buffer,                   # bytes-like and writable, such as a map
     if start % dtype.itemsize == 0: return torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=start).reshape(shape)
     return torch.frombuffer(buffer, dtype=torch.uint8, count=prod(shape) * dtype.itemsize, offset=start).clone().view(dtype).reshape(shape)
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #2c8148b4
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #843094e3
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 
 
@@ -73,23 +73,24 @@ def read_json(data: bytes,   # UTF-8 text
     "One strict JSON object; anything else raises `CheckpointError`."
     try: out = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON ({str(error)[:120]}): the file is damaged or not what its name says, download it again") from error
+        raise CheckpointError(f"{what} is not valid JSON ({str(error)[:120]}): the file is damaged, download it again") from error
     if not isinstance(out, dict): raise CheckpointError(f"{what} is a JSON {type(out).__name__}, not an object: download the file again")
     return out
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #32305088
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #c815dd73
 def read_header(buffer,          # the file's bytes
                 name: str,       # how messages name the file
                 ) -> tuple[dict, int]:
     "The header and the position of the first data byte; raises `CheckpointError`."
     if len(buffer) < 8: raise CheckpointError(f"{name} has {len(buffer)} bytes, too few for a safetensors file: download it again")
     n = int.from_bytes(buffer[:8], "little")
+    if buffer[8:9] != b"{":
+        raise CheckpointError(f"{name} has no opening brace at byte 8: it is not a safetensors file, or it is damaged; download it again")
     if n > min(len(buffer) - 8, MAX_HEADER):
-        raise CheckpointError(f"{name} claims a header of {n:,} bytes in a file of {len(buffer):,}: it is cut off, or not a safetensors file; download it again")
-    if buffer[8:9] != b"{": raise CheckpointError(f"The header of {name} does not begin with an opening brace: this is not a safetensors file, or it is damaged")
+        raise CheckpointError(f"{name} claims a header of {n:,} bytes, the file has {len(buffer):,}: it is damaged; download it again")
     return read_json(buffer[8:8 + n], f"The header of {name}"), 8 + n
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #bd770a54
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #73f73ab0
 class TensorInfo(NamedTuple):
     "What the header says about one tensor."
     dtype: str                # name in the file, a key of DTYPES
@@ -101,42 +102,42 @@ class TensorInfo(NamedTuple):
     def nbytes(self) -> int: return self.stop - self.start
 
 
-def _is_count(x) -> bool: return type(x) is int and 0 <= x < 2**63  # True is an int for Python, hence `type`
-
-
 def tensor_info(name: str,   # the tensor's name, for messages
                 entry,       # its value in the header
                 ) -> TensorInfo:
     "One entry of the header, checked by itself; raises `CheckpointError`."
     def bad(why): return CheckpointError(f"Tensor {name[:200]!r}: {why}; the header is damaged, download the file again")
+    def counts(x, most): return isinstance(x, list) and len(x) <= most and all(type(n) is int and 0 <= n < 2**63 for n in x)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys(): raise bad("no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES: raise bad(f"dtype {str(dtype)[:40]!r} is none of {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)): raise bad(f"shape {str(shape)[:60]} is not a list of up to 64 sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)): raise bad(f"data_offsets {str(offsets)[:60]} are not two positions")
+    if not counts(shape, 64): raise bad(f"shape {str(shape)[:60]} is not a list of up to 64 sizes")
+    if not counts(offsets, 2) or len(offsets) < 2: raise bad(f"data_offsets {str(offsets)[:60]} are not two positions")
     itemsize = DTYPES[dtype].itemsize
     if prod(max(1, n) for n in shape) * itemsize >= 2**63: raise bad(f"shape {shape} overflows 64 bits")
     if offsets[1] - offsets[0] != prod(shape) * itemsize:
         raise bad(f"shape {shape} of {dtype} needs {prod(shape) * itemsize:,} bytes, its offsets give {offsets[1] - offsets[0]:,}")
     return TensorInfo(dtype, tuple(shape), *offsets)
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #85b9a1ef
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #bccc1138
 def check_layout(infos: dict[str, TensorInfo],   # all tensors of the file
                  data_size: int,                 # bytes behind the header
                  name: str,                      # how messages name the file
                  ) -> None:
     "Raise `CheckpointError` unless the tensors cover the data exactly: no overlap, no gap, nothing missing, nothing left."
+    def bad(why): return CheckpointError(f"{name} is {why}; download it again")
     position, previous = 0, "the header"
     for tensor, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position:
-            kind = "overlaps" if info.start < position else "leaves a gap behind"
-            raise CheckpointError(f"{name}: tensor {tensor[:200]!r} {kind} {previous[:200]!r} (byte {info.start:,} of the data, expected {position:,}); download the file again")
+            what = f"{'overlaps' if info.start < position else 'leaves a gap behind'} {previous[:200]!r}"
+            raise bad(f"damaged: tensor {tensor[:200]!r} {what} (byte {info.start:,} of the data, expected {position:,})")
         position, previous = info.stop, tensor
     if position > data_size:
-        raise CheckpointError(f"{name} is cut off: its tensors need {position:,} bytes of data, it has {data_size:,} ({previous[:200]!r} is not complete); download it again")
-    if position < data_size: raise CheckpointError(f"{name} has {data_size - position:,} bytes behind its last tensor: it is damaged, download it again")
+        _, lost = min((info.start, tensor) for tensor, info in infos.items() if info.stop > data_size)
+        raise bad(f"cut off: its tensors need {position:,} bytes, it has {data_size:,}; {lost[:200]!r} is the first that is not complete")
+    if position < data_size: raise bad(f"damaged: it has {data_size - position:,} bytes behind its last tensor")
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #b63450f7
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #1b20fc6d
 class MissingTensor(CheckpointError, KeyError):
     "The checkpoint holds no tensor of that name."
     __str__ = Exception.__str__  # a KeyError would print its message in quotes
@@ -156,7 +157,7 @@ class SafetensorsFile(Mapping):
         header, self.data_start = read_header(self._buffer, self.path.name)
         self.metadata = header.pop("__metadata__", {})  # dict of str to str
         if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
-            raise CheckpointError(f"__metadata__ of {self.path.name} is not a dictionary of strings: the header is damaged, download the file again")
+            raise CheckpointError(f"__metadata__ of {self.path.name} is not a dictionary of strings: it is damaged, download it again")
         self._infos = {name: tensor_info(name, entry) for name, entry in header.items()}
         check_layout(self._infos, len(self._buffer) - self.data_start, self.path.name)
 
@@ -191,10 +192,10 @@ def header_bytes(infos: Mapping[str, TensorInfo],          # tensors in the orde
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #214a96ac
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #0be32713
 @contextmanager
 def replace_file(path: str | Path):  # the file to make or replace
-    "A binary file to write to, which takes the place of `path` only when the block ends well; raises `SourceError` where it cannot be made."
+    "A binary file that takes the place of `path` only when the block ends well; raises `SourceError` where it cannot be made."
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try: f = open(temporary, "xb")
@@ -207,7 +208,13 @@ def replace_file(path: str | Path):  # the file to make or replace
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #b5e9f840
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #397a1cfa
+def tensor_bytes(t: torch.Tensor) -> torch.Tensor:  # any type and shape -> (nbytes,) uint8
+    "The bytes of a tensor in row order, on the CPU, copied only if they lie elsewhere or in another order."
+    flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)  # an empty tensor may have no stride to view
+
+
 def save_safetensors(tensors: Mapping[str, torch.Tensor],          # any shapes and devices; each is made contiguous while it is written
                      path: str | Path,                             # replaced only when everything is written
                      metadata: Mapping[str, str] | None = None,    # notes, strings only
@@ -217,12 +224,13 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor],          # any shapes 
     order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise CheckpointError(f"metadata {key!r} is a {type(value).__name__}: safetensors keeps strings only, use str() or json.dumps()")
+            raise CheckpointError(f"metadata {key!r} is a {type(value).__name__}: only strings can be kept, use str() or json.dumps()")
     for name, t in tensors.items():
-        if not isinstance(name, str) or name == "__metadata__": raise CheckpointError(f"{name!r} cannot be the name of a tensor: choose another string")
-        if not isinstance(t, torch.Tensor): raise CheckpointError(f"{name!r} is a {type(t).__name__}, not a tensor: convert it first")
-        if t.dtype not in names: raise CheckpointError(f"tensor {name!r} is {t.dtype}, which the format does not have: convert it first")
-        if t.layout != torch.strided or t.is_meta: raise CheckpointError(f"tensor {name!r} is sparse or has no data: make it dense and load it first")
+        def bad(why): return CheckpointError(f"{name!r} {why}")
+        if not isinstance(name, str) or name == "__metadata__": raise bad("cannot be the name of a tensor: choose another string")
+        if not isinstance(t, torch.Tensor): raise bad(f"is a {type(t).__name__}, not a tensor: convert it first")
+        if t.dtype not in names: raise bad(f"is {t.dtype}, which the format does not have: convert it first")
+        if t.layout != torch.strided or t.is_meta: raise bad("is sparse or has no data: make it dense and load it first")
     infos, position = {}, 0
     for name in sorted(tensors, key=lambda name: (-order[tensors[name].dtype], name)):
         t = tensors[name]
@@ -231,10 +239,9 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor],          # any shapes 
     with replace_file(path) as f:
         f.write(header_bytes(infos, metadata))
         for name in infos:
-            flat = tensors[name].detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            f.write(flat.view(torch.uint8).numpy().data)  # no copy beyond .contiguous()
+            f.write(tensor_bytes(tensors[name]).numpy().data)
 
-# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #c5df8db3
+# %% ../../nbs/03_checkpoints/01_safetensors.ipynb #47429d00
 INDEX = "model.safetensors.index.json"
 
 
@@ -247,8 +254,10 @@ class ShardedSafetensors(Mapping):
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise CheckpointError(f"{INDEX} has no weight_map from tensor names to file names: download it again")
         for f in set(files.values()):
-            if not f or f == ".." or f != Path(f).name or "\\" in f or "\0" in f: raise CheckpointError(f"{INDEX} names the shard {f[:200]!r}, which is not a plain file name: do not trust this checkpoint")
-            if not (self.folder / f).is_file(): raise CheckpointError(f"The shard {f} named by {INDEX} is missing: download it into {self.folder}")
+            if not f or f == ".." or f != Path(f).name or "\\" in f or "\0" in f:
+                raise CheckpointError(f"{INDEX} names the shard {f[:200]!r}, not a plain file name: do not trust this checkpoint")
+            if not (self.folder / f).is_file():
+                raise CheckpointError(f"The shard {f[:200]} of {INDEX} is missing: download it into {self.folder}")
         metadata = index.get("metadata")
         self._files, self._open, self.metadata = files, {}, metadata if isinstance(metadata, dict) else {}
 

@@ -348,9 +348,9 @@ class Tokenizer:
         "The text of each token by itself, for looking at; incomplete characters show as U+FFFD."
         return [self.vocabulary.decode([int(i)]) for i in ids]
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #e2b302f3
-_ENDINGS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<|end_of_text|>",
-            "<EOT>", "[EOT]", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>"}
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #8b359258
+_ENDINGS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
+            "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["}
 
 
 def _list(metadata: dict, key: str, kind: type | tuple, length: int | None = None) -> list:
@@ -379,6 +379,7 @@ def from_gguf(cls: Tokenizer, metadata: dict):  # the file's key-value pairs
     vocab = {token: i for i, token in enumerate(tokens)}
     if not tokens or len(vocab) != len(tokens): raise CheckpointError("tokenizer.ggml.tokens is empty or names a token twice: the file is damaged.")
     types = _list(metadata, "tokenizer.ggml.token_type", int, len(tokens)) if get("token_type") is not None else [NORMAL] * len(tokens)
+    types = [CONTROL if token in _ENDINGS else type for token, type in zip(tokens, types)]
     if kind == "gpt2":
         pre = get("pre") or "default"
         model, add_bos = ByteBPE(vocab, _merges(metadata), pre, whole_words=pre in _WHOLE_WORDS), pre in _BOS_BY_DEFAULT
@@ -393,7 +394,8 @@ def from_gguf(cls: Tokenizer, metadata: dict):  # the file's key-value pairs
     for name, id in ids.items():
         if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
             raise CheckpointError(f"The file's {name} token id is {id!r}, outside its {len(tokens):,} tokens: the file is damaged.")
-    ends = {i for i in (ids.pop("eot"), ids.pop("eom")) if i is not None} | {i for i, t in enumerate(types) if t == CONTROL and tokens[i] in _ENDINGS}
+    names = _ENDINGS - {"<|end|>"} if {"<|return|>", "<|call|>"} <= vocab.keys() else _ENDINGS   # there, <|end|> closes a message, not the answer
+    ends = {vocab[name] for name in names if name in vocab} | {i for i in (ids.pop("eot"), ids.pop("eom")) if i is not None}
     template = metadata.get("tokenizer.chat_template")
     return cls(Vocabulary(tokens, types, model), **{f"{name}_id": id for name, id in ids.items()}, eos_ids=ends,
                add_bos=bool(get("add_bos_token", add_bos)), chat_template=template if isinstance(template, str) else None)
@@ -526,8 +528,9 @@ def from_file(cls: Tokenizer, path: str | Path):  # a model folder, or its token
     return cls(vocabulary, bos_id=bos, eos_id=eos if eos is not None or not ends else ends[0], pad_id=id_of("pad"), unk_id=id_of("unk"), eos_ids=ends,
                add_bos=bos is not None and begins == [bos], chat_template=_template_of(folder, config))
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #9a2bfd02
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #fbc3eb0a
 MAX_TEXT, MAX_STEPS, MAX_SECONDS = 10_000_000, 1_000_000, 10.0    # of one rendering: characters, steps, seconds
+_PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice"}
 _budget: ContextVar[list] = ContextVar("budget")                   # [steps left, deadline]
 
 
@@ -539,17 +542,26 @@ def _step() -> None:
         raise CheckpointError(f"The chat template does not come to an end ({MAX_STEPS:,} steps or {MAX_SECONDS:.0f} s); do not use it.")
 
 
-def _afford(*values, numbers: bool = True) -> None:
-    "Refuse an operation whose result could be as large as the product of the sizes of its operands."
-    size = 1
-    for v in values:
-        if isinstance(v, (str, bytes, list, tuple, dict)): size *= max(len(v), 1)
-        elif isinstance(v, int) and numbers: size *= max(abs(v), 1)
-    if size > 10 * MAX_TEXT: raise CheckpointError("The chat template builds a text or list too large for memory; do not use it.")
+def _afford(*sizes: int) -> None:
+    "Refuse a result as large as the product of `sizes`."
+    if functools.reduce(lambda a, b: a * max(abs(b), 1), sizes, 1) > 10 * MAX_TEXT:
+        raise CheckpointError("The chat template builds something too large for memory; do not use it.")
 
 
-def _afford_format(pattern: object) -> None:
-    if isinstance(pattern, str) and regex.search(r"\d{5,}|%[-+ #0]*\*|\{[^{}]*\{", pattern):
+def _afford_operator(operator: str, left: object, right: object) -> None:
+    if operator == "%": _afford_call("format", left)
+    elif isinstance(left, int) and isinstance(right, int):
+        if operator in ("*", "**"): _afford(left.bit_length(), right if operator == "**" else right.bit_length())
+    elif operator == "*": _afford(*(v if isinstance(v, int) else len(v) for v in (left, right) if isinstance(v, (int, str, list, tuple))))
+    elif operator == "+" and isinstance(left, (str, list, tuple)) and isinstance(right, type(left)): _afford(len(left) + len(right))
+
+
+def _afford_call(name: str, *values) -> None:
+    "Before a filter or a method of strings runs: texts multiply each other (`replace`, `join`), and numbers are widths (`center`)."
+    widths = [v for v in values[1:] if isinstance(v, int)] if name in _PADDING else []
+    _afford(*(len(v) for v in values if isinstance(v, (str, list, tuple))), *widths)
+    if name == "join": _afford(sum(len(v) for items in values if isinstance(items, list) for v in items if isinstance(v, str)))
+    if name in ("format", "format_map") and isinstance(values[0], str) and regex.search(r"\d{5,}|%[-+ #0]*\*|\{[^{}]*\{", values[0]):
         raise CheckpointError("The chat template asks for padding too wide for memory; do not use it.")
 
 
@@ -565,7 +577,7 @@ def _sized(value: object) -> object:
     if isinstance(value, str) and len(value) > MAX_TEXT: raise CheckpointError(f"The chat template builds a text of more than {MAX_TEXT:,} characters; do not use it.")
     return value
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #87e3f9d7
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #c1c0c072
 @functools.cache
 def _sandbox():
     "The Jinja environment of chat templates, with every loop, call, filter and operator on the budget."
@@ -585,20 +597,13 @@ def _sandbox():
         intercepted_binops = frozenset(["+", "*", "**", "%"])
 
         def call_binop(self, context, operator, left, right):
-            if operator == "%": _afford_format(left)
-            elif isinstance(left, (int, float)) and isinstance(right, (int, float)):
-                if operator in "**" and isinstance(left, int) and left.bit_length() * (right if operator == "**" else 1) > 100_000:
-                    raise CheckpointError("The chat template computes with numbers too large for memory; do not use it.")
-            elif operator == "*": _afford(left, right)
-            elif operator == "+": _afford(1, len(left) + len(right) if hasattr(left, "__len__") and hasattr(right, "__len__") else 1)
+            _afford_operator(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
         def call(__self, __context, __obj, *args, **kwargs):
             _step()
             owner = getattr(__obj, "__self__", None)
-            if isinstance(owner, str):
-                if getattr(__obj, "__name__", "") in ("format", "format_map"): _afford_format(owner)
-                else: _afford(owner, *args, *kwargs.values())
+            if isinstance(owner, str): _afford_call(__obj.__name__, owner, *args, *kwargs.values())
             return super().call(__context, __obj, *args, **kwargs)
 
     class Count(visitor.NodeTransformer):
@@ -617,10 +622,7 @@ def _sandbox():
         @functools.wraps(function)   # keeps the mark that says what Jinja passes first
         def run(*args, **kwargs):
             _step()
-            given = args[1:] if hasattr(function, "jinja_pass_arg") else args
-            if name == "format": _afford_format(given[0])
-            _afford(*given[:1], numbers=False)
-            _afford(given[0] if isinstance(given[0], str) else 1, *given[1:], *kwargs.values())
+            _afford_call(name, *(args[1:] if hasattr(function, "jinja_pass_arg") else args), *kwargs.values())
             return function(*args, **kwargs)
         return run
 

@@ -55,20 +55,20 @@ def draw(logits: Tensor,  # (B, V), -inf where a token is impossible
                              "removed every token. Look for inf or NaN in the weights, or use a wider dtype such as float32.")
     return tokens
 
-# %% ../../nbs/05_inference/01_sampling.ipynb #b23a90d1
+# %% ../../nbs/05_inference/01_sampling.ipynb #0394ee52
 def _per_row(value: float | Tensor, logits: Tensor) -> float | Tensor:
     "A setting that broadcasts over `logits` (B, V): a plain number stays one, (B,) becomes (B, 1)."
     return value.to(logits.device)[:, None] if isinstance(value, Tensor) and value.dim() else value
 
 
 def temperature(logits: Tensor,        # (B, V)
-                t: float | Tensor,     # >= 0, or (B,); 0 leaves the largest logit alone
+                t: float | Tensor,     # >= 0, or (B,); below 1e-6 only the largest logit is left
                 ) -> Tensor:           # (B, V)
     "Logits divided by the temperature."
-    if not isinstance(t, Tensor) and t > 0: return logits / t
+    if not isinstance(t, Tensor) and t >= 1e-6: return logits / t      # a smaller one would overflow
     t = _per_row(torch.as_tensor(t, dtype=logits.dtype, device=logits.device), logits)
     only_best = torch.full_like(logits, float("-inf")).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
-    return torch.where(t > 0, logits / t, only_best)
+    return torch.where(t >= 1e-6, logits / t, only_best)
 
 # %% ../../nbs/05_inference/01_sampling.ipynb #1c941fba
 def top_k(logits: Tensor,       # (B, V)
