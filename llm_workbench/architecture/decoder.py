@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'ModelConfig', 'Attention', 'feed_forward', 'Block', 'Decoder', 'checkpoint_name', 'check_names', 'fill',
            'read_config', 'record_outputs', 'divergence']
 
-# %% ../../nbs/04_architecture/06_decoder.ipynb #5e14f4e9
+# %% ../../nbs/04_architecture/06_decoder.ipynb #70997459
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from .kv_cache import ContiguousCache, NoCache, QuantizedCache, SlidingCache
 from .moe import MoE
-from .norms_and_mlps import GatedMLP, RMSNorm
-from torch.nn import Linear
+from .norms_and_mlps import GatedMLP, Linear, RMSNorm
 from .ops import REFERENCE, Ops
 from .rope import rope_frequencies, rope_tables
 from ..errors import CheckpointError, UnsupportedError

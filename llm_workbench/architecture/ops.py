@@ -33,10 +33,11 @@ class Ops:
 
 REFERENCE = Ops()
 
-# %% ../../nbs/04_architecture/05a_ops.ipynb #97a75c8c
-def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    "`rms_norm` through torch.nn.functional.rms_norm."
-    return F.rms_norm(x, weight.shape, weight, eps)
+# %% ../../nbs/04_architecture/05a_ops.ipynb #318cecc1
+def fused_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    "`rms_norm` through torch.nn.functional.rms_norm; a weight of another dtype than x goes to the plain version, which minds the order of rounding."
+    if weight is not None and weight.dtype != x.dtype: return rms_norm(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, softcap: float | None = None,
                     sinks: Tensor | None = None, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:

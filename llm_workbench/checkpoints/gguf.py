@@ -24,7 +24,7 @@ from torch import Tensor
 from .safetensors import MissingTensor, map_file, replace_file, tensor_at, tensor_bytes
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #bf301b00
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #594bd712
 class Cursor:
     "Reads little-endian values from a buffer, front to back and never beyond its end (`CheckpointError`)."
     def __init__(self, buffer,         # bytes-like
@@ -38,7 +38,7 @@ class Cursor:
     def need(self, n: int, what: str) -> None:
         "Raise unless `n` more bytes are there."
         left = len(self.buffer) - self.position
-        if n > left: raise self.error(f"{what} needs {n:,} bytes, {left:,} are left")
+        if n > left: raise self.error(f"{n:,} bytes needed for {what}, {left:,} left")
 
     def take(self, n: int, what: str) -> bytes:
         "The next `n` bytes."
@@ -212,7 +212,7 @@ def pack_q4_1(w: Tensor) -> Tensor:  # (N, 32) float32 -> (N, 20) uint8
 
 PACK = dict(Q8_0=pack_q8_0, Q4_0=pack_q4_0, Q4_1=pack_q4_1)
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #0e0ab961
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #c1fb793f
 PLAIN = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F64=torch.float64,
              I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64)
 CHUNK = 2**20  # weights packed or unpacked at once
@@ -259,7 +259,7 @@ def quantize(weight: Tensor,   # (..., n) finite floats, n a multiple of the blo
     "Weights as packed rows; raises `CheckpointError` (shape, NaN, infinity) or `UnsupportedError` (no quantizer for the type)."
     _, items, nbytes = block_type(kind)
     if not weight.ndim or weight.shape[-1] % items:
-        raise CheckpointError(f"shape {tuple(weight.shape)} does not divide into {kind} blocks of {items}: choose a type with smaller blocks")
+        raise CheckpointError(f"shape {tuple(weight.shape)} is not whole {kind} blocks of {items}: choose a type with smaller blocks")
     shape = (*weight.shape[:-1], weight.shape[-1] // items * nbytes)
     if kind in PLAIN: return tensor_bytes(weight.to(PLAIN[kind])).reshape(shape)
     if not weight.isfinite().all(): raise CheckpointError("the weight holds NaN or infinity, which would spoil its block: mend it first")
@@ -269,7 +269,7 @@ def quantize(weight: Tensor,   # (..., n) finite floats, n a multiple of the blo
         out[i:i + step] = PACK[kind](part) if kind in PACK else _by_package("quantize", part, kind)
     return out.reshape(shape)
 
-# %% ../../nbs/03_checkpoints/02_gguf.ipynb #4ec318b4
+# %% ../../nbs/03_checkpoints/02_gguf.ipynb #5807685d
 class GGUFFile:
     "A GGUF file: `metadata` and `tensors` are read when it is opened, `load(name)` unpacks a tensor when asked."
     def __init__(self, path: str | Path):  # raises SourceError, CheckpointError
@@ -277,7 +277,7 @@ class GGUFFile:
         self._buffer = map_file(self.path)
         cursor = Cursor(self._buffer, self.path.name)
         if (magic := cursor.take(min(4, len(self._buffer)), "the magic")) != b"GGUF":
-            raise CheckpointError(f"{self.path.name} begins with {magic!r}, not b'GGUF': this is not a GGUF file, or a damaged one; download it")
+            raise CheckpointError(f"{self.path.name} begins with {magic!r}, not b'GGUF': not a GGUF file, or damaged; download it again")
         self.version = cursor.number("I", "the version")
         if self.version not in (2, 3):
             why = "big-endian machines" if self.version & 0xFFFF == 0 else f"GGUF version {self.version} (versions 2 and 3 can be read)"

@@ -348,7 +348,7 @@ class Tokenizer:
         "The text of each token by itself, for looking at; incomplete characters show as U+FFFD."
         return [self.vocabulary.decode([int(i)]) for i in ids]
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #8b359258
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #fe5fc75e
 _ENDINGS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
             "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["}
 
@@ -381,7 +381,7 @@ def from_gguf(cls: Tokenizer, metadata: dict):  # the file's key-value pairs
     types = _list(metadata, "tokenizer.ggml.token_type", int, len(tokens)) if get("token_type") is not None else [NORMAL] * len(tokens)
     types = [CONTROL if token in _ENDINGS else type for token, type in zip(tokens, types)]
     if kind == "gpt2":
-        pre = get("pre") or "default"
+        if not isinstance(pre := get("pre") or "default", str): raise CheckpointError("The file's tokenizer.ggml.pre is not a name: the file is damaged.")
         model, add_bos = ByteBPE(vocab, _merges(metadata), pre, whole_words=pre in _WHOLE_WORDS), pre in _BOS_BY_DEFAULT
     elif kind == "llama":
         scores = _list(metadata, "tokenizer.ggml.scores", (int, float), len(tokens))
@@ -577,7 +577,7 @@ def _sized(value: object) -> object:
     if isinstance(value, str) and len(value) > MAX_TEXT: raise CheckpointError(f"The chat template builds a text of more than {MAX_TEXT:,} characters; do not use it.")
     return value
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #c1c0c072
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #e6f3337d
 @functools.cache
 def _sandbox():
     "The Jinja environment of chat templates, with every loop, call, filter and operator on the budget."
@@ -595,6 +595,9 @@ def _sandbox():
 
     class Environment(sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+        def unsafe_undefined(self, obj, attribute):   # Jinja waits until the attribute is used
+            raise sandbox.SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
 
         def call_binop(self, context, operator, left, right):
             _afford_operator(operator, left, right)
