@@ -73,17 +73,18 @@ def isolate(pattern: regex.Pattern, text: str) -> list[str]:
         end = match.end()
     return pieces + [text[end:]] if end < len(text) else pieces
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #e42a8e98
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #20bf5b72
 _CJK = r"(?:(?!\s)[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff])+"
 _CASED = (  # letters with a case, as of the Unicode version that DeepSeek LLM was made with
-    r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376-\u0377\u037b-\u037d\u037f"
-    r"\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd"
-    r"\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59"
-    r"\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
-    r"\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149"
-    r"\u214e\u2183-\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2-\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e"
-    r"\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb"
-    r"\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943")
+    r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376-\u0377"
+    r"\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5"
+    r"\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d"
+    r"\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4"
+    r"\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d"
+    r"\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183-\u2184\u2c00-\u2c7b\u2c7e-\u2ce4"
+    r"\u2ceb-\u2cee\u2cf2-\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06"
+    r"\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
+    r"\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943")
 _UPPER, _LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"   # llama.cpp's reading: a letter outside ASCII is both
 _PATTERNS |= {
     "qwen35": (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}" + _ENDING.replace(r"\p{L}", r"\p{L}\p{M}"),),
@@ -101,9 +102,10 @@ _PATTERNS |= {
     "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #868ba43d
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #eef8fecd
 _SAME_AS = {  # other names for the same expressions
-    "gpt-2": "phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum modern-bert jina-es jina-de jina-v2-es jina-v2-de",
+    "gpt-2": "phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum modern-bert jina-es jina-de "
+             "jina-v2-es jina-v2-de",
     "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 smaug-bpe dbrx chatglm-bpe glm4 glm5",
     "qwen2": "deepseek-r1-qwen stablelm2 megrez hunyuan grok-2 solar-open kormo",
@@ -234,7 +236,7 @@ class ByteBPE:
         "The bytes that a token of the vocabulary stands for."
         return unspell(token)
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #e3615aad
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #8d951197
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # gguf.TokenType
 
 
@@ -242,8 +244,9 @@ class Vocabulary:
     "Tokens with their types around a model that encodes plain text (`ByteBPE` or `ScoreBPE`)."
     def __init__(self, tokens: Sequence[str], types: Sequence[int], model):
         self.tokens, self.types, self.model = tokens, types, model
-        size = lambda i: len(tokens[i].encode())
-        self.special = {tokens[i]: i for i in sorted((i for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)), key=size, reverse=True)}
+        special = [i for i, type in enumerate(types) if type in (UNKNOWN, CONTROL, USER_DEFINED)]
+        special.sort(key=lambda i: len(tokens[i].encode()), reverse=True)
+        self.special = {tokens[i]: i for i in special}   # the longest first
 
     def __len__(self) -> int: return len(self.tokens)
 
@@ -285,7 +288,11 @@ def _around(text: str, token: str, id: int) -> list[str | int]:
     parts = [x for piece in text.split(token) for x in (id, piece)][1:]
     return [x for x in parts if x != ""]
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #984095db
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #43b7b833
+def _outside(id: int, vocabulary) -> WorkbenchError:
+    return WorkbenchError(f"The token id {id} is outside the vocabulary of {len(vocabulary):,} tokens.")
+
+
 class ByteStream:
     "Ids in, text out: complete characters only. The pieces and `flush` concatenate to the decoding of all ids."
     def __init__(self, vocabulary: Vocabulary, skip_special: bool = False):
@@ -295,7 +302,7 @@ class ByteStream:
 
     def push(self, id: int) -> str:
         "The characters that `id` completes, possibly none."
-        if not 0 <= id < len(self.vocabulary): raise WorkbenchError(f"The token id {id} is outside the vocabulary of {len(self.vocabulary):,} tokens.")
+        if not 0 <= id < len(self.vocabulary): raise _outside(id, self.vocabulary)
         if self.skip_special and self.vocabulary.is_control(id): return ""
         data = self.vocabulary.token_bytes(id)
         if self.strip and data: data, self.strip = data.removeprefix(b" "), False
@@ -305,7 +312,7 @@ class ByteStream:
         "The end of the text: bytes still held back become U+FFFD."
         return self.utf8.decode(b"", final=True)
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #4f8d81ab
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #5d7a50fa
 class Tokenizer:
     "Text to ids and back, streaming, chat templates; the vocabulary inside is ours (GGUF) or the tokenizers library's (tokenizer.json)."
     def __init__(self, vocabulary,                      # `Vocabulary` or `LibraryVocabulary`
@@ -322,14 +329,16 @@ class Tokenizer:
     def vocab_size(self) -> int: return len(self.vocabulary)
 
     def __repr__(self) -> str:
-        return f"Tokenizer({self.vocab_size:,} tokens, bos {self.bos_id}, ends {self.eos_ids}, add_bos {self.add_bos}, chat template {bool(self.chat_template)})"
+        return (f"Tokenizer({self.vocab_size:,} tokens, bos {self.bos_id}, ends {self.eos_ids}, add_bos {self.add_bos}, "
+                f"chat template {bool(self.chat_template)})")
 
     def encode(self, text: str,
                special: bool = False,        # read special tokens in the text as such; never for text from users
                add_bos: bool | None = None,  # None: as the file says
               ) -> list[int]:
         "The ids of `text`; lone surrogates count as U+FFFD; a beginning-of-sequence token is not added twice."
-        if not isinstance(text, str): raise TypeError(f"encode takes a str, not {type(text).__name__}; decode bytes first, e.g. data.decode(errors='replace').")
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a str, not {type(text).__name__}; decode bytes first, e.g. data.decode(errors='replace').")
         ids = self.vocabulary.encode(text, special)
         wanted = self.add_bos if add_bos is None else add_bos and self.bos_id is not None
         return [self.bos_id, *ids] if wanted and not (special and ids[:1] == [self.bos_id]) else ids
@@ -348,9 +357,10 @@ class Tokenizer:
         "The text of each token by itself, for looking at; incomplete characters show as U+FFFD."
         return [self.vocabulary.decode([int(i)]) for i in ids]
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #fe5fc75e
-_ENDINGS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
-            "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["}
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #9cd0283d
+_ENDINGS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+            "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
+            "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["}
 
 
 def _list(metadata: dict, key: str, kind: type | tuple, length: int | None = None) -> list:
@@ -366,7 +376,8 @@ def _list(metadata: dict, key: str, kind: type | tuple, length: int | None = Non
 
 def _merges(metadata: dict) -> list[tuple[str, str]]:
     pairs = [(m[:cut], m[cut + 1:]) for m in _list(metadata, "tokenizer.ggml.merges", str) if (cut := m.find(" ", 1)) > 0]
-    if len(pairs) != len(metadata["tokenizer.ggml.merges"]): raise CheckpointError("An entry of tokenizer.ggml.merges is not a pair: the file is damaged.")
+    if len(pairs) != len(metadata["tokenizer.ggml.merges"]):
+        raise CheckpointError("An entry of tokenizer.ggml.merges is not a pair: the file is damaged.")
     return pairs
 
 
@@ -377,24 +388,27 @@ def from_gguf(cls: Tokenizer, metadata: dict):  # the file's key-value pairs
     kind = get("model")
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     vocab = {token: i for i, token in enumerate(tokens)}
-    if not tokens or len(vocab) != len(tokens): raise CheckpointError("tokenizer.ggml.tokens is empty or names a token twice: the file is damaged.")
+    if not tokens or len(vocab) != len(tokens):
+        raise CheckpointError("tokenizer.ggml.tokens is empty or names a token twice: the file is damaged.")
     types = _list(metadata, "tokenizer.ggml.token_type", int, len(tokens)) if get("token_type") is not None else [NORMAL] * len(tokens)
     types = [CONTROL if token in _ENDINGS else type for token, type in zip(tokens, types)]
     if kind == "gpt2":
-        if not isinstance(pre := get("pre") or "default", str): raise CheckpointError("The file's tokenizer.ggml.pre is not a name: the file is damaged.")
+        if not isinstance(pre := get("pre") or "default", str):
+            raise CheckpointError("The file's tokenizer.ggml.pre is not a name: the file is damaged.")
         model, add_bos = ByteBPE(vocab, _merges(metadata), pre, whole_words=pre in _WHOLE_WORDS), pre in _BOS_BY_DEFAULT
     elif kind == "llama":
         scores = _list(metadata, "tokenizer.ggml.scores", (int, float), len(tokens))
         model, add_bos = ScoreBPE(vocab, scores, get("unknown_token_id", 0), bool(get("add_space_prefix", True))), True
     else:
-        raise UnsupportedError(f"tokenizer.ggml.model is {kind!r}; implemented are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE). "
-                               "Read the model's tokenizer.json with Tokenizer.from_file instead.")
-    ids = {name: get(f"{key}_token_id") for name, key in dict(bos="bos", eos="eos", pad="padding", unk="unknown", eot="eot", eom="eom").items()}
+        raise UnsupportedError(f"tokenizer.ggml.model is {kind!r}; implemented are 'gpt2' (byte-level BPE) and 'llama' "
+                               "(SentencePiece BPE). Read the model's tokenizer.json with Tokenizer.from_file instead.")
+    keys = dict(bos="bos", eos="eos", pad="padding", unk="unknown", eot="eot", eom="eom")
+    ids = {name: get(f"{key}_token_id") for name, key in keys.items()}
     if kind == "llama": ids = {name: {"bos": 1, "eos": 2, "unk": 0}.get(name) if id is None else id for name, id in ids.items()}
     for name, id in ids.items():
         if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
             raise CheckpointError(f"The file's {name} token id is {id!r}, outside its {len(tokens):,} tokens: the file is damaged.")
-    names = _ENDINGS - {"<|end|>"} if {"<|return|>", "<|call|>"} <= vocab.keys() else _ENDINGS   # there, <|end|> closes a message, not the answer
+    names = _ENDINGS - {"<|end|>"} if {"<|return|>", "<|call|>"} <= vocab.keys() else _ENDINGS   # there <|end|> only closes a message
     ends = {vocab[name] for name in names if name in vocab} | {i for i in (ids.pop("eot"), ids.pop("eom")) if i is not None}
     template = metadata.get("tokenizer.chat_template")
     return cls(Vocabulary(tokens, types, model), **{f"{name}_id": id for name, id in ids.items()}, eos_ids=ends,
@@ -429,7 +443,7 @@ class ScoreBPE:
         "The bytes that a token of the vocabulary stands for."
         return token.replace("▁", " ").encode()
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #0f118aa4
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #3fba4d93
 class LibraryVocabulary:
     "A `tokenizers.Tokenizer` behind the interface of `Vocabulary`."
     def __init__(self, library):
@@ -452,7 +466,7 @@ class LibraryVocabulary:
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         ids = list(ids)
         for id in ids:
-            if not 0 <= id < 2**32 or self.library.id_to_token(id) is None: raise WorkbenchError(f"The token id {id} is outside the vocabulary of {len(self):,} tokens.")
+            if not 0 <= id < 2**32 or self.library.id_to_token(id) is None: raise _outside(id, self)
         return self.library.decode(ids, skip_special_tokens=skip_special)
 
     def stream(self, skip_special: bool = False) -> "WindowStream": return WindowStream(self, skip_special)
@@ -481,7 +495,7 @@ class WindowStream:
         self.start = self.done = 0
         return new
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #d34482a9
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #d5dd5d2b
 def _read_json(path: Path) -> dict:
     if not path.is_file(): return {}
     try: content = json.loads(path.read_text(encoding="utf-8"))
@@ -508,12 +522,14 @@ def from_file(cls: Tokenizer, path: str | Path):  # a model folder, or its token
     folder = file.parent
     if not file.is_file():
         old = [f.name for f in folder.glob("*") if f.name in ("tokenizer.model", "vocab.json", "spiece.model")] if folder.is_dir() else []
-        if old: raise UnsupportedError(f"{folder} has {', '.join(old)} but no tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one.")
+        if old: raise UnsupportedError(f"{folder} has {', '.join(old)} but no tokenizer.json: "
+                                       "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one.")
         raise SourceError(f"There is no {file}: give the folder of a model, or the path of its tokenizer.json.")
     _read_json(file)   # a plain message for broken JSON; the library's parser then checks the content
     try: vocabulary = LibraryVocabulary(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")))
     except KeyboardInterrupt: raise
-    except BaseException as e: raise CheckpointError(f"{file.name} does not describe a tokenizer ({str(e)[:200]}): download it again.") from e  # a Rust panic is no Exception
+    except BaseException as e:   # a panic of the library's Rust code is no Exception
+        raise CheckpointError(f"{file.name} does not describe a tokenizer ({str(e)[:200]}): download it again.") from e
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     generation = _read_json(folder / "generation_config.json")
 
@@ -525,10 +541,11 @@ def from_file(cls: Tokenizer, path: str | Path):  # a model folder, or its token
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < len(vocabulary)]
     bos, eos = id_of("bos"), id_of("eos")
     begins = vocabulary.library.encode("", add_special_tokens=True).ids[:1]
-    return cls(vocabulary, bos_id=bos, eos_id=eos if eos is not None or not ends else ends[0], pad_id=id_of("pad"), unk_id=id_of("unk"), eos_ids=ends,
+    if eos is None and ends: eos = ends[0]
+    return cls(vocabulary, bos_id=bos, eos_id=eos, pad_id=id_of("pad"), unk_id=id_of("unk"), eos_ids=ends,
                add_bos=bos is not None and begins == [bos], chat_template=_template_of(folder, config))
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #fbc3eb0a
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #66c69091
 MAX_TEXT, MAX_STEPS, MAX_SECONDS = 10_000_000, 1_000_000, 10.0    # of one rendering: characters, steps, seconds
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice"}
 _budget: ContextVar[list] = ContextVar("budget")                   # [steps left, deadline]
@@ -574,10 +591,11 @@ def _counted(items: Iterable) -> Iterable:
 
 def _sized(value: object) -> object:
     "A value that a concatenation made, if it is not too long."
-    if isinstance(value, str) and len(value) > MAX_TEXT: raise CheckpointError(f"The chat template builds a text of more than {MAX_TEXT:,} characters; do not use it.")
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise CheckpointError(f"The chat template builds a text of more than {MAX_TEXT:,} characters; do not use it.")
     return value
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #e6f3337d
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #b1fe3817
 @functools.cache
 def _sandbox():
     "The Jinja environment of chat templates, with every loop, call, filter and operator on the budget."
@@ -605,7 +623,7 @@ def _sandbox():
 
         def call(__self, __context, __obj, *args, **kwargs):
             _step()
-            owner = getattr(__obj, "__self__", None)
+            owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)   # Jinja wraps str.format
             if isinstance(owner, str): _afford_call(__obj.__name__, owner, *args, *kwargs.values())
             return super().call(__context, __obj, *args, **kwargs)
 
@@ -646,13 +664,14 @@ def _sandbox():
         return jinja2.Template.from_code(env, env.compile(Count().visit(env.parse(source))), env.make_globals(None))
     return compiled, jinja2
 
-# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #94db96b7
+# %% ../../nbs/03_checkpoints/03_tokenizers.ipynb #1e396850
 def _plain(value: object) -> object:
     "A copy made of dicts, lists, strings, numbers and None."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if value is None or type(value) in (str, int, float, bool): return value
-    raise WorkbenchError(f"A chat template takes plain values, not {type(value).__name__}; describe tools by their JSON schema (transformers.utils.get_json_schema).")
+    raise WorkbenchError(f"A chat template takes plain values, not {type(value).__name__}; "
+                         "describe tools by their JSON schema (transformers.utils.get_json_schema).")
 
 
 def render_chat(template: str,         # Jinja source
@@ -674,9 +693,12 @@ def render_chat(template: str,         # Jinja source
             if size > MAX_TEXT: raise CheckpointError(f"The chat template writes more than {MAX_TEXT:,} characters; do not use it.")
         return "".join(parts)
     except WorkbenchError: raise
-    except jinja2.sandbox.SecurityError as e: raise CheckpointError(f"The chat template tries to leave the sandbox ({e}); do not use it.") from e
-    except jinja2.TemplateSyntaxError as e: raise CheckpointError(f"The chat template is not valid Jinja (line {e.lineno}: {e.message}).") from e
-    except Exception as e: raise CheckpointError(f"The chat template fails on this conversation ({type(e).__name__}: {e}).") from e
+    except jinja2.sandbox.SecurityError as e:
+        raise CheckpointError(f"The chat template tries to leave the sandbox ({e}); do not use it.") from e
+    except jinja2.TemplateSyntaxError as e:
+        raise CheckpointError(f"The chat template is not valid Jinja (line {e.lineno}: {e.message}).") from e
+    except Exception as e:
+        raise CheckpointError(f"The chat template fails on this conversation ({type(e).__name__}: {e}).") from e
     finally: _budget.reset(token)
 
 
@@ -685,7 +707,8 @@ def chat(self: Tokenizer, messages: list[dict],      # [{"role": "user", "conten
          add_generation_prompt: bool = True,         # end with the opening of the assistant's turn
          **variables) -> str:                        # tools, documents, or whatever the template reads
     "The conversation as the text that the model was trained to continue; see `encode_chat` for its ids."
-    if not self.chat_template: raise UnsupportedError("This model has no chat template: it is a base model. Use a prompt, or pass a template to render_chat.")
+    if not self.chat_template:
+        raise UnsupportedError("This model has no chat template: it is a base model. Use a prompt, or pass a template to render_chat.")
     names = {f"{n}_token": self.vocabulary.decode([i]) for n in ("bos", "eos", "pad", "unk") if (i := getattr(self, f"{n}_id")) is not None}
     return render_chat(self.chat_template, messages, **{**names, "add_generation_prompt": add_generation_prompt, **variables})
 
