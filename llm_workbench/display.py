@@ -32,7 +32,7 @@ def controls(figure: Callable, **widgets):  # figure(**values) -> matplotlib Fig
     "A box of `widgets` (name=ipywidget) over the picture that `figure` draws for their values."
     import ipywidgets as W
     draw = lambda: png(figure(**{name: w.value for name, w in widgets.items()}))
-    image = W.Image(value=draw(), format="png", layout=W.Layout(max_width="100%"))
+    image = W.Image(value=draw(), format="png", layout=W.Layout(max_width="100%", align_self="flex-start"))
     for name, widget in widgets.items():
         if not widget.description: widget.description = name.replace("_", " ")
         widget.style.description_width = "9em"

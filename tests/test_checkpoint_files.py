@@ -171,7 +171,8 @@ def test_packing_is_bit_exact(kind):
     rng = np.random.default_rng(1)
     for scale in [1e-45, 1e-40, 1e-38, 1e-9, 1e-7, 6e-5, 1e-3, 1, 1e3, 1e5, 6.6e6, 1e30, 1e38]:
         for w in [rng.standard_normal((16, 512)), rng.standard_cauchy((16, 512)), rng.integers(-8, 8, (16, 512)) / 2,
-                  -np.abs(rng.standard_normal((16, 512))), rng.choice([-1.0, 1.0], (16, 512)), np.where(rng.random((16, 512)) < 0.02, 1.0, 0.0), np.zeros((16, 512))]:
+                  -np.abs(rng.standard_normal((16, 512))), rng.choice([-1.0, 1.0], (16, 512)),
+                  np.where(rng.random((16, 512)) < 0.02, 1.0, 0.0), np.zeros((16, 512))]:
             w = np.clip(w * scale, -3.4e38, 3.4e38).astype(np.float32)
             if kind == "TQ1_0" and np.abs(w).max() > 3e37: continue     # the package itself overflows in a cast
             with np.errstate(all="ignore"): theirs = gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
@@ -268,8 +269,10 @@ def test_version_2_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("call", [
-    ({"a": {}}, {}), ({"a": [1, "b"]}, {}), ({"a": "x"}, {}, {}, {"a": "UINT8"}), ({"a": 2**70}, {}), ({"general.alignment": 33}, {}), ({"a": "\ud800"}, {}),
-    ({}, {"a": torch.zeros(2, dtype=torch.complex64)}), ({}, {"a": torch.zeros(33)}, {"a": "Q4_0"}), ({}, {"a": torch.zeros(1, 1, 1, 1, 1)}),
+    ({"a": {}}, {}), ({"a": [1, "b"]}, {}), ({"a": "x"}, {}, {}, {"a": "UINT8"}), ({"a": 2**70}, {}),
+    ({"general.alignment": 33}, {}), ({"a": "\ud800"}, {}),
+    ({}, {"a": torch.zeros(2, dtype=torch.complex64)}), ({}, {"a": torch.zeros(33)}, {"a": "Q4_0"}),
+    ({}, {"a": torch.zeros(1, 1, 1, 1, 1)}),
     ({}, {"a": torch.zeros(19, dtype=torch.uint8)}, {"a": "Q4_0"}), ({}, {"a": torch.zeros(4)}, {"a": "Q9"})])
 def test_write_gguf_refuses(tmp_path, call):
     with pytest.raises(CheckpointError): G.write_gguf(tmp_path / "x", *call)
@@ -553,9 +556,10 @@ def test_a_thousand_mutations(tmp_path, fmt):
             if out is not None:
                 assert theirs is not None and set(theirs) == set(out), f"mutation {i}: accepted, but not by the library"
                 for k, t in out.items():
-                    assert (t.dtype, t.shape, raw(t)) == (theirs[k].dtype, theirs[k].shape, raw(theirs[k])), f"mutation {i}: {k} has other numbers"
+                    same = t.dtype == theirs[k].dtype and t.shape == theirs[k].shape and raw(t) == raw(theirs[k])
+                    assert same, f"mutation {i}: {k} has other numbers"
     tracemalloc.stop()
-    print(f"{fmt}: {refused} refused, {accepted} read; at most {worst:.1f} bytes of memory for a byte of file and {slowest:.3f} s; "
+    print(f"{fmt}: {refused} refused, {accepted} read; at most {worst:.1f} bytes of memory for a byte of file, {slowest:.3f} s; "
           f"{stricter} refused here but not by the library")
     assert refused + accepted == MUTATIONS and refused > MUTATIONS // 3 and accepted > MUTATIONS // 50, "the mutations test nothing"
     assert worst < 16 and slowest < 5

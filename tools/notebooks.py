@@ -23,7 +23,7 @@ def execute(path, save):
     from fastcore.xtras import working_directory
     from nbdev.clean import clean_nb
     from nbdev.config import get_config
-    from nbdev.process import NBProcessor, extract_directives
+    from nbdev.process import NBProcessor
     from execnb.nbio import read_nb, write_nb
 
     os.environ["IN_TEST"] = "1"
@@ -48,7 +48,7 @@ def execute(path, save):
         sys.exit(shell.prettytb(fname=path.relative_to(ROOT)))
     if save:
         for cell, ran in zip(raw.cells, nb.cells):
-            if not skipped(ran) and cell.cell_type == "code": cell.outputs = [without_paths(o) for o in ran.outputs]
+            if not skipped(ran) and cell.cell_type == "code": cell.outputs = [portable(o) for o in ran.outputs]
         config = get_config()
         clean_nb(raw, allowed_cell_metadata_keys=config.allowed_cell_metadata_keys.split(), clean_ids=True)
         raw.metadata.pop("widgets", None)
@@ -56,6 +56,13 @@ def execute(path, save):
         write_nb(raw, tmp)
         os.replace(tmp, path)
     return time.time() - start
+
+
+def portable(output):
+    "What of an output is worth keeping in a file: no paths of this machine, and no handle of a widget whose kernel is gone where there is a picture of it."
+    data = output.get("data", {})
+    if "image/png" in data: output = {**output, "data": {k: v for k, v in data.items() if k != "application/vnd.jupyter.widget-view+json"}}
+    return without_paths(output)
 
 
 def without_paths(output):

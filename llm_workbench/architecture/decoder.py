@@ -188,7 +188,7 @@ def read_config(config: dict) -> ModelConfig:  # transformers' config.json as a 
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         num_local_experts=config.get("num_local_experts", 0), num_experts_per_tok=config.get("num_experts_per_tok", 0))
 
-# %% ../../nbs/04_architecture/06_decoder.ipynb #d39cce65
+# %% ../../nbs/04_architecture/06_decoder.ipynb #ec150ab9
 @patch(cls_method=True)
 def from_checkpoint(cls: Decoder,
                     config: dict,                         # transformers' config.json as a dict
@@ -201,8 +201,9 @@ def from_checkpoint(cls: Decoder,
     with torch.device("meta"): model = cls(read_config(config), ops)
     shapes = {checkpoint_name(n): tuple(p.shape) for n, p in model.named_parameters()}     # tied weights are named once
     check_names(shapes, tensors, model.config.tie_word_embeddings)
+    read = getattr(tensors, "read", lambda name, dtype: tensors[name].to(dtype))   # a checkpoint unpacks straight into the dtype
     for name in [n for n, _ in model.named_parameters()]:
-        fill(model, name, tensors[checkpoint_name(name)].to(device, dtype))
+        fill(model, name, read(checkpoint_name(name), dtype).to(device))
     if model.config.tie_word_embeddings: model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 

