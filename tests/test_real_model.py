@@ -36,15 +36,28 @@ def test_fused_ops_equal_the_reference(lm, ours, prose_ids):
     with torch.inference_mode(): assert worst(lm.decoder.with_ops(TORCH)(prose_ids), ours) <= 2e-3
 
 
-def test_greedy_continuations_equal_transformers(lm, hf_model):
-    chats = [lm.tokenizer.chat([{"role": "user", "content": p}]) for p in PROMPTS]
-    ids = [lm.tokenizer.encode(c, special=True) for c in chats]
-    mine = lm.generate_ids(ids, max_new_tokens=128, stop_at_eos=False)
-    for prompt, row, got in zip(PROMPTS, ids, mine):
-        want = hf_model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
-                                 max_new_tokens=128, min_new_tokens=128, do_sample=False, eos_token_id=None)[0, len(row):].tolist()
-        same = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), 128)
-        assert got == want, f"{prompt!r}: the first {same} of 128 tokens agree"
+@pytest.fixture(scope="module")
+def continuations(lm):
+    "Token ids of the eight prompts in the chat template, and our greedy 128 tokens for each, written as one ragged batch."
+    ids = [lm.tokenizer.encode(lm.tokenizer.chat([{"role": "user", "content": p}]), special=True) for p in PROMPTS]
+    return list(zip(ids, lm.generate_ids(ids, max_new_tokens=128, stop_at_eos=False)))
+
+
+def test_greedy_continuations_are_those_of_transformers(continuations, hf_model):
+    "Every token is the one that transformers ranks first after the same prefix: its greedy continuation, in one pass a prompt."
+    for prompt, (ids, ours) in zip(PROMPTS, continuations):
+        assert len(ours) == 128
+        with torch.inference_mode(): theirs = hf_model(torch.tensor([ids + ours[:-1]])).logits[0, len(ids) - 1:].argmax(-1).tolist()
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), 128)
+        assert ours == theirs, f"{prompt!r}: the first {same} of 128 tokens agree"
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_greedy_continuation_equals_generate(continuations, hf_model, number):
+    ids, ours = continuations[number]
+    theirs = hf_model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                               max_new_tokens=128, min_new_tokens=128, do_sample=False, eos_token_id=None)[0, len(ids):].tolist()
+    assert ours == theirs
 
 
 def test_cached_is_uncached_at_every_split(lm, prose_ids):
