@@ -81,13 +81,14 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x, ops), rope, cache, ops)
         return x + self.mlp(self.post_attention_layernorm(x, ops), ops)
 
-# %% ../../nbs/04_architecture/06_decoder.ipynb #3598f49e
+# %% ../../nbs/04_architecture/06_decoder.ipynb #c6cb65f0
 class Decoder(nn.Module):
     "A decoder-only language model: config, ops and weights plugged together; the cache comes with each call."
     def __init__(self, config: ModelConfig, ops: Ops = REFERENCE):
         super().__init__()
         self.config, self.ops = config, ops
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # drawn uniformly: nn.Embedding's normal draw, on the meta device, would import 800 modules and 70 MB of torch
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
