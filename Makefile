@@ -10,7 +10,7 @@ help:            ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 lab: $(STAMP)    ## install what is missing and open the tour in JupyterLab
-	$(PY) -m jupyter lab nbs/00_start_here.ipynb $(LAB_ARGS)
+	$(PY) -m jupyter lab nbs/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: $(STAMP)   ## install what is missing and run every check
 	$(PY) tools/check.py
