@@ -56,6 +56,7 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                "--IdentityProvider.token="]  # no token: only this machine reaches 127.0.0.1
     log = base / "lab.log"
+    environment["OMP_NUM_THREADS"] = "1"  # the browser draws at the same time, and torch's threads would wait for each other
     server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:

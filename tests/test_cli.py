@@ -120,7 +120,13 @@ def test_doctor_fails_only_if_something_required_is_broken(monkeypatch, required
     assert told.exit_code == code and json.loads(told.stdout)["ok"] is not bool(code)
 
 
+def interruptible():
+    "A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def command(*args, **more):
+    if os.name != "nt": more.setdefault("preexec_fn", interruptible)
     return subprocess.Popen([sys.executable, "-m", "llm_workbench.cli", *args], text=True, encoding="utf-8", stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, stdin=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, **more)
 

