@@ -146,7 +146,8 @@ def main():
         for function in peers.values(): function()                     # warm-up
         for i in range(args.rounds):
             samples["read bandwidth"].append(read_bandwidth(threads=args.threads, device=args.device) / 1e9)
-            for name, function in peers.items():
+            order = list(peers.items())
+            for name, function in order[i % len(order):] + order[:i % len(order)]:   # nobody always follows the same neighbour
                 prefill, step = function()
                 samples.setdefault(f"prefill, {name}", []).append(args.prompt / prefill)
                 samples.setdefault(f"decode, {name}", []).append(1 / step)
