@@ -53,7 +53,7 @@ class Clock:
 def measure_ours(decoder, prompt, n_new, clock):
     "Seconds for the prompt (logits of its last token) and for each further token, greedy, on average."
     cache = decoder.new_cache()
-    prefill, last = clock(lambda: decoder.lm_head(decoder.hidden(prompt, cache)[:, -1:]).argmax(-1))
+    prefill, last = clock(lambda: decoder.logits(decoder.hidden(prompt, cache)[:, -1:]).argmax(-1))
     def steps():
         token = last
         for _ in range(n_new): token = decoder(token, cache).argmax(-1)
@@ -130,8 +130,7 @@ def main():
             decoder = Decoder.from_transformers(hf, TORCH)
         else:
             decoder = Decoder.from_checkpoint(config, tensors, dtype, args.device, TORCH)
-            state = {("" if n.startswith("lm_head") else "model.") + n: p.detach() for n, p in decoder.named_parameters()}
-            hf = transformers_model(config, dtype, args.device, state | {"lm_head.weight": decoder.lm_head.weight.detach()})
+            hf = transformers_model(config, dtype, args.device, decoder.transformers_state() | {"lm_head.weight": decoder.lm_head.weight.detach()})
         weight_bytes[name] = sum(p.nbytes for p in decoder.parameters())
         peers[f"ours {name}"] = lambda d=decoder: measure_ours(d, prompt, args.new, clock)
         peers[f"transformers {name}"] = lambda m=hf: measure_transformers(m, prompt, args.new, clock)

@@ -6,7 +6,7 @@ _LAZY = {
     "load": "inference.generation",
     "LM": "inference.generation",
     "Decoder": "architecture.decoder",
-    "ModelConfig": "architecture.decoder",
+    "ModelConfig": "architecture.layers",
     "errors": "errors",
 }
 

@@ -180,7 +180,7 @@ class Script(torch.nn.Module):
         self.script, self.vocab, self.embed_tokens = script, vocab, torch.nn.Embedding(1, 1)
         self.config = type("Config", (), dict(max_position_embeddings=1000, vocab_size=vocab))
 
-    def new_cache(self):
+    def new_cache(self, context=None):
         class Count:
             at = 0
             def select(self, rows): pass
@@ -190,7 +190,7 @@ class Script(torch.nn.Module):
         cache.at += 1
         return torch.full((*tokens.shape, 1), float(self.script[cache.at - 1]))
 
-    def lm_head(self, last): return torch.nn.functional.one_hot(last[:, 0].long(), self.vocab).float()
+    def logits(self, last): return torch.nn.functional.one_hot(last[:, 0].long(), self.vocab).float()
 
 
 def scripted(text, rng, end=True, alphabet="ab안👩"):

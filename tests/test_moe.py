@@ -353,7 +353,7 @@ MUTANTS = {   # name: (function, text to replace, replacement, the check that mu
     "the last expert wins": ("moe", "out.index_add_(0, tokens,", "out.index_copy_(0, tokens,", check_op),
     "weights forgotten": ("moe", " * weights.flatten()[mine, None]", "", check_op),
     "idle experts counted short": ("moe", "bincount(minlength=len(gate_up))", "unique(return_counts=True)[1]", None),
-    "every expert on all tokens": ("moe", "for mine,", "for e in gate_up: F.linear(x, e)\n    for mine,", check_work),
+    "every expert on all tokens": ("moe", "for e, mine in", "for each in gate_up: F.linear(x, each)\n    for e, mine in", check_work),
 }
 
 

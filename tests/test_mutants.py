@@ -21,9 +21,9 @@ def with_ops(**ops): return lambda decoder: decoder.with_ops(**ops)
 # --- wrong primitives -------------------------------------------------------------------------------------------------
 
 def rope_layout_swapped(x, cos, sin): return rotate(half_from_interleaved(x), cos, sin)
-def rope_turned_backwards(x, cos, sin): return rotate(x, cos, -sin) if x.shape[2] == 9 else rotate(x, cos, sin)
-def rope_on_queries_only(x, cos, sin): return rotate(x, cos, sin) if x.shape[2] == 9 else x
-def missing_scale(q, k, v, **kind): return attention(q, k, v, scale=1.0, **kind)
+def rope_turned_backwards(x, cos, sin): return torch.cat([rotate(x[:, :, :9], cos, -sin), rotate(x[:, :, 9:], cos, sin)], 2)   # 9 query heads, then the keys
+def rope_on_queries_only(x, cos, sin): return torch.cat([rotate(x[:, :, :9], cos, sin), x[:, :, 9:]], 2)
+def missing_scale(q, k, v, **kind): return attention(q, k, v, **{**kind, "scale": 1.0})
 def norm_without_epsilon(x, weight, eps): return rms_norm(x, weight, 0.0)
 def norm_epsilon_outside(x, weight, eps): return x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
 

@@ -35,12 +35,13 @@ class RowLengths:
         self.value = self.value + n
         if self.rows is not None: self.rows = [r + n for r in self.rows]
 
-# %% ../../nbs/04_architecture/05_kv_cache.ipynb #037af99e
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #bc70315a
 class Cache:
     "What every cache shares: where its rows stand. A subclass says how keys and values are kept."
     def __init__(self, n_layers: int):
         self.store = [{} for _ in range(n_layers)]   # per layer: name -> tensor (B, slots, ...), made when the layer is first used
         self._lengths = RowLengths()
+        self._text = RowLengths()                    # the length that each text is meant to reach; 0: not known yet
 
     @property
     def lengths(self) -> int | Tensor:
@@ -59,6 +60,14 @@ class Cache:
         "Where the next `n_tokens` stand in the text."
         new = torch.arange(n_tokens, device=device)
         return new + (self.lengths if isinstance(self.lengths, int) else self.lengths[:, None])
+
+    def text_lengths(self,
+        n_tokens: int,                      # new tokens, T
+        counts: Tensor | None = None,       # (B,) real tokens of each row
+    ) -> int | Tensor:                      # int, or (B,)
+        "The length by which some kinds of RoPE choose their angles: given to `new_cache`, or that of the first call. It never changes."
+        if self._text.longest == 0: self._text.set([n_tokens] if counts is None else counts.tolist(), None if counts is None else counts.device)
+        return self._text.value
 
     def attend(self,
         layer: int,
@@ -85,7 +94,7 @@ class Cache:
 
     def _append(self, layer, k, v): raise NotImplementedError
     def _moved(self, by): pass                          # a subclass tidies up here, when the counts are known
-    def _counters(self): return [self._lengths]
+    def _counters(self): return [self._lengths, self._text]
     def _any(self): return next((t for layer in self.store for t in layer.values()), None)
 
     @property
@@ -94,11 +103,12 @@ class Cache:
     @property
     def _device(self): return None if self._any() is None else self._any().device
 
-# %% ../../nbs/04_architecture/05_kv_cache.ipynb #daaaea3d
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #e8a77cd7
 class NoCache(Cache):
     "No past: every call sees only its own tokens."
     def __init__(self): super().__init__(0)
     def attend(self, layer, q, k, v, *, attention, **kind): return attention(q, k, v, **kind)
+    def text_lengths(self, n_tokens, counts=None): return n_tokens if counts is None else counts
     def advance(self, n_tokens, counts=None): pass
     def select(self, rows): pass
 
@@ -216,7 +226,7 @@ class SlidingCache(ContiguousCache):
         start = max(0, held.value - (window - 1))                                     # the first key that the first new query sees
         return k[:, start:end], v[:, start:end], end - start
 
-# %% ../../nbs/04_architecture/05_kv_cache.ipynb #608063c4
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #e47cde26
 @patch
 def _moved(self: SlidingCache, by):
     for window, held in self._held.items():
@@ -230,7 +240,7 @@ def _moved(self: SlidingCache, by):
                 for name in layer: layer[name] = _shift(layer[name], drop, held.longest, room)
 
 @patch
-def _counters(self: SlidingCache): return [self._lengths, *self._held.values()]
+def _counters(self: SlidingCache): return [self._lengths, self._text, *self._held.values()]
 
 @patch
 def _rewound(self: SlidingCache, by):
@@ -285,7 +295,7 @@ def kv_bits(
     "Bits per value with its share of a 16-bit scale and a 16-bit zero."
     return bits + 32 / group
 
-# %% ../../nbs/04_architecture/05_kv_cache.ipynb #0b18863d
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #2017bd11
 class QuantizedCache(Cache):
     "Keys and values in 8 or 4 bits, by groups of tokens, behind a tail of recent tokens in full precision (after KIVI, arXiv 2402.02750)."
     def __init__(self,
@@ -323,7 +333,7 @@ class QuantizedCache(Cache):
         _put(both, tail, packed)                                                               # each tail behind its own row's codes
         return both
 
-    def _counters(self): return [self._lengths, self._packed, self._tail]
+    def _counters(self): return [*super()._counters(), self._packed, self._tail]
 
 # %% ../../nbs/04_architecture/05_kv_cache.ipynb #b42412b6
 @patch

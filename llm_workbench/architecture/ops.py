@@ -33,11 +33,14 @@ class Ops:
 
 REFERENCE = Ops()
 
-# %% ../../nbs/04_architecture/05a_ops.ipynb #259b0d0a
+# %% ../../nbs/04_architecture/05a_ops.ipynb #74f6d761
 def quick_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     "`rms_norm` in fewer calls: torch's fused kernel on a GPU; on a CPU, where that one is not fused, a single reduction and a scale."
     if weight is None or weight.dtype != x.dtype: return rms_norm(x, weight, eps)      # the plain version minds the order of rounding
     if x.is_cuda: return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():     # a decode step: one row, whose length can be a Python number
+        row = x.flatten().to(torch.promote_types(x.dtype, torch.float32))
+        return x * (torch.dot(row, row).item() / len(row) + eps) ** -0.5 * weight
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return (x * torch.rsqrt(length.square() / x.shape[-1] + eps)).to(x.dtype) * weight
 
@@ -50,15 +53,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, win
     unmasked = lengths is None and (not window or window >= Tk)      # nothing but causality restricts what is seen
     triangle = unmasked and causal and Tq == Tk
     mask = None
-    if not (unmasked and (triangle or not causal or Tq == 1)):       # a single query at the end sees every key
+    if unmasked and Tq == 1:                                         # the heads that share a KV head become queries of one head: it is read once
+        grouped = q[:, 0].unflatten(1, (k.shape[2], -1))             # (B, K, G, D)
+        return F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), scale=scale).flatten(1, 2)[:, None]
+    if not (unmasked and (triangle or not causal)):
         mask = visible(Tq, Tk, causal=causal, window=window, lengths=lengths, device=q.device)[:, None]   # (B or 1, 1, Tq, Tk)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))                 # (B, heads, T, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle and Tq > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 TORCH = replace(REFERENCE, rms_norm=quick_rms_norm, attention=fused_attention)
 
-# %% ../../nbs/04_architecture/05a_ops.ipynb #bc0c81d4
+# %% ../../nbs/04_architecture/05a_ops.ipynb #8bcde6a8
 def example_inputs(op: str, config, n_tokens: int, past: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[tuple, dict]:
     "Random positional and keyword arguments for `op` in the shapes of a ModelConfig."
     c, make = config, lambda *shape: torch.randn(*shape, dtype=dtype, device=device)
@@ -68,7 +74,7 @@ def example_inputs(op: str, config, n_tokens: int, past: int = 0, dtype: torch.d
     if op in ("swiglu", "geglu"): return (make(1, T, width), make(1, T, width)), {}
     if op == "rotate": return (make(1, T, H, D), *rope_tables(torch.arange(past, past + T, device=device), inverse_frequencies(D), dtype=dtype)), {}
     if op == "attention": return (make(1, T, H, D), make(1, past + T, K, D), make(1, past + T, K, D)), {}
-    E, k = getattr(c, "num_local_experts", 0) or 8, getattr(c, "num_experts_per_tok", 0) or 2
+    E, k, width = (getattr(c, name, 0) or default for name, default in (("num_experts", 8), ("num_experts_per_tok", 2), ("moe_intermediate_size", width)))
     return (make(T, C), make(E, 2 * width, C) * C ** -0.5, make(E, C, width) * width ** -0.5, *route(make(T, E), k)), {}
 
 def seconds(function: Callable, repeats: int = 5) -> float:

@@ -105,12 +105,13 @@ def yarn_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]:
     divide = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
     return (1 - divide) * freqs + divide * freqs / rope["factor"], yarn_attention_factor(rope)
 
-# %% ../../nbs/04_architecture/02_rope.ipynb #55217026
+# %% ../../nbs/04_architecture/02_rope.ipynb #d9a3f454
 def longrope_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]:
     "LongRoPE (arXiv 2402.13753): a divisor per pair, `long_factor` once the text outgrows the trained length."
     trained, factor = rope["original_max_position_embeddings"], rope.get("factor") or 1.0
-    divisors = torch.tensor(rope["long_factor" if n_tokens > trained else "short_factor"], dtype=torch.float32)
-    attention_factor = rope.get("attention_factor")
+    which = "long" if n_tokens > trained else "short"
+    divisors = torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
+    attention_factor = rope.get(f"{which}_mscale") or rope.get("attention_factor")    # PhiMoE gives one for each
     if attention_factor is None:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
     return inverse_frequencies(dim, rope["rope_theta"]) / divisors, attention_factor

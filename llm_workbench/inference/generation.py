@@ -20,7 +20,7 @@ from ..checkpoints.tokenizers import Tokenizer
 from ..errors import ContextLengthError, UnsupportedError
 from .sampling import Sampler
 
-# %% ../../nbs/05_inference/02_generation.ipynb #17073905
+# %% ../../nbs/05_inference/02_generation.ipynb #0b209757
 @torch.inference_mode()
 def next_logits(decoder: Decoder,
                 tokens: Tensor,                # (B, T) int64: a prompt, or one token per row
@@ -30,7 +30,7 @@ def next_logits(decoder: Decoder,
     "Scores for the token after each row's last valid one."
     hidden = decoder.hidden(tokens, cache, counts)                                          # (B, T, C)
     last = hidden[:, -1] if counts is None else hidden[torch.arange(len(hidden), device=hidden.device), counts - 1]   # (B, C)
-    return decoder.lm_head(last)
+    return decoder.logits(last)
 
 # %% ../../nbs/05_inference/02_generation.ipynb #ec36db18
 @dataclass
@@ -59,7 +59,7 @@ def check_prompts(prompts: Sequence[Sequence[int]],  # token ids
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise UnsupportedError(f"Prompt {i} holds a token outside 0..{vocab_size - 1}: was it made by the tokenizer of another model?")
 
-# %% ../../nbs/05_inference/02_generation.ipynb #8e008715
+# %% ../../nbs/05_inference/02_generation.ipynb #cdb3e1c1
 def generate_tokens(decoder: Decoder,
                     prompts: Sequence[Sequence[int]],          # token ids, of any lengths
                     *,
@@ -74,7 +74,7 @@ def generate_tokens(decoder: Decoder,
     rows = [Row(list(p)) for p in prompts]
     device = decoder.embed_tokens.weight.device
     generators = None if seed is None else [torch.Generator(device).manual_seed(seed + i) for i in range(len(rows))]
-    return _steps(decoder, rows, max_new_tokens, sampler, set(eos_ids), generators, cache or decoder.new_cache(), device)
+    return _steps(decoder, rows, max_new_tokens, sampler, set(eos_ids), generators, cache or decoder.new_cache(context=[len(p) + max_new_tokens for p in prompts]), device)
 
 
 def _pad(rows: list[list[int]], value: int, device) -> Tensor:  # (B, longest)
