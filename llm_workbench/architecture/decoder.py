@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         "Logits for every token; see `hidden` for the arguments."
         return self.logits(self.hidden(tokens, cache, counts))
 
-# %% ../../nbs/04_architecture/06_decoder.ipynb #9558144e
+# %% ../../nbs/04_architecture/06_decoder.ipynb #2516c011
 @patch
 def new_cache(self: Decoder,
               kind: str = "contiguous",  # contiguous, sliding or quantized
@@ -84,6 +84,19 @@ def with_ops(self: Decoder,
     other = copy.copy(self)
     other.ops = ops
     return other
+
+@patch
+def with_config(self: Decoder,
+                **changes,  # fields of ModelConfig
+               ) -> Decoder:
+    "The same weights, in the same memory, in a decoder of another configuration. Raises UnsupportedError for a field or a shape that does not fit."
+    try:
+        with torch.device("meta"): other = Decoder(replace(self.config, **changes), self.ops)
+        other.load_state_dict(self.state_dict(), assign=True)
+    except (TypeError, RuntimeError) as e: raise UnsupportedError(f"the weights do not fit a decoder with {changes}: {str(e).splitlines()[-1].strip()}") from None
+    if other.config.tie_word_embeddings: other.lm_head.weight = other.embed_tokens.weight
+    other.source = self.source
+    return other.eval()
 
 # %% ../../nbs/04_architecture/06_decoder.ipynb #7fd43003
 def check_tensors(shapes: dict[str, tuple],  # what the configuration asks for: name in the checkpoint -> shape

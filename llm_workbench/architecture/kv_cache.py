@@ -270,14 +270,14 @@ def kv_bytes(
     values = batch * slots * n_kv_heads * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
     return math.ceil(values * bits / 8)
 
-# %% ../../nbs/04_architecture/05_kv_cache.ipynb #ef0bbeb4
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #77578b6b
 def quantize_kv(
     x: Tensor,       # (..., D), D even for 4 bits
     bits: int,       # 8, or 4 (two codes in a byte)
     dim: int,        # the dimension whose values share one scale and one zero
 ) -> tuple[Tensor, Tensor, Tensor]:  # uint8 codes (..., D * bits / 8); float16 scale and zero, size 1 at `dim`
     "Round `x` (below 65,504, the range of float16) to 2**bits levels between its minimum and maximum along `dim`."
-    low, high = x.float().aminmax(dim=dim, keepdim=True)
+    low, high = x.float().aminmax(dim=dim, keepdim=True) if x.shape[dim] else 2 * [x.float().sum(dim, keepdim=True)]   # latent attention has no values
     zero = low.half()
     scale = ((high - zero.float()) / (2 ** bits - 1)).clamp_min(6e-8).half()            # never 0: a constant group has codes 0
     codes = ((x.float() - zero.float()) / scale.float()).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
