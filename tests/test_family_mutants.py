@@ -83,7 +83,7 @@ def layer_norm_without_mean(x, weight, bias, eps):
 def exact_gelu(gate, up): return torch.nn.functional.gelu(gate) * up
 
 
-def drop(name): return modules(lambda block: delattr(block, name))
+def drop(name): return modules(lambda block: setattr(block, name, None))
 
 
 ATTENTION, MLP = "layers.0.self_attn", "layers.0.mlp"

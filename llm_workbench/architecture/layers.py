@@ -211,7 +211,7 @@ def mixture(config: ModelConfig) -> MoE:
     return MoE(c.hidden_size, c.moe_intermediate_size, c.num_experts, c.num_experts_per_tok, shared_intermediate_size=c.shared_intermediate_size,
                shared_gate=c.shared_gate, bias=c.expert_bias, act=clamped_swiglu if c.expert_bias else None, **c.router)
 
-# %% ../../nbs/04_architecture/05b_layers.ipynb #ef8b73f1
+# %% ../../nbs/04_architecture/05b_layers.ipynb #a3d52d9f
 class Block(nn.Module):
     "Attention and feed-forward around the residual stream, in one of six arrangements (`config.block`)."
     def __init__(self, config: ModelConfig, layer: int):
@@ -219,20 +219,21 @@ class Block(nn.Module):
         self.kind, self.multiplier, c = config.block, config.residual_multiplier, config
         kinds = ("pre", "post", "sandwich", "parallel", "parallel_two_norms", "dense_moe")
         if self.kind not in kinds: raise UnsupportedError(f"there is no block {self.kind!r}; there are {', '.join(kinds)}")
+        norm = lambda there: make_norm(c, c.hidden_size) if there else None
+        self.attn_norm, self.mlp_norm = norm(self.kind != "post"), norm(self.kind not in ("post", "parallel"))
+        self.attn_post_norm, self.mlp_post_norm = norm(self.kind in ("post", "sandwich")), norm(self.kind in ("post", "sandwich"))
         self.self_attn = (LatentAttention if c.kv_lora_rank else Attention)(c, layer)
         self.mlp = feed_forward(replace(c, moe_layers=()) if self.kind == "dense_moe" else c, layer)
-        if self.kind != "post": self.attn_norm = make_norm(c, c.hidden_size)
-        if self.kind not in ("post", "parallel"): self.mlp_norm = make_norm(c, c.hidden_size)
-        if self.kind in ("post", "sandwich"): self.attn_post_norm, self.mlp_post_norm = make_norm(c, c.hidden_size), make_norm(c, c.hidden_size)
-        if self.kind == "dense_moe" and layer in c.moe_layers: self.moe_norm, self.moe = make_norm(c, c.hidden_size), mixture(c)
+        beside = self.kind == "dense_moe" and layer in c.moe_layers
+        self.moe_norm, self.moe = norm(beside), mixture(c) if beside else None
 
     def forward(self, x: Tensor, positions: Positions, cache, ops: Ops) -> Tensor:  # (B, T, C) -> (B, T, C)
-        norm = lambda name, t: getattr(self, name)(t, ops) if hasattr(self, name) else t
-        h = norm("attn_norm", x)
-        attended = norm("attn_post_norm", self.self_attn(h, positions, cache, ops))
+        norm = lambda module, t: t if module is None else module(t, ops)
+        h = norm(self.attn_norm, x)
+        attended = norm(self.attn_post_norm, self.self_attn(h, positions, cache, ops))
         if self.kind == "parallel": return x + attended + self.mlp(h, ops)
-        if self.kind == "parallel_two_norms": return x + attended + self.mlp(norm("mlp_norm", x), ops)
+        if self.kind == "parallel_two_norms": return x + attended + self.mlp(norm(self.mlp_norm, x), ops)
         out = x + attended * self.multiplier if self.multiplier != 1 else x + attended
-        added = norm("mlp_post_norm", self.mlp(norm("mlp_norm", out), ops))
-        if hasattr(self, "moe"): added = added + self.moe(self.moe_norm(x, ops), ops)        # Arctic's experts read the block's input
+        added = norm(self.mlp_post_norm, self.mlp(norm(self.mlp_norm, out), ops))
+        if self.moe is not None: added = added + self.moe(self.moe_norm(x, ops), ops)        # Arctic's experts read the block's input
         return out + added * self.multiplier if self.multiplier != 1 else out + added
