@@ -2,21 +2,21 @@
 import pytest
 import torch
 
-from checks import cached_is_uncached, some_tokens, tiny, worst
+from checks import cached_is_uncached, some_tokens, worst
 from llm_workbench.architecture.decoder import Decoder
+from llm_workbench.architecture.families import SMALL, small_model
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.inference.generation import generate_tokens
 from llm_workbench.inference.sampling import Sampler
 
 pytestmark = pytest.mark.cuda
-FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "mixtral": dict(num_local_experts=4, num_experts_per_tok=2)}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SMALL)
 def pair(request):
     "The same decoder on the CPU and on the GPU."
     torch.backends.cuda.matmul.allow_tf32 = False
-    hf = tiny(request.param, **FAMILIES[request.param])
+    hf = small_model(request.param)
     cpu = Decoder.from_transformers(hf)
     state = {k: v.cuda() for k, v in hf.state_dict().items()}
     return cpu, Decoder.from_checkpoint(hf.config.to_dict(), state, torch.float32, "cuda")
@@ -33,7 +33,7 @@ def test_logits_equal_the_cpu(pair, ops):
 def test_caches_are_exact(pair, kind):
     _, gpu = pair
     if kind == "sliding" and not gpu.config.sliding_window: pytest.skip("this family has no window")
-    cached_is_uncached(gpu, lambda d: d.new_cache(kind), some_tokens().cuda())
+    cached_is_uncached(gpu, lambda d: d.new_cache(kind, context=some_tokens().shape[1]), some_tokens().cuda())
 
 
 @torch.inference_mode()

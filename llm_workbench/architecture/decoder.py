@@ -176,11 +176,11 @@ def to_transformers(self: Decoder) -> nn.Module:
     model.tie_weights()
     return model.eval()
 
-# %% ../../nbs/04_architecture/06_decoder.ipynb #0cd55aaa
+# %% ../../nbs/04_architecture/06_decoder.ipynb #98abec36
 def record_outputs(model: nn.Module, names: dict[str, str]) -> tuple[dict, list]:
     "Hooks that store the output of each module in `names` (name -> label); returns the store and the hooks."
     outputs = {}
-    def keep(label): return lambda module, args, out: outputs.__setitem__(label, (out[0] if isinstance(out, tuple) else out).detach())
+    def keep(label): return lambda module, args, out: outputs.__setitem__(label, (out[0] if isinstance(out, tuple) else out).detach().clone())   # some models add to it in place
     return outputs, [model.get_submodule(name).register_forward_hook(keep(label)) for name, label in names.items()]
 
 def divergence(decoder: Decoder,

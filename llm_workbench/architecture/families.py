@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'LAYER_NORM', 'QKV', 'GATE_UP', 'DOWN', 'DEFAULT', 'POST', 'SANDWICH', 'NEOX_MLP', 'FAMILIES',
-           'IGNORED', 'SMALL', 'common_fields', 'read_rope', 'nearest', 'llama', 'mistral', 'phi3', 'qwen2', 'qwen3',
-           'granite', 'smollm3', 'gemma', 'gemma2', 'gemma3_text', 'olmo', 'olmo2', 'olmo3', 'gpt_neox', 'phi',
+           'IGNORED', 'SMALL', 'BLOCKS', 'common_fields', 'read_rope', 'nearest', 'llama', 'mistral', 'phi3', 'qwen2',
+           'qwen3', 'granite', 'smollm3', 'gemma', 'gemma2', 'gemma3_text', 'olmo', 'olmo2', 'olmo3', 'gpt_neox', 'phi',
            'stablelm', 'falcon', 'cohere', 'cohere2', 'experts', 'sparse_layers', 'mixtral', 'phimoe', 'qwen2_moe',
            'qwen3_moe', 'dbrx', 'gpt_oss', 'arctic', 'deepseek', 'deepseek_v2', 'deepseek_v3', 'Entry', 'qkv_rows',
            'qkv_groups', 'gate_up_rows', 'norms_per_head', 'dbrx_experts', 'gpt_oss_experts', 'Family', 'latent_names',
-           'falcon_names', 'supported', 'read_config', 'transformers_name', 'entries', 'shapes_of', 'small_model']
+           'falcon_names', 'supported', 'read_config', 'transformers_name', 'entries', 'shapes_of', 'small_model',
+           'describe', 'diff']
 
 # %% ../../nbs/04_architecture/07_families.ipynb #fbd27e60
 import difflib
@@ -398,3 +399,60 @@ def small_model(kind: str,          # a family of `supported()` that transformer
         for name, b in model.named_buffers():
             if name.endswith("correction_bias"): b.copy_(torch.rand(b.shape, generator=generator))
     return model
+
+# %% ../../nbs/04_architecture/07_families.ipynb #7f5b7a14
+def describe(model: "ModelConfig | dict | nn.Module",  # or a transformers configuration, or a Decoder
+            ) -> dict[str, str]:
+    "A model in the vocabulary of the architecture chapters, one short phrase per aspect."
+    c = model if isinstance(model, ModelConfig) else read_config(model) if isinstance(model, dict) else model.config
+    out = {"blocks": f"{c.num_hidden_layers}, {BLOCKS[c.block]}", "width": f"{c.hidden_size:,}", "vocabulary": f"{c.vocab_size:,}", "context": f"{c.max_position_embeddings:,}"}
+    out["norm"] = ("LayerNorm" + (" with bias" if c.norm_bias else "") if c.norm == "layer" else "RMSNorm") + ("" if c.norm_weight else " without weight") \
+        + (", weight 1 + w" if c.norm_offset else "") + (", weighed before rounding" if c.norm_weigh_first else "") + f", epsilon {c.norm_eps:g}"
+    out |= _describe_attention(c) | _describe_positions(c)
+    gated = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act, c.hidden_act) if c.mlp == "gated" else f"plain, {c.hidden_act}"
+    if len(c.moe_layers) < c.num_hidden_layers or c.block == "dense_moe": out["MLP"] = f"{gated} of {c.intermediate_size:,}" + (", biases" if c.mlp_bias else "")
+    if c.moe_layers:
+        out["experts"] = f"{c.num_experts_per_tok} of {c.num_experts}, each {c.moe_intermediate_size:,} wide, in {len(c.moe_layers)} blocks"
+        out["router"] = _describe_router(**c.router)
+        if c.shared_intermediate_size: out["shared expert"] = f"{c.shared_intermediate_size:,} wide" + (", gated" if c.shared_gate else "")
+    out["head"] = ("tied" if c.tie_word_embeddings else "its own matrix") + (", bias" if c.head_bias else "") + (f", logits times {c.logit_multiplier:g}" if c.logit_multiplier != 1 else "") \
+        + (f", bounded to {c.logit_softcap:g}" if c.logit_softcap else "")
+    if c.embedding_multiplier != 1: out["embedding"] = f"times {c.embedding_multiplier:g}"
+    if c.residual_multiplier != 1: out["residual"] = f"each half adds {c.residual_multiplier:g} of its output"
+    return out
+
+BLOCKS = {"pre": "norms before", "post": "norms behind", "sandwich": "norms before and behind", "parallel": "attention and MLP in parallel", "parallel_two_norms": "attention and MLP in parallel, a norm each",
+          "dense_moe": "experts beside a dense block"}
+
+def _describe_router(score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False, **rest):
+    return score + ("" if normalise or score == "sparsemixer" else ", not renormalised") + (f", times {scale:g}" if scale != 1 else "") \
+        + (f", {top_groups} of {n_groups} groups open" if n_groups else "") + (", a bias balances the load" if correction_bias else "")
+
+def _describe_attention(c):
+    H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    kind = f"latent of {c.kv_lora_rank} + {c.qk_rope_head_dim}, {H} heads of {D}" if c.kv_lora_rank else f"{'MHA' if H == K else 'MQA' if K == 1 else 'GQA'}, {H} query heads over {K} KV heads of {D}"
+    out = {"attention": kind + (", QKV bias" if c.attention_bias else "") + (", output bias" if c.output_bias else "")}
+    if c.qk_norm: out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head", "all": "across all heads"}[c.qk_norm]
+    if c.attention_scale is not None and abs(c.attention_scale * D ** 0.5 - 1) > 1e-6: out["score scale"] = f"{c.attention_scale:.5g} instead of {D ** -0.5:.5g}"
+    if c.attention_softcap: out["score bound"] = f"{c.attention_softcap:g}"
+    if c.attention_sinks: out["sinks"] = "one per head"
+    if c.clip_qkv: out["clipped QKV"] = f"{c.clip_qkv:g}"
+    full = sum(c.window(i) is None for i in range(c.num_hidden_layers))
+    if full < c.num_hidden_layers: out["window"] = f"{c.sliding_window:,} tokens in {c.num_hidden_layers - full} of {c.num_hidden_layers} blocks"
+    return out
+
+def _describe_positions(c):
+    def one(rope): return f"theta {rope['rope_theta']:,.0f}" + ("" if rope["rope_type"] == "default" else f", {rope['rope_type']}" + (f" x{rope['factor']:g}" if "factor" in rope else ""))
+    ropes = {one(c.rope(i)): c.layer_type(i) for i in range(c.num_hidden_layers) if c.rope(i)}
+    text = "; ".join(ropes if len(ropes) == 1 else (f"{kind.split('_')[0]} blocks: {rope}" for rope, kind in ropes.items()))
+    if c.rotary_dim: text += f", {c.rotary_dim} of {c.head_dim} dimensions"
+    return {"RoPE": text + (", interleaved pairs" if c.rope_interleaved else "") + (f", none in {len(c.no_rope_layers)} blocks" if c.no_rope_layers else "")}
+
+def diff(a: "ModelConfig | dict | nn.Module", b: "ModelConfig | dict | nn.Module",
+         names: tuple[str, str] = ("a", "b"),
+        ):  # pandas DataFrame: a row per aspect in which they differ
+    "Two models side by side, only what differs."
+    import pandas as pd
+    a, b = describe(a), describe(b)
+    rows = {aspect: (a.get(aspect, "-"), b.get(aspect, "-")) for aspect in [*a, *(x for x in b if x not in a)]}
+    return pd.DataFrame([v for v in rows.values() if v[0] != v[1]], index=[k for k, v in rows.items() if v[0] != v[1]], columns=list(names))
