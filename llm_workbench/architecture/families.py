@@ -27,36 +27,47 @@ from .layers import ModelConfig
 from .rope import ROPE_TYPES, yarn_mscale
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/04_architecture/07_families.ipynb #8f763cdb
+# %% ../../nbs/04_architecture/07_families.ipynb #0e9dfc0e
 def common_fields(x: dict) -> dict:  # transformers' configuration -> fields of ModelConfig
     "What all families write alike."
     heads, bias = x["num_attention_heads"], bool(x.get("attention_bias"))
     head_dim = x.get("head_dim") or x["hidden_size"] // heads
-    part = (x.get("rope_parameters") or {}).get("partial_rotary_factor", x.get("partial_rotary_factor", x.get("rotary_pct", 1.0)))
+    part = (x.get("rope_parameters") or {}).get("partial_rotary_factor",
+                                                x.get("partial_rotary_factor", x.get("rotary_pct", 1.0)))
     return dict(
-        vocab_size=x["vocab_size"], hidden_size=x["hidden_size"], intermediate_size=x.get("intermediate_size") or 4 * x["hidden_size"],
-        num_hidden_layers=x["num_hidden_layers"], num_attention_heads=heads, num_key_value_heads=x.get("num_key_value_heads") or heads, head_dim=head_dim,
-        max_position_embeddings=x.get("max_position_embeddings", 2048), norm_eps=x.get("rms_norm_eps", x.get("layer_norm_eps", x.get("layer_norm_epsilon", 1e-5))),
+        vocab_size=x["vocab_size"], hidden_size=x["hidden_size"],
+        intermediate_size=x.get("intermediate_size") or 4 * x["hidden_size"],
+        num_hidden_layers=x["num_hidden_layers"], num_attention_heads=heads,
+        num_key_value_heads=x.get("num_key_value_heads") or heads, head_dim=head_dim,
+        max_position_embeddings=x.get("max_position_embeddings", 2048),
+        norm_eps=x.get("rms_norm_eps", x.get("layer_norm_eps", x.get("layer_norm_epsilon", 1e-5))),
         hidden_act=ACTIVATIONS.get(x.get("hidden_act") or x.get("hidden_activation") or "silu", x.get("hidden_act")),
-        attention_bias=bias, output_bias=bias, mlp_bias=bool(x.get("mlp_bias")), tie_word_embeddings=bool(x.get("tie_word_embeddings")),
+        attention_bias=bias, output_bias=bias, mlp_bias=bool(x.get("mlp_bias")),
+        tie_word_embeddings=bool(x.get("tie_word_embeddings")),
         rope_parameters=read_rope(x), rotary_dim=None if part == 1 else int(head_dim * part),
         sliding_window=x.get("sliding_window"), layer_types=tuple(x.get("layer_types") or ()))
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+               "gelu_fast": "gelu_tanh"}
 
-# %% ../../nbs/04_architecture/07_families.ipynb #883fb2b7
+# %% ../../nbs/04_architecture/07_families.ipynb #d8e203a3
 def read_rope(x: dict) -> dict:  # a configuration of any age -> rope_parameters, complete: one, or one per layer type
     "The rope_parameters of a configuration with everything that they imply. Raises UnsupportedError for an unknown rope_type."
     rope = x.get("rope_parameters") or {"rope_theta": x.get("rope_theta", 10_000.0), **(x.get("rope_scaling") or {})}
-    if {"full_attention", "sliding_attention"} & rope.keys(): return {kind: _complete_rope(r, x) for kind, r in rope.items() if isinstance(r, dict)}
+    if {"full_attention",
+        "sliding_attention"} & rope.keys(): return {kind: _complete_rope(r, x) for kind,
+                                                    r in rope.items() if isinstance(r, dict)}
     return _complete_rope(rope, x)
 
 def _complete_rope(rope, x):
     rope = {"rope_theta": x.get("rope_theta") or 10_000.0, **{k: v for k, v in rope.items() if v is not None}}
     kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES: raise UnsupportedError(f"rope_type {kind!r} is not implemented; the nearest is {nearest(kind, ROPE_TYPES)!r} of {', '.join(ROPE_TYPES)}. Add it to ROPE_TYPES to run this model.")
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(f"rope_type {kind!r} is not implemented; the nearest is {nearest(kind, ROPE_TYPES)!r} "
+                               f"of {', '.join(ROPE_TYPES)}. Add it to ROPE_TYPES to run this model.")
     context = x.get("max_position_embeddings", 2048)
-    if kind in ("yarn", "longrope", "llama3"): rope.setdefault("original_max_position_embeddings", x.get("original_max_position_embeddings") or context)
+    if kind in ("yarn", "longrope", "llama3"): rope.setdefault("original_max_position_embeddings",
+                                                               x.get("original_max_position_embeddings") or context)
     if kind == "dynamic": rope["original_max_position_embeddings"] = context
     if kind in ("yarn", "longrope"): rope.setdefault("factor", context / rope["original_max_position_embeddings"])
     return rope
@@ -65,28 +76,33 @@ def nearest(name: str, known) -> str:
     "The known name most like `name`."
     return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
-# %% ../../nbs/04_architecture/07_families.ipynb #bab7ce8d
+# %% ../../nbs/04_architecture/07_families.ipynb #2edd4bb1
 def llama(x): return dict(sliding_window=None, layer_types=())
 
 def mistral(x): return dict(layer_types=())
 
 def phi3(x): return dict(layer_types=(), attention_bias=False, output_bias=False)
 
-def qwen2(x): return dict(attention_bias=True, output_bias=False, sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None)
+def qwen2(x): return dict(attention_bias=True, output_bias=False,
+                          sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None)
 
 def qwen3(x): return dict(qk_norm="head", sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None)
 
-def granite(x): return dict(attention_scale=x["attention_multiplier"], embedding_multiplier=x["embedding_multiplier"], residual_multiplier=x["residual_multiplier"],
+def granite(x): return dict(attention_scale=x["attention_multiplier"], embedding_multiplier=x["embedding_multiplier"],
+                            residual_multiplier=x["residual_multiplier"],
                             logit_multiplier=1 / x["logits_scaling"])
 
 def smollm3(x): return dict(sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None,
                             no_rope_layers=tuple(i for i, keep in enumerate(x.get("no_rope_layers") or ()) if not keep))
 
-# %% ../../nbs/04_architecture/07_families.ipynb #e519889f
-def gemma(x): return dict(norm_offset=1.0, norm_weigh_first=True, hidden_act="gelu_tanh", embedding_multiplier=x["hidden_size"] ** 0.5, sliding_window=None)
+# %% ../../nbs/04_architecture/07_families.ipynb #b273e4e5
+def gemma(x): return dict(norm_offset=1.0, norm_weigh_first=True, hidden_act="gelu_tanh",
+                          embedding_multiplier=x["hidden_size"] ** 0.5, sliding_window=None)
 
-def gemma2(x): return dict(gemma(x), block="sandwich", sliding_window=x["sliding_window"], attention_scale=x["query_pre_attn_scalar"] ** -0.5,
-                           attention_softcap=x.get("attn_logit_softcapping"), logit_softcap=x.get("final_logit_softcapping"))
+def gemma2(x): return dict(gemma(x), block="sandwich", sliding_window=x["sliding_window"],
+                           attention_scale=x["query_pre_attn_scalar"] ** -0.5,
+                           attention_softcap=x.get("attn_logit_softcapping"),
+                           logit_softcap=x.get("final_logit_softcapping"))
 
 def gemma3_text(x): return dict(gemma2(x), qk_norm="head")
 
@@ -96,81 +112,109 @@ def olmo2(x): return dict(block="post", norm_weigh_first=True, qk_norm="all", la
 
 def olmo3(x): return dict(block="post", norm_weigh_first=True, qk_norm="all")
 
-# %% ../../nbs/04_architecture/07_families.ipynb #3166d287
+# %% ../../nbs/04_architecture/07_families.ipynb #3db04252
 LAYER_NORM = dict(norm="layer", norm_bias=True)
 
 def gpt_neox(x):
     bias = x.get("attention_bias", True)
-    return dict(LAYER_NORM, num_key_value_heads=x["num_attention_heads"], block="parallel_two_norms" if x.get("use_parallel_residual", True) else "pre",
+    return dict(LAYER_NORM, num_key_value_heads=x["num_attention_heads"],
+                block="parallel_two_norms" if x.get("use_parallel_residual", True) else "pre",
                 mlp="plain", attention_bias=bias, output_bias=bias, mlp_bias=True)
 
-def phi(x): return dict(LAYER_NORM, block="parallel", mlp="plain", attention_bias=True, output_bias=True, mlp_bias=True, head_bias=True,
+def phi(x): return dict(LAYER_NORM, block="parallel", mlp="plain", attention_bias=True, output_bias=True, mlp_bias=True,
+                        head_bias=True,
                         qk_norm="head" if x.get("qk_layernorm") else None)
 
-def stablelm(x): return dict(LAYER_NORM, attention_bias=x.get("use_qkv_bias", False), output_bias=False, block="parallel" if x.get("use_parallel_residual") else "pre",
+def stablelm(x): return dict(LAYER_NORM, attention_bias=x.get("use_qkv_bias", False), output_bias=False,
+                             block="parallel" if x.get("use_parallel_residual") else "pre",
                              qk_norm="heads" if x.get("qk_layernorm") else None)
 
 def falcon(x):
-    if x.get("alibi"): raise UnsupportedError("this Falcon uses ALiBi positions, which are not built; the Falcon models with RoPE (7B, 40B, 180B, Falcon 2) are supported")
+    if x.get("alibi"):
+        raise UnsupportedError("this Falcon uses ALiBi positions, which are not built; the Falcons with RoPE (7B, 40B, 180B, Falcon 2) are")
     new, heads, bias = x.get("new_decoder_architecture"), x["num_attention_heads"], bool(x.get("bias"))
     kv_heads = (x.get("num_kv_heads") or heads) if new else 1 if x.get("multi_query", True) else heads
     two_norms = new and (x.get("num_ln_in_parallel_attn") or 2) == 2
-    return dict(LAYER_NORM, num_key_value_heads=kv_heads, block="parallel_two_norms" if two_norms else "parallel" if new or x.get("parallel_attn", True) else "pre",
-                mlp="plain", hidden_act=ACTIVATIONS.get(x.get("activation", "gelu"), x.get("activation")), attention_bias=bias, output_bias=bias, mlp_bias=bias,
-                intermediate_size=x.get("ffn_hidden_size") or 4 * x["hidden_size"], tie_word_embeddings=x.get("tie_word_embeddings", True))
+    return dict(LAYER_NORM, num_key_value_heads=kv_heads,
+                block="parallel_two_norms" if two_norms else "parallel" if new or x.get("parallel_attn", True) else "pre",
+                mlp="plain", hidden_act=ACTIVATIONS.get(x.get("activation", "gelu"), x.get("activation")),
+                attention_bias=bias, output_bias=bias, mlp_bias=bias,
+                intermediate_size=x.get("ffn_hidden_size") or 4 * x["hidden_size"],
+                tie_word_embeddings=x.get("tie_word_embeddings", True))
 
-def cohere(x): return dict(norm="layer", block="parallel", rope_interleaved=True, logit_multiplier=x["logit_scale"], tie_word_embeddings=x.get("tie_word_embeddings", True),
+def cohere(x): return dict(norm="layer", block="parallel", rope_interleaved=True, logit_multiplier=x["logit_scale"],
+                           tie_word_embeddings=x.get("tie_word_embeddings", True),
                            qk_norm="heads" if x.get("use_qk_norm") else None)
 
-def cohere2(x): return dict(cohere(x), no_rope_layers=tuple(i for i, kind in enumerate(x["layer_types"]) if kind == "full_attention"))
+def cohere2(x): return dict(cohere(x), no_rope_layers=tuple(i for i,
+                                                            kind in enumerate(x["layer_types"]) if kind == "full_attention"))
 
-# %% ../../nbs/04_architecture/07_families.ipynb #b5f15e1c
+# %% ../../nbs/04_architecture/07_families.ipynb #21beaafe
 def experts(x, n, top_k, width, layers=None, **router):
     "The fields of a mixture; `layers`: those that have one, all by default."
-    return dict(num_experts=n, num_experts_per_tok=top_k, moe_intermediate_size=width, moe_layers=tuple(range(x["num_hidden_layers"]) if layers is None else layers), router=router)
+    return dict(num_experts=n, num_experts_per_tok=top_k, moe_intermediate_size=width,
+                moe_layers=tuple(range(x["num_hidden_layers"]) if layers is None else layers), router=router)
 
-def sparse_layers(x): return [i for i in range(x["num_hidden_layers"]) if i not in (x.get("mlp_only_layers") or ()) and (i + 1) % (x.get("decoder_sparse_step") or 1) == 0]
+def sparse_layers(x):
+    dense, every = x.get("mlp_only_layers") or (), x.get("decoder_sparse_step") or 1
+    return [i for i in range(x["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
 
-def mixtral(x): return dict(mistral(x), **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"]))
+def mixtral(x): return dict(mistral(x), **experts(x, x["num_local_experts"], x["num_experts_per_tok"],
+                                                  x["intermediate_size"]))
 
 def phimoe(x): return dict(LAYER_NORM, layer_types=(), head_bias=bool(x.get("lm_head_bias")),
-                           **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"], score="sparsemixer", jitter=x.get("router_jitter_noise", 0.01)))
+                           **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"],
+                                     score="sparsemixer", jitter=x.get("router_jitter_noise", 0.01)))
 
-def qwen2_moe(x): return dict(qwen2(x), attention_bias=x.get("qkv_bias", True), shared_intermediate_size=x["shared_expert_intermediate_size"], shared_gate=True,
-                              **experts(x, x["num_experts"], x["num_experts_per_tok"], x["moe_intermediate_size"], sparse_layers(x), normalise=x.get("norm_topk_prob", False)))
+def qwen2_moe(x): return dict(qwen2(x), attention_bias=x.get("qkv_bias", True),
+                              shared_intermediate_size=x["shared_expert_intermediate_size"], shared_gate=True,
+                              **experts(x, x["num_experts"], x["num_experts_per_tok"], x["moe_intermediate_size"],
+                                        sparse_layers(x), normalise=x.get("norm_topk_prob", False)))
 
-def qwen3_moe(x): return dict(qwen3(x), **experts(x, x.get("num_experts") or x["num_local_experts"], x["num_experts_per_tok"], x["moe_intermediate_size"], sparse_layers(x),
+def qwen3_moe(x): return dict(qwen3(x), **experts(x, x.get("num_experts") or x["num_local_experts"],
+                                                  x["num_experts_per_tok"], x["moe_intermediate_size"], sparse_layers(x),
                                                   normalise=x.get("norm_topk_prob", False)))
 
 def dbrx(x):
     a, f = x["attn_config"], x["ffn_config"]
-    return dict(norm="layer", norm_eps=1e-5, clip_qkv=a.get("clip_qkv"), **experts(x, f["moe_num_experts"], f["moe_top_k"], f["ffn_hidden_size"], normalise=f.get("moe_normalize_expert_weights") is not None))
+    return dict(norm="layer", norm_eps=1e-5, clip_qkv=a.get("clip_qkv"),
+                **experts(x, f["moe_num_experts"], f["moe_top_k"], f["ffn_hidden_size"],
+                          normalise=f.get("moe_normalize_expert_weights") is not None))
 
-def gpt_oss(x): return dict(norm_weigh_first=True, attention_sinks=True, expert_bias=True, **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"]))
+def gpt_oss(x): return dict(norm_weigh_first=True, attention_sinks=True, expert_bias=True,
+                            **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"]))
 
 def arctic(x):
     every = x.get("moe_layer_frequency", 1)
     layers = [i for i in range(x["num_hidden_layers"]) if (i + 1) % every == 0]
-    return dict(block="dense_moe", intermediate_size=x["hidden_size"], sliding_window=None,                # the dense MLP is as wide as the stream
-                **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"], layers, normalise=x["num_experts_per_tok"] > 1))
+    # the dense MLP is as wide as the stream
+    return dict(block="dense_moe", intermediate_size=x["hidden_size"], sliding_window=None,
+                **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"], layers,
+                          normalise=x["num_experts_per_tok"] > 1))
 
 def deepseek(x, **router):
     head, rope = x["qk_nope_head_dim"] + x["qk_rope_head_dim"], read_rope(x)
-    stretch = yarn_mscale(rope["factor"], rope["mscale_all_dim"]) if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim") else 1.0
+    stretch = yarn_mscale(rope["factor"],
+                          rope["mscale_all_dim"]) if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim") else 1.0
     n = x.get("n_routed_experts") or x.get("num_local_experts") or x["num_experts"]
-    return dict(head_dim=head, num_key_value_heads=x["num_attention_heads"], kv_lora_rank=x["kv_lora_rank"], q_lora_rank=x.get("q_lora_rank"), qk_rope_head_dim=x["qk_rope_head_dim"],
-                v_head_dim=x["v_head_dim"], rotary_dim=None, attention_scale=head ** -0.5 * stretch ** 2, rope_interleaved=x.get("rope_interleave", True),
+    return dict(head_dim=head, num_key_value_heads=x["num_attention_heads"], kv_lora_rank=x["kv_lora_rank"],
+                q_lora_rank=x.get("q_lora_rank"), qk_rope_head_dim=x["qk_rope_head_dim"],
+                v_head_dim=x["v_head_dim"], rotary_dim=None, attention_scale=head ** -0.5 * stretch ** 2,
+                rope_interleaved=x.get("rope_interleave", True),
                 shared_intermediate_size=x["moe_intermediate_size"] * x["n_shared_experts"],
-                **experts(x, n, x["num_experts_per_tok"], x["moe_intermediate_size"], range(x.get("first_k_dense_replace", 0), x["num_hidden_layers"]),
+                **experts(x, n, x["num_experts_per_tok"], x["moe_intermediate_size"],
+                          range(x.get("first_k_dense_replace", 0), x["num_hidden_layers"]),
                           fp32=True, scale=x["routed_scaling_factor"], **router))
 
 def deepseek_v2(x):
-    groups = dict(n_groups=x["n_group"], top_groups=x["topk_group"]) if x.get("topk_method") == "group_limited_greedy" else {}
+    groups = dict(n_groups=x["n_group"],
+                  top_groups=x["topk_group"]) if x.get("topk_method") == "group_limited_greedy" else {}
     return deepseek(x, normalise=False, **groups)
 
-def deepseek_v3(x): return deepseek(x, score="sigmoid", normalise=x.get("norm_topk_prob", True), n_groups=x["n_group"], top_groups=x["topk_group"], correction_bias=True)
+def deepseek_v3(x): return deepseek(x, score="sigmoid", normalise=x.get("norm_topk_prob", True), n_groups=x["n_group"],
+                                    top_groups=x["topk_group"], correction_bias=True)
 
-# %% ../../nbs/04_architecture/07_families.ipynb #da371765
+# %% ../../nbs/04_architecture/07_families.ipynb #e7ca565a
 @dataclass(frozen=True)
 class Entry:
     "Some of our tensors, the same of a checkpoint, and a function each way."
@@ -196,21 +240,26 @@ def qkv_groups(theirs: str) -> Callable:
         def split(t):
             t = t.unflatten(0, (K, -1, D))                                          # (K, H/K + 2, D, ...)
             return t[:, :-2].flatten(0, 2), t[:, -2].flatten(0, 1), t[:, -1].flatten(0, 1)
-        return Entry(QKV, (theirs,), split, lambda *qkv: (torch.cat([t.unflatten(0, (K, -1, D)) for t in qkv], 1).flatten(0, 2),))
+        return Entry(QKV, (theirs,), split,
+                     lambda *qkv: (torch.cat([t.unflatten(0, (K, -1, D)) for t in qkv], 1).flatten(0, 2),))
     return make
 
-def gate_up_rows(c): return Entry(("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",), lambda t: t.chunk(2), lambda *parts: (torch.cat(parts),))
+def gate_up_rows(c): return Entry(("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",), lambda t: t.chunk(2),
+                                  lambda *parts: (torch.cat(parts),))
 
 def norms_per_head(which: str) -> Callable:
     def make(c):
         heads = c.num_attention_heads if which == "q" else c.num_key_value_heads
-        return Entry((f"self_attn.{which}_norm",), tuple(f"self_attn.{which}_layernorm.norms.{h}" for h in range(heads)), lambda *w: (torch.stack(w),), lambda t: t.unbind())
+        return Entry((f"self_attn.{which}_norm",), tuple(f"self_attn.{which}_layernorm.norms.{h}" for h in range(heads)),
+                     lambda *w: (torch.stack(w),), lambda t: t.unbind())
     return make
 
 def dbrx_experts(c):
     three = lambda t: t.unflatten(0, (c.num_experts, -1))
-    return [Entry((GATE_UP,), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"), lambda w, v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)]),
-            Entry((DOWN,), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),), lambda t: (t.transpose(1, 2).flatten(0, 1),))]
+    return [Entry((GATE_UP,), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"), lambda w,
+                  v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)]),
+            Entry((DOWN,), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),),
+                  lambda t: (t.transpose(1, 2).flatten(0, 1),))]
 
 def gpt_oss_experts(c):
     apart = lambda t: torch.cat([t[..., 0::2], t[..., 1::2]], -1)                    # gate and up, interleaved -> one after the other
@@ -219,26 +268,32 @@ def gpt_oss_experts(c):
             Entry((GATE_UP + "_bias",), (GATE_UP + "_bias",), lambda t: (apart(t),), lambda t: (mixed(t),)),
             Entry((DOWN,), (DOWN,), lambda t: (t.transpose(1, 2),), lambda t: (t.transpose(1, 2),))]
 
-# %% ../../nbs/04_architecture/07_families.ipynb #3dcf2757
+# %% ../../nbs/04_architecture/07_families.ipynb #874b5a76
 @dataclass(frozen=True)
 class Family:
     "How one model_type is read: its configuration, its names and its layouts."
-    read: Callable                                    # transformers' configuration -> fields of ModelConfig that differ from `common_fields`
-    names: dict | Callable = field(default_factory=dict)   # our name -> theirs, within a block or at the top; or a function of the ModelConfig
-    layouts: tuple = ()                               # functions of the ModelConfig that give an Entry (or several) within a block
-    rename: dict = field(default_factory=dict)        # configuration keys: theirs -> the usual ones; a dot goes into a nested table
-    title: str = ""                                   # a model that people know
+    read: Callable                     # transformers' configuration -> fields that differ from `common_fields`
+    names: dict | Callable = field(default_factory=dict)   # our name -> theirs; or a function of the ModelConfig
+    layouts: tuple = ()                # functions of the ModelConfig that give an Entry (or several) within a block
+    rename: dict = field(default_factory=dict)   # configuration keys -> the usual ones; a dot goes into a nested table
+    title: str = ""                    # models that people know
 
-DEFAULT = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+DEFAULT = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
+           "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 SANDWICH = {**POST, "mlp_norm": "pre_feedforward_layernorm"}
 NEOX_MLP = {"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
 
-def latent_names(c): return {"self_attn.q_a_norm": "self_attn.q_a_layernorm", "self_attn.kv_a_proj": "self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_norm": "self_attn.kv_a_layernorm",
+def latent_names(c): return {"self_attn.q_a_norm": "self_attn.q_a_layernorm",
+                             "self_attn.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+                             "self_attn.kv_a_norm": "self_attn.kv_a_layernorm",
                              **({"self_attn.q_proj": "self_attn.q_b_proj"} if c.q_lora_rank else {})}
 
-def falcon_names(c): return {"embed_tokens": "transformer.word_embeddings", "layers": "transformer.h", "norm": "transformer.ln_f", "self_attn": "self_attention", "self_attn.o_proj": "self_attention.dense",
-                             **NEOX_MLP, **({"attn_norm": "ln_attn", "mlp_norm": "ln_mlp"} if c.block == "parallel_two_norms" else {})}
+def falcon_names(c): return {"embed_tokens": "transformer.word_embeddings", "layers": "transformer.h",
+                             "norm": "transformer.ln_f", "self_attn": "self_attention",
+                             "self_attn.o_proj": "self_attention.dense",
+                             **NEOX_MLP, **({"attn_norm": "ln_attn",
+                                             "mlp_norm": "ln_mlp"} if c.block == "parallel_two_norms" else {})}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama, title="Llama 2 and 3, SmolLM2, Yi"),
@@ -253,54 +308,67 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(qwen3_moe, title="Qwen 3 MoE"),
     "deepseek_v2": Family(deepseek_v2, latent_names, title="DeepSeek-V2"),
     "deepseek_v3": Family(deepseek_v3, latent_names, title="DeepSeek-V3, R1"),
-    "phi": Family(phi, {"self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2", "norm": "model.final_layernorm",
-                        "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"}, title="Phi-1, Phi-2"),
+    "phi": Family(phi, {"self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2",
+                        "norm": "model.final_layernorm",
+                        "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"},
+                        title="Phi-1, Phi-2"),
     "phi3": Family(phi3, layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows), title="Phi-3, Phi-4"),
     "phimoe": Family(phimoe, {"mlp.gate": "mlp.router"}, title="Phi-3.5-MoE"),
     "cohere": Family(cohere, title="Command R, R+"),
     "cohere2": Family(cohere2, title="Command R7B, A"),
     "falcon": Family(falcon, falcon_names, (qkv_groups("self_attention.query_key_value"),), title="Falcon 7B, 40B"),
-    "gpt_neox": Family(gpt_neox, {"embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm", "self_attn": "attention",
-                                  "self_attn.o_proj": "attention.dense", **NEOX_MLP}, (qkv_groups("attention.query_key_value"),), title="GPT-NeoX, Pythia, Dolly 2"),
+    "gpt_neox": Family(gpt_neox, {"embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers",
+                                  "norm": "gpt_neox.final_layer_norm", "self_attn": "attention",
+                                  "self_attn.o_proj": "attention.dense", **NEOX_MLP},
+                                  (qkv_groups("attention.query_key_value"),), title="GPT-NeoX, Pythia, Dolly 2"),
     "olmo": Family(olmo, title="OLMo"),
     "olmo2": Family(olmo2, POST, title="OLMo 2"),
     "olmo3": Family(olmo3, POST, title="OLMo 3"),
-    "dbrx": Family(dbrx, {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.norm_f", "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2",
-                          "self_attn": "norm_attn_norm.attn", "self_attn.o_proj": "norm_attn_norm.attn.out_proj", "mlp.gate": "ffn.router.layer", "mlp": "ffn"},
+    "dbrx": Family(dbrx, {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.norm_f",
+                          "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2",
+                          "self_attn": "norm_attn_norm.attn", "self_attn.o_proj": "norm_attn_norm.attn.out_proj",
+                          "mlp.gate": "ffn.router.layer", "mlp": "ffn"},
                    (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts),
-                   {"n_heads": "num_attention_heads", "d_model": "hidden_size", "n_layers": "num_hidden_layers", "max_seq_len": "max_position_embeddings", "attn_config.kv_n_heads": "num_key_value_heads",
-                    "attn_config.rope_theta": "rope_theta", "ffn_config.ffn_hidden_size": "intermediate_size"}, title="DBRX"),
+                   {"n_heads": "num_attention_heads", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+                    "max_seq_len": "max_position_embeddings", "attn_config.kv_n_heads": "num_key_value_heads",
+                    "attn_config.rope_theta": "rope_theta", "ffn_config.ffn_hidden_size": "intermediate_size"},
+                    title="DBRX"),
     "stablelm": Family(stablelm, layouts=(norms_per_head("q"), norms_per_head("k")), title="StableLM 2"),
     "granite": Family(granite, title="Granite 3"),
     "smollm3": Family(smollm3, title="SmolLM3"),
     "gpt_oss": Family(gpt_oss, {"mlp.gate": "mlp.router"}, (gpt_oss_experts,), title="gpt-oss"),
-    "arctic": Family(arctic, {"mlp": "residual_mlp", "mlp_norm": "residual_layernorm", "moe": "block_sparse_moe", "moe_norm": "post_attention_layernorm"}, title="Snowflake Arctic"),
+    "arctic": Family(arctic, {"mlp": "residual_mlp", "mlp_norm": "residual_layernorm", "moe": "block_sparse_moe",
+                              "moe_norm": "post_attention_layernorm"}, title="Snowflake Arctic"),
 }
 
 def supported() -> list[str]:
     "The families, by transformers' `model_type`."
     return list(FAMILIES)
 
-# %% ../../nbs/04_architecture/07_families.ipynb #f8594a04
+# %% ../../nbs/04_architecture/07_families.ipynb #628f26bd
 def read_config(config: dict) -> ModelConfig:  # transformers' config.json as a dict
-    "The ModelConfig of a transformers configuration. Raises UnsupportedError for an unknown family, rope_type or option, CheckpointError for a missing entry."
+    "The ModelConfig of a transformers configuration. Raises UnsupportedError (family, rope_type, option), CheckpointError (missing entry)."
     kind = config.get("model_type")
     if kind not in FAMILIES:
         near = nearest(str(kind), FAMILIES)
-        raise UnsupportedError(f"model_type {kind!r} is not supported; the nearest is {near!r} ({FAMILIES[near].title}), and there are {', '.join(FAMILIES)}. What is missing is a reader for its "
-                               "configuration and its tensor names: add a Family. A model that differs only in name loads with model_type edited in its config.json.")
+        raise UnsupportedError(f"model_type {kind!r} is not supported; the nearest is {near!r} ({FAMILIES[near].title}), "
+                               f"and there are {', '.join(FAMILIES)}. What is missing is a reader for its configuration and its "
+                               "tensor names: add a Family. A model that differs only in name loads with model_type edited in its config.json.")
     family, x = FAMILIES[kind], dict(config)
     for key, usual in family.rename.items():
         value = x
         for part in key.split("."): value = value.get(part) if isinstance(value, dict) else None
         if value is not None: x.setdefault(usual, value)
     try: return ModelConfig(**{**common_fields(x), **family.read(x)})
-    except KeyError as e: raise CheckpointError(f"the configuration of this {kind} model has no {e.args[0]!r}: is it the whole config.json?") from None
+    except KeyError as e:
+        raise CheckpointError(f"the configuration of this {kind} model has no {e.args[0]!r}: is it the whole config.json?") from None
 
-# %% ../../nbs/04_architecture/07_families.ipynb #6ce6850d
+# %% ../../nbs/04_architecture/07_families.ipynb #e3d81297
 IGNORED = ("rotary_emb.inv_freq", "attention.bias", "masked_bias")    # old files carry buffers that the configuration implies
 
-def transformers_name(name: str, c: ModelConfig, source: dict | None) -> str:  # source: the transformers configuration; None: Llama's names
+def transformers_name(name: str, c: ModelConfig,
+                      source: dict | None,   # the transformers configuration; None: Llama's names
+                     ) -> str:
     "Our module or tensor name -> transformers'."
     names = FAMILIES[source["model_type"]].names if source else {}
     names = {**DEFAULT, **(names(c) if callable(names) else names)}
@@ -328,7 +396,8 @@ def entries(model: nn.Module,        # a Decoder, on the meta device if you like
         if not block or layout is None: entry = Entry((name,), (transformers_name(name, c, source),))
         else:
             base = transformers_name(f"layers.{layer}", c, source)
-            entry = Entry(tuple(f"{block}{n}{leaf}" for n in layout.ours), tuple(f"{base}.{n}{leaf}" for n in layout.theirs), layout.split, layout.join)
+            entry = Entry(tuple(f"{block}{n}{leaf}" for n in layout.ours),
+                          tuple(f"{base}.{n}{leaf}" for n in layout.theirs), layout.split, layout.join)
         found.append(entry); done.update(entry.ours)
     return found
 
@@ -337,50 +406,73 @@ def shapes_of(model: nn.Module, found: list[Entry]) -> dict[str, tuple]:
     state = {n: t.to("meta") for n, t in model.state_dict().items()}
     return {name: tuple(t.shape) for e in found for name, t in zip(e.theirs, e.join(*(state[n] for n in e.ours)))}
 
-# %% ../../nbs/04_architecture/07_families.ipynb #2b7769da
-_SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64,
+# %% ../../nbs/04_architecture/07_families.ipynb #e8cb59e5
+_SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+              num_key_value_heads=2, max_position_embeddings=64,
               pad_token_id=None, bos_token_id=None, eos_token_id=None)
 _PLAIN = dict(rope_type="default", rope_theta=1e4)
 _LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=8.0)
 _DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
-_LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
+_LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=8)
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8)
 _LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.5, 8.0])
 _EXPERTS = dict(num_local_experts=5, num_experts_per_tok=2)
-_MLA = dict(num_key_value_heads=6, kv_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=14, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16,
+_MLA = dict(num_key_value_heads=6, kv_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=14,
+            n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16,
             first_k_dense_replace=1, n_group=4, topk_group=2)
 _DBRX = dict(d_model=48, n_heads=6, n_layers=3, max_seq_len=64, vocab_size=97)
 
 SMALL: dict[str, list[dict]] = {   # changes to _SIZES, one dict per variant
-    "llama": [dict(head_dim=10, rope_parameters=_LLAMA3), dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=_LINEAR), dict(num_key_value_heads=1, max_position_embeddings=8, rope_parameters=_DYNAMIC)],
+    "llama": [dict(head_dim=10, rope_parameters=_LLAMA3),
+              dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=_LINEAR),
+              dict(num_key_value_heads=1, max_position_embeddings=8, rope_parameters=_DYNAMIC)],
     "mistral": [dict(sliding_window=5, head_dim=10), dict(sliding_window=None, rope_parameters=_YARN)],
     "mixtral": [dict(_EXPERTS, sliding_window=5), dict(_EXPERTS, sliding_window=None, num_experts_per_tok=1)],
     "gemma": [dict(head_dim=16, num_key_value_heads=1)],
-    "gemma2": [dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24, num_hidden_layers=4, attn_logit_softcapping=5.0, final_logit_softcapping=4.0)],
-    "gemma3_text": [dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24, num_hidden_layers=7, rope_parameters=dict(full_attention=_LINEAR, sliding_attention=_PLAIN))],
-    "qwen2": [dict(), dict(tie_word_embeddings=True, rope_parameters=_YARN, use_sliding_window=True, sliding_window=5, max_window_layers=1)],
+    "gemma2": [dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24, num_hidden_layers=4,
+                    attn_logit_softcapping=5.0, final_logit_softcapping=4.0)],
+    "gemma3_text": [dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24, num_hidden_layers=7,
+                         rope_parameters=dict(full_attention=_LINEAR, sliding_attention=_PLAIN))],
+    "qwen2": [dict(), dict(tie_word_embeddings=True, rope_parameters=_YARN, use_sliding_window=True, sliding_window=5,
+                           max_window_layers=1)],
     "qwen3": [dict(head_dim=10, rope_parameters=_YARN), dict(head_dim=16, tie_word_embeddings=True)],
-    "qwen2_moe": [dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24, mlp_only_layers=[1])],
-    "qwen3_moe": [dict(head_dim=10, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, decoder_sparse_step=2, rope_parameters=_YARN)],
-    "deepseek_v2": [dict(_MLA, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", routed_scaling_factor=1.0, rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707)),
-                    dict(_MLA, q_lora_rank=18, n_shared_experts=2, topk_method="group_limited_greedy", routed_scaling_factor=16.0, rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707))],
-    "deepseek_v3": [dict(_MLA, q_lora_rank=18, n_shared_experts=1, rope_parameters=dict(_YARN, mscale=1.0, mscale_all_dim=1.0)), dict(_MLA, q_lora_rank=None, n_shared_experts=1, rope_parameters=_PLAIN)],
-    "phi": [dict(num_key_value_heads=6, rope_parameters=dict(_PLAIN, partial_rotary_factor=0.5)), dict(num_key_value_heads=2, qk_layernorm=True)],
+    "qwen2_moe": [dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24,
+                       mlp_only_layers=[1])],
+    "qwen3_moe": [dict(head_dim=10, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+                       decoder_sparse_step=2, rope_parameters=_YARN)],
+    "deepseek_v2": [dict(_MLA, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", routed_scaling_factor=1.0,
+                         rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707)),
+                    dict(_MLA, q_lora_rank=18, n_shared_experts=2, topk_method="group_limited_greedy",
+                         routed_scaling_factor=16.0, rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707))],
+    "deepseek_v3": [dict(_MLA, q_lora_rank=18, n_shared_experts=1,
+                         rope_parameters=dict(_YARN, mscale=1.0, mscale_all_dim=1.0)),
+                    dict(_MLA, q_lora_rank=None, n_shared_experts=1, rope_parameters=_PLAIN)],
+    "phi": [dict(num_key_value_heads=6, rope_parameters=dict(_PLAIN, partial_rotary_factor=0.5)),
+            dict(num_key_value_heads=2, qk_layernorm=True)],
     "phi3": [dict(sliding_window=5), dict(sliding_window=None, original_max_position_embeddings=8, rope_parameters=_LONG)],
-    "phimoe": [dict(num_local_experts=5, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True, sliding_window=5, original_max_position_embeddings=64, rope_parameters=dict(_LONG, short_mscale=1.2, long_mscale=1.3))],
+    "phimoe": [dict(num_local_experts=5, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True, sliding_window=5,
+                    original_max_position_embeddings=64, rope_parameters=dict(_LONG, short_mscale=1.2, long_mscale=1.3))],
     "cohere": [dict(), dict(use_qk_norm=True, logit_scale=0.25)],
     "cohere2": [dict(sliding_window=5, num_hidden_layers=4)],
-    "falcon": [dict(new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False, alibi=False), dict(new_decoder_architecture=True, num_kv_heads=2, bias=False, alibi=False),
-               dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=False, alibi=False), dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True, alibi=False)],
-    "gpt_neox": [dict(rope_parameters=dict(_PLAIN, partial_rotary_factor=0.25)), dict(use_parallel_residual=False, attention_bias=False, rope_parameters=dict(_LINEAR, partial_rotary_factor=1.0))],
+    "falcon": [dict(new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False, alibi=False),
+               dict(new_decoder_architecture=True, num_kv_heads=2, bias=False, alibi=False),
+               dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=False, alibi=False),
+               dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True, alibi=False)],
+    "gpt_neox": [dict(rope_parameters=dict(_PLAIN, partial_rotary_factor=0.25)),
+                 dict(use_parallel_residual=False, attention_bias=False,
+                      rope_parameters=dict(_LINEAR, partial_rotary_factor=1.0))],
     "olmo": [dict(clip_qkv=0.5), dict(num_key_value_heads=6, tie_word_embeddings=True)],
     "olmo2": [dict()],
-    "olmo3": [dict(sliding_window=5, num_hidden_layers=4, rope_parameters=dict(full_attention=_YARN, sliding_attention=_PLAIN))],
-    "dbrx": [dict(_DBRX, attn_config=dict(clip_qkv=0.5, kv_n_heads=2, rope_theta=1e4), ffn_config=dict(ffn_hidden_size=16, moe_num_experts=5, moe_top_k=2, hidden_size=48))],
+    "olmo3": [dict(sliding_window=5, num_hidden_layers=4,
+                   rope_parameters=dict(full_attention=_YARN, sliding_attention=_PLAIN))],
+    "dbrx": [dict(_DBRX, attn_config=dict(clip_qkv=0.5, kv_n_heads=2, rope_theta=1e4),
+                  ffn_config=dict(ffn_hidden_size=16, moe_num_experts=5, moe_top_k=2, hidden_size=48))],
     "stablelm": [dict(), dict(qk_layernorm=True, use_qkv_bias=True, use_parallel_residual=True)],
     "granite": [dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)],
     "smollm3": [dict(num_hidden_layers=4), dict(num_hidden_layers=4, no_rope_layers=[0, 1, 1, 0], rope_parameters=_YARN)],
-    "gpt_oss": [dict(_EXPERTS, head_dim=8, sliding_window=5, num_hidden_layers=4, rope_parameters=dict(_YARN, truncate=False))],
+    "gpt_oss": [dict(_EXPERTS, head_dim=8, sliding_window=5, num_hidden_layers=4,
+                     rope_parameters=dict(_YARN, truncate=False))],
 }
 
 def small_model(kind: str,          # a family of `supported()` that transformers has
@@ -394,59 +486,72 @@ def small_model(kind: str,          # a family of `supported()` that transformer
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            centre = 1.0 if p.ndim == 1 and "norm" in name.lower() and name.endswith("weight") and not kind.startswith("gemma") else 0.0
-            p.copy_(centre + torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5))
+            weighs = p.ndim == 1 and "norm" in name.lower() and name.endswith("weight") and not kind.startswith("gemma")
+            p.copy_(weighs + torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5))
         for name, b in model.named_buffers():
             if name.endswith("correction_bias"): b.copy_(torch.rand(b.shape, generator=generator))
     return model
 
-# %% ../../nbs/04_architecture/07_families.ipynb #7f5b7a14
+# %% ../../nbs/04_architecture/07_families.ipynb #9187349d
 def describe(model: "ModelConfig | dict | nn.Module",  # or a transformers configuration, or a Decoder
             ) -> dict[str, str]:
     "A model in the vocabulary of the architecture chapters, one short phrase per aspect."
     c = model if isinstance(model, ModelConfig) else read_config(model) if isinstance(model, dict) else model.config
-    out = {"blocks": f"{c.num_hidden_layers}, {BLOCKS[c.block]}", "width": f"{c.hidden_size:,}", "vocabulary": f"{c.vocab_size:,}", "context": f"{c.max_position_embeddings:,}"}
-    out["norm"] = ("LayerNorm" + (" with bias" if c.norm_bias else "") if c.norm == "layer" else "RMSNorm") + ("" if c.norm_weight else " without weight") \
-        + (", weight 1 + w" if c.norm_offset else "") + (", weighed before rounding" if c.norm_weigh_first else "") + f", epsilon {c.norm_eps:g}"
+    out = {"blocks": f"{c.num_hidden_layers}, {BLOCKS[c.block]}", "width": f"{c.hidden_size:,}",
+           "vocabulary": f"{c.vocab_size:,}", "context": f"{c.max_position_embeddings:,}"}
+    out["norm"] = _phrases("LayerNorm" if c.norm == "layer" else "RMSNorm", (c.norm_bias, "with bias"), (not c.norm_weight, "without weight"),
+                           (c.norm_offset, "weight 1 + w"), (c.norm_weigh_first, "weighed before rounding"), (True, f"epsilon {c.norm_eps:g}"))
     out |= _describe_attention(c) | _describe_positions(c)
-    gated = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act, c.hidden_act) if c.mlp == "gated" else f"plain, {c.hidden_act}"
-    if len(c.moe_layers) < c.num_hidden_layers or c.block == "dense_moe": out["MLP"] = f"{gated} of {c.intermediate_size:,}" + (", biases" if c.mlp_bias else "")
+    gated = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act,
+                                                         c.hidden_act) if c.mlp == "gated" else f"plain, {c.hidden_act}"
+    if len(c.moe_layers) < c.num_hidden_layers or c.block == "dense_moe":
+        out["MLP"] = _phrases(f"{gated} of {c.intermediate_size:,}", (c.mlp_bias, "biases"))
     if c.moe_layers:
         out["experts"] = f"{c.num_experts_per_tok} of {c.num_experts}, each {c.moe_intermediate_size:,} wide, in {len(c.moe_layers)} blocks"
         out["router"] = _describe_router(**c.router)
-        if c.shared_intermediate_size: out["shared expert"] = f"{c.shared_intermediate_size:,} wide" + (", gated" if c.shared_gate else "")
-    out["head"] = ("tied" if c.tie_word_embeddings else "its own matrix") + (", bias" if c.head_bias else "") + (f", logits times {c.logit_multiplier:g}" if c.logit_multiplier != 1 else "") \
-        + (f", bounded to {c.logit_softcap:g}" if c.logit_softcap else "")
+    if c.shared_intermediate_size: out["shared expert"] = _phrases(f"{c.shared_intermediate_size:,} wide", (c.shared_gate, "gated"))
+    out["head"] = _phrases("tied" if c.tie_word_embeddings else "its own matrix", (c.head_bias, "bias"),
+                           (c.logit_multiplier != 1, f"logits times {c.logit_multiplier:g}"), (c.logit_softcap, f"bounded to {c.logit_softcap or 0:g}"))
     if c.embedding_multiplier != 1: out["embedding"] = f"times {c.embedding_multiplier:g}"
     if c.residual_multiplier != 1: out["residual"] = f"each half adds {c.residual_multiplier:g} of its output"
     return out
 
-BLOCKS = {"pre": "norms before", "post": "norms behind", "sandwich": "norms before and behind", "parallel": "attention and MLP in parallel", "parallel_two_norms": "attention and MLP in parallel, a norm each",
+def _phrases(first, *others): return ", ".join([first, *(text for holds, text in others if holds)])
+
+BLOCKS = {"pre": "norms before", "post": "norms behind", "sandwich": "norms before and behind",
+          "parallel": "attention and MLP in parallel", "parallel_two_norms": "attention and MLP in parallel, a norm each",
           "dense_moe": "experts beside a dense block"}
 
-def _describe_router(score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False, **rest):
-    return score + ("" if normalise or score == "sparsemixer" else ", not renormalised") + (f", times {scale:g}" if scale != 1 else "") \
-        + (f", {top_groups} of {n_groups} groups open" if n_groups else "") + (", a bias balances the load" if correction_bias else "")
+def _describe_router(score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False,
+                     **rest):
+    return _phrases(score, (not normalise and score != "sparsemixer", "not renormalised"), (scale != 1, f"times {scale:g}"),
+                    (n_groups, f"{top_groups} of {n_groups} groups open"), (correction_bias, "a bias balances the load"))
 
 def _describe_attention(c):
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    kind = f"latent of {c.kv_lora_rank} + {c.qk_rope_head_dim}, {H} heads of {D}" if c.kv_lora_rank else f"{'MHA' if H == K else 'MQA' if K == 1 else 'GQA'}, {H} query heads over {K} KV heads of {D}"
-    out = {"attention": kind + (", QKV bias" if c.attention_bias else "") + (", output bias" if c.output_bias else "")}
-    if c.qk_norm: out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head", "all": "across all heads"}[c.qk_norm]
-    if c.attention_scale is not None and abs(c.attention_scale * D ** 0.5 - 1) > 1e-6: out["score scale"] = f"{c.attention_scale:.5g} instead of {D ** -0.5:.5g}"
+    kind = f"{'MHA' if H == K else 'MQA' if K == 1 else 'GQA'}, {H} query heads over {K} KV heads of {D}"
+    if c.kv_lora_rank: kind = f"latent of {c.kv_lora_rank} + {c.qk_rope_head_dim}, {H} heads of {D}"
+    out = {"attention": _phrases(kind, (c.attention_bias, "QKV bias"), (c.output_bias, "output bias"))}
+    if c.qk_norm: out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head",
+                                    "all": "across all heads"}[c.qk_norm]
+    if c.attention_scale is not None and abs(c.attention_scale * D ** 0.5 - 1) > 1e-6:
+        out["score scale"] = f"{c.attention_scale:.5g} instead of {D ** -0.5:.5g}"
     if c.attention_softcap: out["score bound"] = f"{c.attention_softcap:g}"
     if c.attention_sinks: out["sinks"] = "one per head"
     if c.clip_qkv: out["clipped QKV"] = f"{c.clip_qkv:g}"
     full = sum(c.window(i) is None for i in range(c.num_hidden_layers))
-    if full < c.num_hidden_layers: out["window"] = f"{c.sliding_window:,} tokens in {c.num_hidden_layers - full} of {c.num_hidden_layers} blocks"
+    if full < c.num_hidden_layers:
+        out["window"] = f"{c.sliding_window:,} tokens in {c.num_hidden_layers - full} of {c.num_hidden_layers} blocks"
     return out
 
 def _describe_positions(c):
-    def one(rope): return f"theta {rope['rope_theta']:,.0f}" + ("" if rope["rope_type"] == "default" else f", {rope['rope_type']}" + (f" x{rope['factor']:g}" if "factor" in rope else ""))
+    def one(rope):
+        stretched = rope["rope_type"] != "default"
+        return _phrases(f"theta {rope['rope_theta']:,.0f}", (stretched, rope["rope_type"] + (f" x{rope['factor']:g}" if "factor" in rope else "")))
     ropes = {one(c.rope(i)): c.layer_type(i) for i in range(c.num_hidden_layers) if c.rope(i)}
     text = "; ".join(ropes if len(ropes) == 1 else (f"{kind.split('_')[0]} blocks: {rope}" for rope, kind in ropes.items()))
-    if c.rotary_dim: text += f", {c.rotary_dim} of {c.head_dim} dimensions"
-    return {"RoPE": text + (", interleaved pairs" if c.rope_interleaved else "") + (f", none in {len(c.no_rope_layers)} blocks" if c.no_rope_layers else "")}
+    return {"RoPE": _phrases(text, (c.rotary_dim, f"{c.rotary_dim} of {c.head_dim} dimensions"), (c.rope_interleaved, "interleaved pairs"),
+                             (c.no_rope_layers, f"none in {len(c.no_rope_layers)} blocks"))}
 
 def diff(a: "ModelConfig | dict | nn.Module", b: "ModelConfig | dict | nn.Module",
          names: tuple[str, str] = ("a", "b"),
@@ -455,4 +560,5 @@ def diff(a: "ModelConfig | dict | nn.Module", b: "ModelConfig | dict | nn.Module
     import pandas as pd
     a, b = describe(a), describe(b)
     rows = {aspect: (a.get(aspect, "-"), b.get(aspect, "-")) for aspect in [*a, *(x for x in b if x not in a)]}
-    return pd.DataFrame([v for v in rows.values() if v[0] != v[1]], index=[k for k, v in rows.items() if v[0] != v[1]], columns=list(names))
+    return pd.DataFrame([v for v in rows.values() if v[0] != v[1]], index=[k for k, v in rows.items() if v[0] != v[1]],
+                        columns=list(names))

@@ -19,7 +19,7 @@ from .ops import Ops
 from .rope import half_from_interleaved, rope_frequencies, rope_tables
 from ..errors import UnsupportedError
 
-# %% ../../nbs/04_architecture/05b_layers.ipynb #4f437b46
+# %% ../../nbs/04_architecture/05b_layers.ipynb #341297ba
 @dataclass(frozen=True)
 class ModelConfig:
     "What is computed: sizes and options, as far as possible in the vocabulary of transformers' config.json."
@@ -57,7 +57,8 @@ class ModelConfig:
     qk_rope_head_dim: int = 0             # dimensions of a head that carry the position
     v_head_dim: int | None = None         # Dv
     # positions
-    rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})  # one, or one per layer type
+    rope_parameters: dict = field(          # one, or one per layer type
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     rotary_dim: int | None = None         # dimensions of a head that turn; None: all
     rope_interleaved: bool = False        # pairs are neighbours, not halves (Command R, DeepSeek)
     no_rope_layers: tuple[int, ...] = ()  # layers without positions (SmolLM3, Command R7B)
@@ -121,7 +122,7 @@ class Positions:
         rows = self.positions.expand(len(self.lengths), -1)
         return tuple(torch.stack(tables) for tables in zip(*(make(p, n) for p, n in zip(rows, self.lengths.tolist()))))
 
-# %% ../../nbs/04_architecture/05b_layers.ipynb #fec90861
+# %% ../../nbs/04_architecture/05b_layers.ipynb #bab1495f
 def turn(x: Tensor,                       # (B, T, heads, D)
          tables: tuple[Tensor, Tensor],   # of `Positions`
          interleaved: bool,               # pairs are neighbours
@@ -159,11 +160,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache, ops: Ops) -> Tensor:  # (B, T, C) -> (B, T, C)
         q, k, v = self.project(x, ops)
         if self.rope is not None:                                 # one call turns queries and keys
-            q, k = turn(torch.cat([q, k], 2), positions.tables(self.rope), self.config.rope_interleaved, ops).split([q.shape[2], k.shape[2]], 2)
+            q, k = turn(torch.cat([q, k], 2), positions.tables(self.rope), self.config.rope_interleaved,
+                        ops).split([q.shape[2], k.shape[2]], 2)
         out = cache.attend(self.layer, q, k, v, attention=ops.attention, sinks=self.sinks, **self.kind)
         return self.o_proj(out.flatten(2))
 
-# %% ../../nbs/04_architecture/05b_layers.ipynb #e366a084
+# %% ../../nbs/04_architecture/05b_layers.ipynb #538671b9
 class LatentAttention(nn.Module):
     "Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), absorbed: the cache holds one KV head of `kv_lora_rank + qk_rope_head_dim`."
     def __init__(self, config: ModelConfig, layer: int):
@@ -178,7 +180,8 @@ class LatentAttention(nn.Module):
         self.kv_a_norm = RMSNorm(R, 1e-6)
         self.kv_b_proj = Linear(R, H * (D - r + c.v_head_dim), bias=False)
         self.o_proj = Linear(H * c.v_head_dim, C, bias=c.output_bias)
-        self.kind = dict(window=c.window(layer), softcap=c.attention_softcap, scale=D ** -0.5 if c.attention_scale is None else c.attention_scale)
+        self.kind = dict(window=c.window(layer), softcap=c.attention_softcap,
+                         scale=D ** -0.5 if c.attention_scale is None else c.attention_scale)
 
     def forward(self, x: Tensor, positions: Positions, cache, ops: Ops) -> Tensor:  # (B, T, C) -> (B, T, C)
         c = self.config
@@ -194,21 +197,23 @@ class LatentAttention(nn.Module):
         out = cache.attend(self.layer, q, k, k[..., :0], attention=attention, **self.kind)               # (B, T, H, R)
         return self.o_proj(torch.einsum("bthr,hdr->bthd", out, up_v).flatten(2))
 
-# %% ../../nbs/04_architecture/05b_layers.ipynb #e3843d01
+# %% ../../nbs/04_architecture/05b_layers.ipynb #0668f8b0
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
-    "The second half of a block: a mixture of experts where the layer has one, else a gated or plain MLP. Raises UnsupportedError for an unknown activation."
+    "The second half of a block: experts where the layer has them, else a gated or plain MLP. Raises UnsupportedError (activation)."
     c = config
     if layer in c.moe_layers: return mixture(c)
     gates = {"silu": "swiglu", "gelu_tanh": "geglu"} if c.mlp == "gated" else {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
     if c.hidden_act not in gates:
-        raise UnsupportedError(f"a {c.mlp} MLP with the activation {c.hidden_act!r} is not built; there are {', '.join(gates)}. Add it to norms_and_mlps to run this model.")
+        raise UnsupportedError(f"a {c.mlp} MLP with the activation {c.hidden_act!r} is not built; there are {', '.join(gates)}. "
+                               "Add it to norms_and_mlps to run this model.")
     if c.mlp == "plain": return PlainMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, c.hidden_act == "gelu_tanh")
     return GatedMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, gates[c.hidden_act])
 
 def mixture(config: ModelConfig) -> MoE:
     "The experts of a layer."
     c = config
-    return MoE(c.hidden_size, c.moe_intermediate_size, c.num_experts, c.num_experts_per_tok, shared_intermediate_size=c.shared_intermediate_size,
+    return MoE(c.hidden_size, c.moe_intermediate_size, c.num_experts, c.num_experts_per_tok,
+               shared_intermediate_size=c.shared_intermediate_size,
                shared_gate=c.shared_gate, bias=c.expert_bias, act=clamped_swiglu if c.expert_bias else None, **c.router)
 
 # %% ../../nbs/04_architecture/05b_layers.ipynb #a3d52d9f
