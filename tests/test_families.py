@@ -3,6 +3,7 @@
 Logits and gradients, cached = uncached at every split, ragged = single, tensors in and out unchanged, and every combination
 of ops and cache. The worst difference of each family is printed with `pytest -s`.
 """
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -225,6 +226,35 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(kind):
     broken = {n: t for n, t in state.items() if n != names[0]} | {names[1]: torch.ones(3, 5), "extra.weight": torch.ones(1)}
     with pytest.raises(CheckpointError) as e: Decoder.from_checkpoint(hf.config.to_dict(), broken)
     for words in (f"missing: {names[0]}", "extra.weight", f"{names[1]} (3, 5) instead of {tuple(state[names[1]].shape)}"): assert words in str(e.value), str(e.value)
+
+
+# --- config.json as it lies in repositories: short, and of any age -------------------------------------------------------------
+
+def bare_configs():
+    from llm_workbench.architecture.families import _SIZES
+    for kind, variant in MODELS: yield f"{kind} {variant}", {**({} if kind == "dbrx" else _SIZES), **SMALL[kind][variant], "model_type": kind}
+    for name, config in released().items():
+        if config["model_type"] != "arctic": yield name, config
+    sizes = {**_SIZES, "num_hidden_layers": 12, "head_dim": 16}
+    yield "gemma3, old spelling", dict(sizes, model_type="gemma3_text", sliding_window_pattern=6, rope_local_base_freq=5e3, rope_theta=7e5, rope_scaling=dict(rope_type="linear", factor=8.0))
+    yield "cohere2, old spelling", dict(sizes, model_type="cohere2", sliding_window_pattern=3)
+    yield "gemma2, nothing said", dict(_SIZES, model_type="gemma2")
+    yield "qwen2, windows in the upper layers", dict(sizes, model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=5)
+    yield "qwen3, windows in the upper layers", dict(sizes, model_type="qwen3", use_sliding_window=True, sliding_window=7, max_window_layers=5)
+    yield "smollm3, another interval", dict(sizes, model_type="smollm3", no_rope_layer_interval=3)
+    yield "llama, old spelling", dict(sizes, model_type="llama", rope_theta=5e5, rope_scaling=dict(type="linear", factor=4.0))
+
+
+def test_a_short_config_is_read_as_transformers_reads_it():
+    "What a config.json leaves out is filled in as transformers does, family by family."
+    wrong = {}
+    for name, config in bare_configs():
+        bare, whole = asdict(read_config(dict(config))), asdict(read_config(full(config)))
+        if name == "DBRX":                       # transformers 5.23 overlooks the rope_theta inside attn_config and turns by 10,000; the file says 500,000
+            assert bare.pop("rope_parameters")["rope_theta"] == config["attn_config"]["rope_theta"] == 500_000
+            whole.pop("rope_parameters")
+        if bare != whole: wrong[name] = {k: (bare[k], whole[k]) for k in bare if bare[k] != whole[k]}
+    assert not wrong
 
 
 # --- the released models of the landscape -------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'LAYER_NORM', 'QKV', 'GATE_UP', 'DOWN', 'DEFAULT', 'POST', 'SANDWICH', 'NEOX_MLP', 'FAMILIES',
-           'IGNORED', 'SMALL', 'BLOCKS', 'common_fields', 'read_rope', 'nearest', 'llama', 'mistral', 'phi3', 'qwen2',
-           'qwen3', 'granite', 'smollm3', 'gemma', 'gemma2', 'gemma3_text', 'olmo', 'olmo2', 'olmo3', 'gpt_neox', 'phi',
-           'stablelm', 'falcon', 'cohere', 'cohere2', 'experts', 'sparse_layers', 'mixtral', 'phimoe', 'qwen2_moe',
-           'qwen3_moe', 'dbrx', 'gpt_oss', 'arctic', 'deepseek', 'deepseek_v2', 'deepseek_v3', 'Entry', 'qkv_rows',
-           'qkv_groups', 'gate_up_rows', 'norms_per_head', 'dbrx_experts', 'gpt_oss_experts', 'Family', 'latent_names',
-           'falcon_names', 'supported', 'read_config', 'transformers_name', 'entries', 'shapes_of', 'small_model',
-           'describe', 'diff']
+           'DEFAULTS', 'IGNORED', 'SMALL', 'BLOCKS', 'common_fields', 'read_rope', 'nearest', 'llama', 'mistral',
+           'phi3', 'windows_after', 'full_every', 'qwen2', 'qwen3', 'granite', 'smollm3', 'gemma', 'gemma2',
+           'gemma3_text', 'olmo', 'olmo2', 'olmo3', 'gpt_neox', 'phi', 'stablelm', 'falcon', 'cohere', 'cohere2',
+           'experts', 'sparse_layers', 'mixtral', 'phimoe', 'qwen2_moe', 'qwen3_moe', 'dbrx', 'gpt_oss', 'arctic',
+           'deepseek', 'deepseek_v2', 'deepseek_v3', 'Entry', 'qkv_rows', 'qkv_groups', 'gate_up_rows',
+           'norms_per_head', 'dbrx_experts', 'gpt_oss_experts', 'Family', 'latent_names', 'falcon_names', 'supported',
+           'read_config', 'transformers_name', 'entries', 'shapes_of', 'small_model', 'describe', 'diff']
 
 # %% ../../nbs/04_architecture/07_families.ipynb #fbd27e60
 import difflib
@@ -50,7 +50,7 @@ def common_fields(x: dict) -> dict:  # transformers' configuration -> fields of 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                "gelu_fast": "gelu_tanh"}
 
-# %% ../../nbs/04_architecture/07_families.ipynb #d8e203a3
+# %% ../../nbs/04_architecture/07_families.ipynb #26418a78
 def read_rope(x: dict) -> dict:  # a configuration of any age -> rope_parameters, complete: one, or one per layer type
     "The rope_parameters of a configuration with everything that they imply. Raises UnsupportedError for an unknown rope_type."
     rope = x.get("rope_parameters") or {"rope_theta": x.get("rope_theta", 10_000.0), **(x.get("rope_scaling") or {})}
@@ -60,7 +60,8 @@ def read_rope(x: dict) -> dict:  # a configuration of any age -> rope_parameters
     return _complete_rope(rope, x)
 
 def _complete_rope(rope, x):
-    rope = {"rope_theta": x.get("rope_theta") or 10_000.0, **{k: v for k, v in rope.items() if v is not None}}
+    given = {k: v for k, v in rope.items() if v is not None and k != "partial_rotary_factor"}      # that one is in rotary_dim
+    rope = {"rope_theta": x.get("rope_theta") or 10_000.0, **given}
     kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise UnsupportedError(f"rope_type {kind!r} is not implemented; the nearest is {nearest(kind, ROPE_TYPES)!r} "
@@ -76,43 +77,59 @@ def nearest(name: str, known) -> str:
     "The known name most like `name`."
     return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
-# %% ../../nbs/04_architecture/07_families.ipynb #2edd4bb1
+# %% ../../nbs/04_architecture/07_families.ipynb #adce14fd
 def llama(x): return dict(sliding_window=None, layer_types=())
 
 def mistral(x): return dict(layer_types=())
 
 def phi3(x): return dict(layer_types=(), attention_bias=False, output_bias=False)
 
-def qwen2(x): return dict(attention_bias=True, output_bias=False,
+def windows_after(x):
+    "Qwen: the layers from `max_window_layers` on have a window, if any has."
+    first = x.get("max_window_layers", 28) if x.get("use_sliding_window") else x["num_hidden_layers"]
+    return tuple("sliding_attention" if i >= first else "full_attention" for i in range(x["num_hidden_layers"]))
+
+def full_every(x, n):
+    "Layer types where every n-th layer sees everything and the others have a window."
+    return tuple(x.get("layer_types") or ("full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(x["num_hidden_layers"])))
+
+def qwen2(x): return dict(layer_types=tuple(x.get("layer_types") or windows_after(x)), attention_bias=True, output_bias=False,
                           sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None)
 
-def qwen3(x): return dict(qk_norm="head", sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None)
+def qwen3(x): return dict(qwen2(x), qk_norm="head", attention_bias=bool(x.get("attention_bias")), output_bias=bool(x.get("attention_bias")))
 
 def granite(x): return dict(attention_scale=x["attention_multiplier"], embedding_multiplier=x["embedding_multiplier"],
                             residual_multiplier=x["residual_multiplier"],
                             logit_multiplier=1 / x["logits_scaling"])
 
-def smollm3(x): return dict(sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None,
-                            no_rope_layers=tuple(i for i, keep in enumerate(x.get("no_rope_layers") or ()) if not keep))
+def smollm3(x):
+    every = x.get("no_rope_layer_interval", 4)
+    keep = x.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(x["num_hidden_layers"])]
+    types = x.get("layer_types") or ["sliding_attention" if x.get("use_sliding_window") and not k else "full_attention" for k in keep]
+    return dict(sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None, layer_types=tuple(types),
+                no_rope_layers=tuple(i for i, k in enumerate(keep) if not k))
 
-# %% ../../nbs/04_architecture/07_families.ipynb #b273e4e5
+# %% ../../nbs/04_architecture/07_families.ipynb #9efdf477
 def gemma(x): return dict(norm_offset=1.0, norm_weigh_first=True, hidden_act="gelu_tanh",
                           embedding_multiplier=x["hidden_size"] ** 0.5, sliding_window=None)
 
-def gemma2(x): return dict(gemma(x), block="sandwich", sliding_window=x["sliding_window"],
+def gemma2(x): return dict(gemma(x), block="sandwich", layer_types=full_every(x, 2), sliding_window=x["sliding_window"],
                            attention_scale=x["query_pre_attn_scalar"] ** -0.5,
                            attention_softcap=x.get("attn_logit_softcapping"),
                            logit_softcap=x.get("final_logit_softcapping"))
 
-def gemma3_text(x): return dict(gemma2(x), qk_norm="head")
+def gemma3_text(x):
+    rope = read_rope(x)
+    if "rope_theta" in rope: rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": x.get("rope_local_base_freq", 10_000.0)}}
+    return dict(gemma2(x), qk_norm="head", layer_types=full_every(x, x.get("sliding_window_pattern") or 6), rope_parameters=rope)
 
 def olmo(x): return dict(norm="layer", norm_weight=False, norm_eps=1e-5, clip_qkv=x.get("clip_qkv"))
 
 def olmo2(x): return dict(block="post", norm_weigh_first=True, qk_norm="all", layer_types=(), sliding_window=None)
 
-def olmo3(x): return dict(block="post", norm_weigh_first=True, qk_norm="all")
+def olmo3(x): return dict(block="post", layer_types=full_every(x, 4), norm_weigh_first=True, qk_norm="all")
 
-# %% ../../nbs/04_architecture/07_families.ipynb #3db04252
+# %% ../../nbs/04_architecture/07_families.ipynb #bf8744bb
 LAYER_NORM = dict(norm="layer", norm_bias=True)
 
 def gpt_neox(x):
@@ -146,10 +163,11 @@ def cohere(x): return dict(norm="layer", block="parallel", rope_interleaved=True
                            tie_word_embeddings=x.get("tie_word_embeddings", True),
                            qk_norm="heads" if x.get("use_qk_norm") else None)
 
-def cohere2(x): return dict(cohere(x), no_rope_layers=tuple(i for i,
-                                                            kind in enumerate(x["layer_types"]) if kind == "full_attention"))
+def cohere2(x):
+    types = full_every(x, x.get("sliding_window_pattern") or 4)
+    return dict(cohere(x), layer_types=types, no_rope_layers=tuple(i for i, kind in enumerate(types) if kind == "full_attention"))
 
-# %% ../../nbs/04_architecture/07_families.ipynb #21beaafe
+# %% ../../nbs/04_architecture/07_families.ipynb #99ef9cd8
 def experts(x, n, top_k, width, layers=None, **router):
     "The fields of a mixture; `layers`: those that have one, all by default."
     return dict(num_experts=n, num_experts_per_tok=top_k, moe_intermediate_size=width,
@@ -179,9 +197,9 @@ def dbrx(x):
     a, f = x["attn_config"], x["ffn_config"]
     return dict(norm="layer", norm_eps=1e-5, clip_qkv=a.get("clip_qkv"),
                 **experts(x, f["moe_num_experts"], f["moe_top_k"], f["ffn_hidden_size"],
-                          normalise=f.get("moe_normalize_expert_weights") is not None))
+                          normalise=f.get("moe_normalize_expert_weights", 1.0) is not None))
 
-def gpt_oss(x): return dict(norm_weigh_first=True, attention_sinks=True, expert_bias=True,
+def gpt_oss(x): return dict(norm_weigh_first=True, layer_types=full_every(x, 2), attention_sinks=True, expert_bias=True,
                             **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"]))
 
 def arctic(x):
@@ -345,7 +363,24 @@ def supported() -> list[str]:
     "The families, by transformers' `model_type`."
     return list(FAMILIES)
 
-# %% ../../nbs/04_architecture/07_families.ipynb #628f26bd
+# %% ../../nbs/04_architecture/07_families.ipynb #94a98edc
+_EPS, _QUARTER = dict(rms_norm_eps=1e-6), dict(partial_rotary_factor=0.25)
+
+DEFAULTS: dict[str, dict] = {   # by transformers' configuration classes
+    "llama": _EPS, "mistral": _EPS, "mixtral": dict(rope_theta=1e6), "granite": _EPS, "qwen2": _EPS, "qwen3": _EPS, "qwen3_moe": _EPS,
+    "qwen2_moe": _EPS,
+    "gemma": dict(_EPS, tie_word_embeddings=True),
+    "gemma2": dict(_EPS, tie_word_embeddings=True, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                   sliding_window=4096, head_dim=256),
+    "gemma3_text": dict(_EPS, tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096, head_dim=256, rope_theta=1e6),
+    "deepseek_v2": dict(_EPS, routed_scaling_factor=1.0), "deepseek_v3": dict(_EPS, routed_scaling_factor=2.5, n_group=8, topk_group=4),
+    "phi": dict(hidden_act="gelu_new", partial_rotary_factor=0.5), "gpt_neox": dict(_QUARTER, hidden_act="gelu"), "stablelm": _QUARTER,
+    "cohere": dict(logit_scale=0.0625, rope_theta=5e5), "cohere2": dict(logit_scale=0.0625, sliding_window=4096),
+    "smollm3": dict(_EPS, rope_theta=2e6, tie_word_embeddings=True),
+    "gpt_oss": dict(attention_bias=True, rope_theta=150_000.0, sliding_window=128),
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #7168f97e
 def read_config(config: dict) -> ModelConfig:  # transformers' config.json as a dict
     "The ModelConfig of a transformers configuration. Raises UnsupportedError (family, rope_type, option), CheckpointError (missing entry)."
     kind = config.get("model_type")
@@ -354,7 +389,7 @@ def read_config(config: dict) -> ModelConfig:  # transformers' config.json as a 
         raise UnsupportedError(f"model_type {kind!r} is not supported; the nearest is {near!r} ({FAMILIES[near].title}), "
                                f"and there are {', '.join(FAMILIES)}. What is missing is a reader for its configuration and its "
                                "tensor names: add a Family. A model that differs only in name loads with model_type edited in its config.json.")
-    family, x = FAMILIES[kind], dict(config)
+    family, x = FAMILIES[kind], {**DEFAULTS.get(kind, {}), **config}
     for key, usual in family.rename.items():
         value = x
         for part in key.split("."): value = value.get(part) if isinstance(value, dict) else None
