@@ -1,6 +1,7 @@
 """How fast does the decoder read a prompt and write tokens, against transformers and llama.cpp, and against this machine's memory?
 
     python -m benchmarks.decode                  # the embedded model on the CPU, all peers in one run, same threads
+    python -m benchmarks.decode --prompt 2048    # after a longer text, where reading the cache takes its share
     python -m benchmarks.decode --device cuda    # random weights in the shapes of real models (no llama.cpp)
 
 Every peer has a process of its own: torch and llama.cpp bring different thread pools, which wait for work by spinning, and in one process they
@@ -181,7 +182,8 @@ def main():
     if args.device == "cpu": more["peak of load() / weights kept"] = {d: peak_of_load(d, args.threads) for d in ("float32", "bfloat16")}
     else: more["shape"] = args.shape
     units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
-    out = record("decode" if args.device == "cpu" else f"decode_{args.shape}", samples, units, **more)
+    name = "_".join(["decode"] + [args.shape] * (args.device == "cuda") + [f"{args.prompt}_tokens"] * (args.prompt != parser.get_default("prompt")))
+    out = record(name, samples, units, **more)
     for what, value in middle.items(): print(f"{what:42} {value:9.1f} {units[what]}")
     for what, value in {**ratios, **limits, **{f"peak of load() / weights kept, {d}": v for d, v in more.get("peak of load() / weights kept", {}).items()}}.items(): print(f"{what:68} {value:6.2f}")
     print(f"written to {out.relative_to(out.parents[3])}")

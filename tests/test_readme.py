@@ -23,3 +23,10 @@ def test_every_chapter_is_in_the_map(root):
     chapters = [str(p.relative_to(root)) for p in (root / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(root / "nbs").parts)]
     absent = [c for c in chapters if c not in readme]
     assert not absent, f"the README's map lacks {absent}"
+
+
+def test_the_figures_are_those_of_the_committed_results(root):
+    from benchmarks.readme import MARKS, block
+    text = (root / "README.md").read_text(encoding="utf-8")
+    folder = re.search(r"benchmarks/results/([^/)]+)/decode\.json", text)[1]
+    assert MARKS.search(text)[0] == f"<!-- bench -->\n{block(folder)}<!-- /bench -->", "run `python -m benchmarks.readme` after a new measurement"
