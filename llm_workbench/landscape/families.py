@@ -43,7 +43,7 @@ def config_of(name: str) -> dict:
     if record["config"] is None: raise UnsupportedError(f"{name} has no configuration here: {record['why']}")
     return json.loads(json.dumps(record["config"]))  # a copy that the caller may change
 
-# %% ../../nbs/01_landscape/01_families.ipynb #2357eba0
+# %% ../../nbs/01_landscape/01_families.ipynb #ca823a09
 @cache
 def _meta_shapes(config: str) -> dict[str, tuple[int, ...]]:
     "Names and shapes of a model's parameters, by transformers' own classes, without storage (tied ones appear once)."
@@ -69,10 +69,14 @@ def _arctic_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return ends | {f"model.layers.{i}.{name}.weight": shape for i in range(L) for name, shape in layer.items()}
 
 
+_BY_FORMULA = {"arctic": _arctic_shapes}  # what transformers lacks
+
+
 def parameter_shapes(config: dict,  # the vocabulary of transformers' config.json, with `model_type`
                     ) -> dict[str, tuple[int, ...]]:
     "Name and shape of every parameter; a tied head does not appear again. Raises UnsupportedError for an unknown `model_type`."
-    if config.get("model_type") == "arctic": return _arctic_shapes(config)
+    by_formula = _BY_FORMULA.get(config.get("model_type"))
+    if by_formula: return by_formula(config)
     try: return dict(_meta_shapes(json.dumps(config, sort_keys=True)))
     except (KeyError, ValueError) as error:
         raise UnsupportedError(f"transformers cannot build model_type {config.get('model_type')!r}: {error}") from error
@@ -108,7 +112,10 @@ def models() -> "pd.DataFrame":
     whole = ["context", "trained_tokens", "parameters", "active", "kv_bytes_per_token"]
     return frame.astype({column: "Int64" for column in whole})
 
-# %% ../../nbs/01_landscape/01_families.ipynb #d2316316
+# %% ../../nbs/01_landscape/01_families.ipynb #95b06a87
+_FULL_EVERY = {"gemma2": 2}  # every second layer sees everything, the others have a window
+
+
 def _cached_layers(config: dict) -> list[tuple[int, int | None]]:  # (numbers per token, window) of each layer that caches text tokens
     text = config.get("text_config", config)
     L = text.get("num_hidden_layers") or text["n_layers"]
@@ -116,9 +123,9 @@ def _cached_layers(config: dict) -> list[tuple[int, int | None]]:  # (numbers pe
     D = text.get("head_dim") or (text.get("hidden_size") or text["d_model"]) // H
     K = text.get("num_key_value_heads") or text.get("num_kv_heads") or text.get("attn_config", {}).get("kv_n_heads") or H
     numbers = text["kv_lora_rank"] + text["qk_rope_head_dim"] if "kv_lora_rank" in text else 2 * K * D
-    window, every_other = text.get("sliding_window"), text.get("model_type") == "gemma2"
+    window, full_every = text.get("sliding_window"), _FULL_EVERY.get(text.get("model_type"))
     looks_at_images = text.get("cross_attention_layers", ())
-    return [(numbers, window if not every_other or i % 2 == 0 else None) for i in range(L) if i not in looks_at_images]
+    return [(numbers, None if full_every and (i + 1) % full_every == 0 else window) for i in range(L) if i not in looks_at_images]
 
 
 def kv_bytes(config: dict,       # the vocabulary of transformers' config.json
