@@ -3,10 +3,15 @@
 Tests call them on the real code; tests/test_mutants.py calls them on known-wrong variants and expects a rejection.
 Each returns its worst difference, so that failures and notes can say how far off something is.
 """
+import random
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from llm_workbench.architecture.decoder import Decoder
+from llm_workbench.checkpoints.gguf import GGUFFile
+from llm_workbench.checkpoints.sources import open_checkpoint
+from llm_workbench.errors import WorkbenchError
 
 TINY = dict(vocab_size=97, hidden_size=36, intermediate_size=64, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,
             head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager", pad_token_id=None)
@@ -65,3 +70,17 @@ def ragged_is_single(decoder, make_cache=lambda decoder: decoder.new_cache(), to
         errors += [worst(batch[0][b, :n], alone[:n])] + [worst(batch[1 + i][b, 0], alone[n + i]) for i in range(steps)]
     assert max(errors) <= tolerance, f"a ragged batch differs from its rows alone by {max(errors):.1e}"
     return max(errors)
+
+
+def gguf_refusals(path, bad_path, n, seed=0):
+    "How many of `n` seeded mutations of a GGUF's header are refused; opening and reading everything works or raises a WorkbenchError."
+    good, header, rng, refusals = path.read_bytes(), GGUFFile(path).data_start, random.Random(seed), 0
+    for _ in range(n):
+        bad = bytearray(good)
+        for _ in range(rng.choice([1, 1, 2, 5])): bad[rng.randrange(header)] = rng.choice([0, 1, 255, rng.randrange(256)])
+        bad_path.write_bytes(bad)
+        try:
+            checkpoint = open_checkpoint(bad_path)
+            for name in checkpoint.tensors: checkpoint.tensors[name]
+        except WorkbenchError: refusals += 1
+    return refusals

@@ -154,5 +154,5 @@ def test_mutant_is_rejected_where_it_first_matters(name):
     assert first == step, f"first differs at {first}"
 
 
-def test_every_variant_is_named_once():
-    assert all(kind in SMALL and variant < len(SMALL[kind]) for kind, variant, *_ in MUTANTS.values()) and len(MUTANTS) >= 20
+def test_there_are_as_many_as_the_chapter_says():
+    assert all(kind in SMALL and variant < len(SMALL[kind]) for kind, variant, *_ in MUTANTS.values()) and len(MUTANTS) > 40
