@@ -2,7 +2,6 @@
 back with the logits of transformers, and llama.cpp, reading the same file, must agree: so the layout is llama.cpp's and not only our idea of it."""
 import json
 import math
-import random
 import re
 
 import gguf
