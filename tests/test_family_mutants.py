@@ -44,9 +44,9 @@ def norm_after_rope(d):
     class Late(layers.Attention):
         "Turns first and norms then."
         def forward(self, x, positions, cache, ops):
-            q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+            q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (self.q_proj(x, ops), self.k_proj(x, ops), self.v_proj(x, ops)))
             q, k = (ops.rotate(t, *positions.tables(self.rope)) for t in (q, k))
-            return self.o_proj(cache.attend(self.layer, self.q_norm(q, ops), self.k_norm(k, ops), v, attention=ops.attention, **self.kind).flatten(2))
+            return self.o_proj(cache.attend(self.layer, self.q_norm(q, ops), self.k_norm(k, ops), v, attention=ops.attention, **self.kind).flatten(2), ops)
     return modules(lambda block: setattr(block.self_attn, "__class__", Late))(d)
 
 

@@ -19,10 +19,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from llm_workbench.architecture import moe as module
 from llm_workbench.architecture.moe import MoE, expert_load, load_balancing_loss, moe, route, update_bias
-from llm_workbench.architecture.norms_and_mlps import swiglu
+from llm_workbench.architecture.norms_and_mlps import linear, swiglu
 from llm_workbench.errors import UnsupportedError
 
-OPS = SimpleNamespace(moe=moe, swiglu=swiglu)
+OPS = SimpleNamespace(linear=linear, moe=moe, swiglu=swiglu)
 C, WIDTH = 32, 24
 SHARED = dict(hidden_size=C, moe_intermediate_size=WIDTH)
 
@@ -244,10 +244,10 @@ def test_one_expert_is_the_plain_mlp():
 
 def test_act_of_the_ops_table_is_used():
     layer, x = MoE(C, WIDTH, 4, 2, shared_intermediate_size=8), torch.randn(1, 5, C)
-    silent = SimpleNamespace(moe=moe, swiglu=lambda gate, up: torch.zeros_like(gate))
+    silent = SimpleNamespace(linear=linear, moe=moe, swiglu=lambda gate, up: torch.zeros_like(gate))
     assert (layer(x, silent) == 0).all() and (layer(x, OPS) != 0).any()
     seen = []
-    layer(x, SimpleNamespace(swiglu=swiglu, moe=lambda *args, **kw: (seen.append(args[3].shape), moe(*args, **kw))[1]))
+    layer(x, SimpleNamespace(linear=linear, swiglu=swiglu, moe=lambda *args, **kw: (seen.append(args[3].shape), moe(*args, **kw))[1]))
     assert seen == [(5, 2)], "the layer must go through ops.moe"
 
 
@@ -318,7 +318,7 @@ def check_against_transformers():
     for name in ("mixtral", "qwen2", "deepseek_v2", "deepseek_v3"):
         theirs, ours = pair(name, seed=9)
         x = torch.randn(2, 100, C, generator=torch.Generator().manual_seed(10))
-        ops = SimpleNamespace(moe=module.moe, swiglu=swiglu)
+        ops = SimpleNamespace(linear=linear, moe=module.moe, swiglu=swiglu)
         want, got = theirs(x), ours(x, ops)
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), name
 

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., C) of `hidden` -> (..., V)
         "Scores of the next token: the head, then the family's scale and bound."
-        c, out = self.config, self.lm_head(hidden)
+        c, out = self.config, self.lm_head(hidden, self.ops)
         if c.logit_multiplier != 1: out = out * c.logit_multiplier
         return c.logit_softcap * torch.tanh(out / c.logit_softcap) if c.logit_softcap else out
 

@@ -150,7 +150,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
         "(B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D), not yet turned."
         c = self.config
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.q_proj(x, ops), self.k_proj(x, ops), self.v_proj(x, ops)
         if c.clip_qkv: q, k, v = (t.clamp(-c.clip_qkv, c.clip_qkv) for t in (q, k, v))
         if c.qk_norm == "all": q, k = self.q_norm(q, ops), self.k_norm(k, ops)
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
@@ -163,7 +163,7 @@ class Attention(nn.Module):
             q, k = turn(torch.cat([q, k], 2), positions.tables(self.rope), self.config.rope_interleaved,
                         ops).split([q.shape[2], k.shape[2]], 2)
         out = cache.attend(self.layer, q, k, v, attention=ops.attention, sinks=self.sinks, **self.kind)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(out.flatten(2), ops)
 
 # %% ../../nbs/04_architecture/05b_layers.ipynb #538671b9
 class LatentAttention(nn.Module):
@@ -186,8 +186,8 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache, ops: Ops) -> Tensor:  # (B, T, C) -> (B, T, C)
         c = self.config
         R, r, D = c.kv_lora_rank, c.qk_rope_head_dim, c.head_dim - c.qk_rope_head_dim                    # D: dimensions without position
-        q = self.q_proj(self.q_a_norm(self.q_a_proj(x), ops) if c.q_lora_rank else x).unflatten(-1, (-1, D + r))
-        latent, k_turned = self.kv_a_proj(x).split([R, r], -1)                                           # (B, T, R), (B, T, r)
+        q = self.q_proj(self.q_a_norm(self.q_a_proj(x, ops), ops) if c.q_lora_rank else x, ops).unflatten(-1, (-1, D + r))
+        latent, k_turned = self.kv_a_proj(x, ops).split([R, r], -1)                                      # (B, T, R), (B, T, r)
         latent, tables = self.kv_a_norm(latent, ops), positions.tables(self.rope)
         q_turned, k_turned = (turn(t, tables, c.rope_interleaved, ops) for t in (q[..., D:], k_turned.unsqueeze(2)))
         up_k, up_v = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split([D, c.v_head_dim], 1)   # (H, D, R), (H, Dv, R)
@@ -195,7 +195,7 @@ class LatentAttention(nn.Module):
         k = torch.cat([latent.unsqueeze(2), k_turned], -1)                                               # (B, T, 1, R + r)
         attention = lambda q, k, v, **kind: ops.attention(q, k, k[..., :R], **kind)                      # the value is the latent in the key
         out = cache.attend(self.layer, q, k, k[..., :0], attention=attention, **self.kind)               # (B, T, H, R)
-        return self.o_proj(torch.einsum("bthr,hdr->bthd", out, up_v).flatten(2))
+        return self.o_proj(torch.einsum("bthr,hdr->bthd", out, up_v).flatten(2), ops)
 
 # %% ../../nbs/04_architecture/05b_layers.ipynb #0668f8b0
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:

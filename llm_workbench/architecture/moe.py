@@ -148,7 +148,7 @@ class MoE(nn.Module):
         if shared_intermediate_size: self.add_module(self.shared_name, GatedMLP(C, shared_intermediate_size))
         if shared_gate: self.shared_expert_gate = nn.Linear(C, 1, bias=False)
 
-    def forward(self, x: Tensor, ops) -> Tensor:  # (B, T, C), table of ops with `moe` and `swiglu` -> (B, T, C)
+    def forward(self, x: Tensor, ops) -> Tensor:  # (B, T, C), table of ops with `moe`, `swiglu` and `linear` -> (B, T, C)
         tokens = x.flatten(0, -2)                                     # (N, C)
         _, chosen, weights = self.gate(tokens)
         biases = dict(gate_up_bias=self.experts.gate_up_proj_bias, down_bias=self.experts.down_proj_bias) if "down_proj_bias" in self.experts else {}
