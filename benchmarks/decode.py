@@ -1,6 +1,6 @@
 """How fast does the decoder read a prompt and write tokens, against transformers and llama.cpp, and against this machine's memory?
 
-    python -m benchmarks.decode                  # the embedded model on the CPU, all peers in one run, same threads
+    python -m benchmarks.decode                  # the embedded model on the CPU (ops: our C kernels, and TORCH), all peers in one run, same threads
     python -m benchmarks.decode --prompt 2048    # after a longer text, where reading the cache takes its share
     python -m benchmarks.decode --device cuda    # random weights in the shapes of real models (no llama.cpp)
 
@@ -22,6 +22,7 @@ import torch
 from benchmarks.record import record
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.ops import TORCH
+from llm_workbench.kernels.cpu import CPU
 from llm_workbench.hardware.machine import embedded_model, read_bandwidth
 
 SHAPES = {  # sizes of released configurations, for devices that do not hold the embedded file
@@ -85,7 +86,7 @@ def measure_llama_cpp(llm, prompt, n_new, device):
 def serve(args):
     "Load the peer named by --peer, then measure one round for every line that comes in."
     torch.set_num_threads(args.threads)
-    kind, _, dtype = args.peer.partition(" ")
+    kind, _, dtype = args.peer.rpartition(" ")
     generator = torch.Generator().manual_seed(0)
     if kind == "llama.cpp":
         import llama_cpp
@@ -96,13 +97,13 @@ def serve(args):
         if args.device == "cpu":
             from llm_workbench.checkpoints.sources import open_checkpoint
             checkpoint = open_checkpoint()
-            decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, "cpu", TORCH)
+            decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, "cpu", CPU if kind == "ours" else TORCH)
             make = lambda: transformers_model(checkpoint.config, dtype, "cpu", decoder.transformers_state() | {"lm_head.weight": decoder.lm_head.weight.detach()})
         else:
             theirs = transformers_model({**SHAPES[args.shape], **MORE}, dtype, args.device)
             decoder, make = Decoder.from_transformers(theirs, TORCH), lambda: theirs
         vocabulary, nbytes = decoder.config.vocab_size, sum(p.nbytes for p in decoder.parameters())
-        model, measure = (decoder, measure_ours) if kind == "ours" else (make(), measure_transformers)
+        model, measure = (make(), measure_transformers) if kind == "transformers" else (decoder, measure_ours)
     prompt = torch.randint(100, vocabulary, (1, args.prompt), generator=generator).to(args.device)
     with torch.inference_mode():
         measure(model, prompt, args.new, args.device)          # warm-up
@@ -161,7 +162,8 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU: run without --device cuda, or install a CUDA build of torch")
     if args.peer: return serve(args)
 
-    names = [f"{who} {dtype}" for dtype in ("float32", "bfloat16") for who in ("ours", "transformers")] + ["llama.cpp Q4_1"] * (args.device == "cpu")
+    on_cpu = args.device == "cpu"
+    names = [f"{who} {dtype}" for dtype in ("float32", "bfloat16") for who in ["ours"] + ["ours with TORCH"] * on_cpu + ["transformers"]] + ["llama.cpp Q4_1"] * on_cpu
     peers = {name: Peer(name) for name in names}
     samples = {"read bandwidth": []}
     for i in range(args.rounds):
@@ -179,7 +181,7 @@ def main():
     weight_bytes = {name: peer.weight_bytes for name, peer in peers.items()}
     limits = {f"decode, {name}: share of bandwidth / weight bytes": middle[f"decode, {name}"] * weight_bytes[name] / (middle["read bandwidth"] * 1e9) for name in names}
     more = dict(threads=args.threads, prompt_tokens=args.prompt, new_tokens=args.new, weight_bytes=weight_bytes, ratios=ratios, limits=limits)
-    if args.device == "cpu": more["peak of load() / weights kept"] = {d: peak_of_load(d, args.threads) for d in ("float32", "bfloat16")}
+    if on_cpu: more["peak of load() / weights kept"] = {d: peak_of_load(d, args.threads) for d in ("float32", "bfloat16")}
     else: more["shape"] = args.shape
     units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
     name = "_".join(["decode"] + [args.shape] * (args.device == "cuda") + [f"{args.prompt}_tokens"] * (args.prompt != parser.get_default("prompt")))

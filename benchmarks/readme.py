@@ -7,8 +7,8 @@ from benchmarks.record import RESULTS, recorded
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
-PEERS = {"ours float32": "this decoder, fp32", "transformers float32": "transformers, fp32", "ours bfloat16": "this decoder, bf16",
-         "transformers bfloat16": "transformers, bf16", "llama.cpp Q4_1": "llama.cpp, the file's Q4_1"}
+PEERS = {f"{who} {dtype}": f"{label}, {short}" for dtype, short in {"float32": "fp32", "bfloat16": "bf16"}.items()
+         for who, label in {"ours": "this decoder, ops `CPU`", "ours with TORCH": "this decoder, ops `TORCH`", "transformers": "transformers"}.items()} | {"llama.cpp Q4_1": "llama.cpp, the file's Q4_1"}
 GOAL = 1.5   # decode against transformers.generate
 
 

@@ -14,6 +14,7 @@ from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.families import FAMILIES, SMALL, entries, read_config, small_model, supported
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import CheckpointError, UnsupportedError
+from llm_workbench.kernels.cpu import CPU
 
 REQUIRED = """llama mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 phi phi3 phimoe cohere cohere2 falcon
               gpt_neox olmo olmo2 olmo3 dbrx stablelm granite smollm3 gpt_oss""".split()
@@ -110,13 +111,13 @@ def test_any_ops_with_any_cache(kind):
     "Every family, every set of ops and every cache that exists, in every combination."
     ours = pair(kind)[1]
     whole, T = ours(TOKENS), TOKENS.shape[1]
-    for ops in (REFERENCE, TORCH):
+    for name, ops in dict(REFERENCE=REFERENCE, TORCH=TORCH, CPU=CPU).items():
         decoder = ours.with_ops(ops)
         assert worst(decoder(TOKENS), whole) <= 1e-3
         for store, options, tolerance in (("contiguous", {}, 1e-3), ("sliding", {}, 1e-3), ("quantized", dict(bits=8, group=2, residual=4), 0.1 * whole.abs().max().item())):
             cache = decoder.new_cache(store, context=T, **options)
             got = torch.cat([decoder(piece, cache) for piece in TOKENS.split([6, 1, 1, 6], 1)], 1)
-            assert worst(got, whole) <= tolerance, f"{kind} with {'TORCH' if ops is TORCH else 'REFERENCE'} and a {store} cache differs by {worst(got, whole):.1e}"
+            assert worst(got, whole) <= tolerance, f"{kind} with {name} and a {store} cache differs by {worst(got, whole):.1e}"
 
 
 @torch.inference_mode()

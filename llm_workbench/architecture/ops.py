@@ -59,7 +59,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, win
     if softcap or sinks is not None:
         return attention(q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, lengths=lengths)
     Tq, Tk = q.shape[1], k.shape[1]
-    unmasked = lengths is None and (not window or window >= Tk)      # nothing but causality restricts what is seen
+    unmasked = lengths is None and (window is None or window >= Tk)      # nothing but causality restricts what is seen
     triangle = unmasked and causal and Tq == Tk
     mask = None
     if unmasked and Tq == 1:                                         # the heads that share a KV head become queries of one head: it is read once
