@@ -56,6 +56,8 @@ def main(venv):
     # No pip cache: pip would hand back a wheel that was built with other CMAKE_ARGS.
     run("building llama-cpp-python (several minutes on two cores)", *pip, "--no-cache-dir", pinned("llama-cpp-python"),
         env={"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", LLAMA_CMAKE_ARGS)})
+    if sys.platform == "linux":  # the pins are complete there: nothing to search, and a version that is gone is named at once
+        run("installing the pinned versions", *pip, "--no-deps", "-r", "constraints.txt")
     run("installing llm_workbench and its requirements", *pip, "-e", ".[dev]")
     run("registering the Jupyter kernel", python, "-m", "ipykernel", "install", "--sys-prefix",
         "--name", "llm-workbench", "--display-name", "llm_workbench")

@@ -69,7 +69,7 @@ def new_cache(self: Decoder,
     if kind not in ("contiguous", "sliding", "quantized"):
         raise UnsupportedError(f"there is no {kind!r} cache; there are contiguous, sliding and quantized")
     cache = SlidingCache(windows, **options) if kind == "sliding" else (QuantizedCache if kind == "quantized" else ContiguousCache)(len(windows), **options)
-    if context is not None: cache._text.set([context] if isinstance(context, int) else list(context), self.embed_tokens.weight.device)
+    if context is not None: cache.expect(context, self.embed_tokens.weight.device)
     return cache
 
 @patch

@@ -61,37 +61,6 @@ class Cache:
         new = torch.arange(n_tokens, device=device)
         return new + (self.lengths if isinstance(self.lengths, int) else self.lengths[:, None])
 
-    def text_lengths(self,
-        n_tokens: int,                      # new tokens, T
-        counts: Tensor | None = None,       # (B,) real tokens of each row
-    ) -> int | Tensor:                      # int, or (B,)
-        "The length by which some kinds of RoPE choose their angles: given to `new_cache`, or that of the first call. It never changes."
-        if self._text.longest == 0: self._text.set([n_tokens] if counts is None else counts.tolist(), None if counts is None else counts.device)
-        return self._text.value
-
-    def attend(self,
-        layer: int,
-        q: Tensor,             # (B, T, H, D)
-        k: Tensor,             # (B, T, K, D)
-        v: Tensor,             # (B, T, K, Dv)
-        *, attention: Callable,
-        **kind,                # window, softcap, sinks, scale
-    ) -> Tensor:               # (B, T, H, Dv)
-        "Keep the new keys and values of `layer` and attend from the new queries to everything kept."
-        k, v, valid = self._append(layer, k, v)
-        return attention(q, k, v, **kind) if isinstance(valid, int) else attention(q, k, v, lengths=valid, **kind)
-
-    def advance(self,
-        n_tokens: int,                      # T of the step that is over
-        counts: Tensor | None = None,       # (B,) real tokens of each row, where rows were padded on the right
-    ) -> None:
-        "Close a step: called once, after the last layer."
-        by = n_tokens if counts is None else counts.tolist()
-        if counts is not None and (len(by) != self._batch or not all(0 <= n <= n_tokens for n in by)):
-            raise UnsupportedError(f"counts {by} do not fit {self._batch} rows of {n_tokens} new tokens: give each row 0 to {n_tokens}")
-        self._moved(by)
-        self._lengths.add(by, self._device)
-
     def _append(self, layer, k, v): raise NotImplementedError
     def _moved(self, by): pass                          # a subclass tidies up here, when the counts are known
     def _counters(self): return [self._lengths, self._text]
@@ -102,6 +71,50 @@ class Cache:
 
     @property
     def _device(self): return None if self._any() is None else self._any().device
+
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #3d19f796
+@patch
+def attend(self: Cache,
+    layer: int,
+    q: Tensor,             # (B, T, H, D)
+    k: Tensor,             # (B, T, K, D)
+    v: Tensor,             # (B, T, K, Dv)
+    *, attention: Callable,
+    **kind,                # window, softcap, sinks, scale
+) -> Tensor:               # (B, T, H, Dv)
+    "Keep the new keys and values of `layer` and attend from the new queries to everything kept."
+    k, v, valid = self._append(layer, k, v)
+    return attention(q, k, v, **kind) if isinstance(valid, int) else attention(q, k, v, lengths=valid, **kind)
+
+@patch
+def advance(self: Cache,
+    n_tokens: int,                      # T of the step that is over
+    counts: Tensor | None = None,       # (B,) real tokens of each row, where rows were padded on the right
+) -> None:
+    "Close a step: called once, after the last layer."
+    by = n_tokens if counts is None else counts.tolist()
+    if counts is not None and (len(by) != self._batch or not all(0 <= n <= n_tokens for n in by)):
+        raise UnsupportedError(f"counts {by} do not fit {self._batch} rows of {n_tokens} new tokens: give each row 0 to {n_tokens}")
+    self._moved(by)
+    self._lengths.add(by, self._device)
+
+# %% ../../nbs/04_architecture/05_kv_cache.ipynb #76395a7e
+@patch
+def expect(self: Cache,
+    lengths: int | Sequence[int],       # of the whole text when it is done, or of each row's
+    device=None,
+) -> None:
+    "Say how long the texts will become: some kinds of RoPE choose their angles by it, once and for all."
+    self._text.set([lengths] if isinstance(lengths, int) else list(lengths), device)
+
+@patch
+def text_lengths(self: Cache,
+    n_tokens: int,                      # new tokens, T
+    counts: Tensor | None = None,       # (B,) real tokens of each row
+) -> int | Tensor:                      # int, or (B,)
+    "The length by which some kinds of RoPE choose their angles: what `expect` was told, or that of the first call. It never changes."
+    if self._text.longest == 0: self._text.set([n_tokens] if counts is None else counts.tolist(), None if counts is None else counts.device)
+    return self._text.value
 
 # %% ../../nbs/04_architecture/05_kv_cache.ipynb #e8a77cd7
 class NoCache(Cache):
