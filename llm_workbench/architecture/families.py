@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'LAYER_NORM', 'QKV', 'GATE_UP', 'DOWN', 'DEFAULT', 'POST', 'SANDWICH', 'NEOX_MLP', 'FAMILIES',
-           'DEFAULTS', 'IGNORED', 'SMALL', 'BLOCKS', 'common_fields', 'read_rope', 'nearest', 'llama', 'mistral',
+           'DEFAULTS', 'IGNORED', 'SMALL', 'BLOCKS', 'nearest', 'read_rope', 'common_fields', 'llama', 'mistral',
            'phi3', 'windows_after', 'full_every', 'qwen2', 'qwen3', 'granite', 'smollm3', 'gemma', 'gemma2',
            'gemma3_text', 'olmo', 'olmo2', 'olmo3', 'gpt_neox', 'phi', 'stablelm', 'falcon', 'cohere', 'cohere2',
            'experts', 'sparse_layers', 'mixtral', 'phimoe', 'qwen2_moe', 'qwen3_moe', 'dbrx', 'gpt_oss', 'arctic',
@@ -27,13 +27,43 @@ from .layers import ModelConfig
 from .rope import ROPE_TYPES, yarn_mscale
 from ..errors import CheckpointError, UnsupportedError
 
+# %% ../../nbs/04_architecture/07_families.ipynb #de02fa14
+def nearest(name: str, known) -> str:
+    "The known name most like `name`."
+    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+
+# %% ../../nbs/04_architecture/07_families.ipynb #26418a78
+def read_rope(x: dict) -> dict:  # a configuration of any age -> rope_parameters, complete: one, or one per layer type
+    "The rope_parameters of a configuration with everything that they imply. Raises UnsupportedError for an unknown rope_type."
+    rope = x.get("rope_parameters") or {"rope_theta": x.get("rope_theta", 10_000.0), **(x.get("rope_scaling") or {})}
+    per_layer_type = {"full_attention", "sliding_attention"} & rope.keys()
+    if per_layer_type: return {kind: _complete_rope(one, x) for kind, one in rope.items() if isinstance(one, dict)}
+    return _complete_rope(rope, x)
+
+# %% ../../nbs/04_architecture/07_families.ipynb #ab9205cc
+def _complete_rope(rope, x):
+    given = {k: v for k, v in rope.items() if v is not None and k != "partial_rotary_factor"}      # that one is in rotary_dim
+    rope = {"rope_theta": x.get("rope_theta") or 10_000.0, **given}
+    kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(f"rope_type {kind!r} is not implemented; the nearest is {nearest(kind, ROPE_TYPES)!r} "
+                               f"of {', '.join(ROPE_TYPES)}. Add it to ROPE_TYPES to run this model.")
+    context = x.get("max_position_embeddings", 2048)
+    if kind in ("yarn", "longrope", "llama3"):
+        rope.setdefault("original_max_position_embeddings", x.get("original_max_position_embeddings") or context)
+    if kind == "dynamic": rope["original_max_position_embeddings"] = context
+    if kind in ("yarn", "longrope"): rope.setdefault("factor", context / rope["original_max_position_embeddings"])
+    return rope
+
 # %% ../../nbs/04_architecture/07_families.ipynb #0e9dfc0e
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+
 def common_fields(x: dict) -> dict:  # transformers' configuration -> fields of ModelConfig
     "What all families write alike."
     heads, bias = x["num_attention_heads"], bool(x.get("attention_bias"))
     head_dim = x.get("head_dim") or x["hidden_size"] // heads
-    part = (x.get("rope_parameters") or {}).get("partial_rotary_factor",
-                                                x.get("partial_rotary_factor", x.get("rotary_pct", 1.0)))
+    outside = x.get("partial_rotary_factor", x.get("rotary_pct", 1.0))
+    part = (x.get("rope_parameters") or {}).get("partial_rotary_factor", outside)
     return dict(
         vocab_size=x["vocab_size"], hidden_size=x["hidden_size"],
         intermediate_size=x.get("intermediate_size") or 4 * x["hidden_size"],
@@ -47,36 +77,6 @@ def common_fields(x: dict) -> dict:  # transformers' configuration -> fields of 
         rope_parameters=read_rope(x), rotary_dim=None if part == 1 else int(head_dim * part),
         sliding_window=x.get("sliding_window"), layer_types=tuple(x.get("layer_types") or ()))
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-               "gelu_fast": "gelu_tanh"}
-
-# %% ../../nbs/04_architecture/07_families.ipynb #26418a78
-def read_rope(x: dict) -> dict:  # a configuration of any age -> rope_parameters, complete: one, or one per layer type
-    "The rope_parameters of a configuration with everything that they imply. Raises UnsupportedError for an unknown rope_type."
-    rope = x.get("rope_parameters") or {"rope_theta": x.get("rope_theta", 10_000.0), **(x.get("rope_scaling") or {})}
-    if {"full_attention",
-        "sliding_attention"} & rope.keys(): return {kind: _complete_rope(r, x) for kind,
-                                                    r in rope.items() if isinstance(r, dict)}
-    return _complete_rope(rope, x)
-
-def _complete_rope(rope, x):
-    given = {k: v for k, v in rope.items() if v is not None and k != "partial_rotary_factor"}      # that one is in rotary_dim
-    rope = {"rope_theta": x.get("rope_theta") or 10_000.0, **given}
-    kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise UnsupportedError(f"rope_type {kind!r} is not implemented; the nearest is {nearest(kind, ROPE_TYPES)!r} "
-                               f"of {', '.join(ROPE_TYPES)}. Add it to ROPE_TYPES to run this model.")
-    context = x.get("max_position_embeddings", 2048)
-    if kind in ("yarn", "longrope", "llama3"): rope.setdefault("original_max_position_embeddings",
-                                                               x.get("original_max_position_embeddings") or context)
-    if kind == "dynamic": rope["original_max_position_embeddings"] = context
-    if kind in ("yarn", "longrope"): rope.setdefault("factor", context / rope["original_max_position_embeddings"])
-    return rope
-
-def nearest(name: str, known) -> str:
-    "The known name most like `name`."
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
-
 # %% ../../nbs/04_architecture/07_families.ipynb #adce14fd
 def llama(x): return dict(sliding_window=None, layer_types=())
 
@@ -84,50 +84,58 @@ def mistral(x): return dict(layer_types=())
 
 def phi3(x): return dict(layer_types=(), attention_bias=False, output_bias=False)
 
+# %% ../../nbs/04_architecture/07_families.ipynb #01848cd3
 def windows_after(x):
     "Qwen: the layers from `max_window_layers` on have a window, if any has."
-    first = x.get("max_window_layers", 28) if x.get("use_sliding_window") else x["num_hidden_layers"]
-    return tuple("sliding_attention" if i >= first else "full_attention" for i in range(x["num_hidden_layers"]))
+    L = x["num_hidden_layers"]
+    first = x.get("max_window_layers", 28) if x.get("use_sliding_window") else L
+    return tuple("sliding_attention" if i >= first else "full_attention" for i in range(L))
 
 def full_every(x, n):
     "Layer types where every n-th layer sees everything and the others have a window."
-    return tuple(x.get("layer_types") or ("full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(x["num_hidden_layers"])))
+    rule = ("full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(x["num_hidden_layers"]))
+    return tuple(x.get("layer_types") or rule)
 
-def qwen2(x): return dict(layer_types=tuple(x.get("layer_types") or windows_after(x)), attention_bias=True, output_bias=False,
-                          sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None)
+# %% ../../nbs/04_architecture/07_families.ipynb #a6206608
+def qwen2(x):
+    window = x.get("sliding_window") if x.get("use_sliding_window") else None
+    return dict(sliding_window=window, layer_types=tuple(x.get("layer_types") or windows_after(x)), attention_bias=True, output_bias=False)
 
-def qwen3(x): return dict(qwen2(x), qk_norm="head", attention_bias=bool(x.get("attention_bias")), output_bias=bool(x.get("attention_bias")))
+def qwen3(x):
+    bias = bool(x.get("attention_bias"))
+    return dict(qwen2(x), qk_norm="head", attention_bias=bias, output_bias=bias)
 
 def granite(x): return dict(attention_scale=x["attention_multiplier"], embedding_multiplier=x["embedding_multiplier"],
-                            residual_multiplier=x["residual_multiplier"],
-                            logit_multiplier=1 / x["logits_scaling"])
+                            residual_multiplier=x["residual_multiplier"], logit_multiplier=1 / x["logits_scaling"])
 
 def smollm3(x):
-    every = x.get("no_rope_layer_interval", 4)
-    keep = x.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(x["num_hidden_layers"])]
-    types = x.get("layer_types") or ["sliding_attention" if x.get("use_sliding_window") and not k else "full_attention" for k in keep]
-    return dict(sliding_window=x.get("sliding_window") if x.get("use_sliding_window") else None, layer_types=tuple(types),
+    every, windows = x.get("no_rope_layer_interval", 4), x.get("use_sliding_window")
+    keep = x.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(x["num_hidden_layers"])]        # True: this layer has RoPE
+    types = x.get("layer_types") or ["sliding_attention" if windows and not k else "full_attention" for k in keep]
+    return dict(sliding_window=x.get("sliding_window") if windows else None, layer_types=tuple(types),
                 no_rope_layers=tuple(i for i, k in enumerate(keep) if not k))
 
 # %% ../../nbs/04_architecture/07_families.ipynb #9efdf477
-def gemma(x): return dict(norm_offset=1.0, norm_weigh_first=True, hidden_act="gelu_tanh",
-                          embedding_multiplier=x["hidden_size"] ** 0.5, sliding_window=None)
+def gemma(x): return dict(norm_offset=1.0, norm_weigh_first=True, hidden_act="gelu_tanh", sliding_window=None,
+                          embedding_multiplier=x["hidden_size"] ** 0.5)
 
 def gemma2(x): return dict(gemma(x), block="sandwich", layer_types=full_every(x, 2), sliding_window=x["sliding_window"],
                            attention_scale=x["query_pre_attn_scalar"] ** -0.5,
-                           attention_softcap=x.get("attn_logit_softcapping"),
-                           logit_softcap=x.get("final_logit_softcapping"))
+                           attention_softcap=x.get("attn_logit_softcapping"), logit_softcap=x.get("final_logit_softcapping"))
 
 def gemma3_text(x):
     rope = read_rope(x)
-    if "rope_theta" in rope: rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": x.get("rope_local_base_freq", 10_000.0)}}
+    if "rope_theta" in rope:                                    # the old spelling: one RoPE, and the theta of the sliding layers beside it
+        local = {"rope_type": "default", "rope_theta": x.get("rope_local_base_freq", 10_000.0)}
+        rope = {"full_attention": rope, "sliding_attention": local}
     return dict(gemma2(x), qk_norm="head", layer_types=full_every(x, x.get("sliding_window_pattern") or 6), rope_parameters=rope)
 
+# %% ../../nbs/04_architecture/07_families.ipynb #9231c6d8
 def olmo(x): return dict(norm="layer", norm_weight=False, norm_eps=1e-5, clip_qkv=x.get("clip_qkv"))
 
 def olmo2(x): return dict(block="post", norm_weigh_first=True, qk_norm="all", layer_types=(), sliding_window=None)
 
-def olmo3(x): return dict(block="post", layer_types=full_every(x, 4), norm_weigh_first=True, qk_norm="all")
+def olmo3(x): return dict(block="post", norm_weigh_first=True, qk_norm="all", layer_types=full_every(x, 4))
 
 # %% ../../nbs/04_architecture/07_families.ipynb #bf8744bb
 LAYER_NORM = dict(norm="layer", norm_bias=True)
@@ -138,30 +146,29 @@ def gpt_neox(x):
                 block="parallel_two_norms" if x.get("use_parallel_residual", True) else "pre",
                 mlp="plain", attention_bias=bias, output_bias=bias, mlp_bias=True)
 
-def phi(x): return dict(LAYER_NORM, block="parallel", mlp="plain", attention_bias=True, output_bias=True, mlp_bias=True,
-                        head_bias=True,
+def phi(x): return dict(LAYER_NORM, block="parallel", mlp="plain", attention_bias=True, output_bias=True, mlp_bias=True, head_bias=True,
                         qk_norm="head" if x.get("qk_layernorm") else None)
 
-def stablelm(x): return dict(LAYER_NORM, attention_bias=x.get("use_qkv_bias", False), output_bias=False,
-                             block="parallel" if x.get("use_parallel_residual") else "pre",
+def stablelm(x): return dict(LAYER_NORM, block="parallel" if x.get("use_parallel_residual") else "pre",
+                             attention_bias=x.get("use_qkv_bias", False), output_bias=False,
                              qk_norm="heads" if x.get("qk_layernorm") else None)
 
+# %% ../../nbs/04_architecture/07_families.ipynb #99cb9697
 def falcon(x):
     if x.get("alibi"):
         raise UnsupportedError("this Falcon uses ALiBi positions, which are not built; the Falcons with RoPE (7B, 40B, 180B, Falcon 2) are")
     new, heads, bias = x.get("new_decoder_architecture"), x["num_attention_heads"], bool(x.get("bias"))
     kv_heads = (x.get("num_kv_heads") or heads) if new else 1 if x.get("multi_query", True) else heads
     two_norms = new and (x.get("num_ln_in_parallel_attn") or 2) == 2
-    return dict(LAYER_NORM, num_key_value_heads=kv_heads,
-                block="parallel_two_norms" if two_norms else "parallel" if new or x.get("parallel_attn", True) else "pre",
+    block = "parallel_two_norms" if two_norms else "parallel" if new or x.get("parallel_attn", True) else "pre"
+    return dict(LAYER_NORM, num_key_value_heads=kv_heads, block=block,
                 mlp="plain", hidden_act=ACTIVATIONS.get(x.get("activation", "gelu"), x.get("activation")),
-                attention_bias=bias, output_bias=bias, mlp_bias=bias,
-                intermediate_size=x.get("ffn_hidden_size") or 4 * x["hidden_size"],
+                attention_bias=bias, output_bias=bias, mlp_bias=bias, intermediate_size=x.get("ffn_hidden_size") or 4 * x["hidden_size"],
                 tie_word_embeddings=x.get("tie_word_embeddings", True))
 
+# %% ../../nbs/04_architecture/07_families.ipynb #d823a314
 def cohere(x): return dict(norm="layer", block="parallel", rope_interleaved=True, logit_multiplier=x["logit_scale"],
-                           tie_word_embeddings=x.get("tie_word_embeddings", True),
-                           qk_norm="heads" if x.get("use_qk_norm") else None)
+                           tie_word_embeddings=x.get("tie_word_embeddings", True), qk_norm="heads" if x.get("use_qk_norm") else None)
 
 def cohere2(x):
     types = full_every(x, x.get("sliding_window_pattern") or 4)
@@ -177,60 +184,60 @@ def sparse_layers(x):
     dense, every = x.get("mlp_only_layers") or (), x.get("decoder_sparse_step") or 1
     return [i for i in range(x["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
 
-def mixtral(x): return dict(mistral(x), **experts(x, x["num_local_experts"], x["num_experts_per_tok"],
-                                                  x["intermediate_size"]))
+# %% ../../nbs/04_architecture/07_families.ipynb #d9038014
+def mixtral(x): return dict(mistral(x), **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"]))
 
-def phimoe(x): return dict(LAYER_NORM, layer_types=(), head_bias=bool(x.get("lm_head_bias")),
-                           **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"],
-                                     score="sparsemixer", jitter=x.get("router_jitter_noise", 0.01)))
+def phimoe(x):
+    router = dict(score="sparsemixer", jitter=x.get("router_jitter_noise", 0.01))
+    return dict(LAYER_NORM, layer_types=(), head_bias=bool(x.get("lm_head_bias")),
+                **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"], **router))
 
-def qwen2_moe(x): return dict(qwen2(x), attention_bias=x.get("qkv_bias", True),
-                              shared_intermediate_size=x["shared_expert_intermediate_size"], shared_gate=True,
-                              **experts(x, x["num_experts"], x["num_experts_per_tok"], x["moe_intermediate_size"],
-                                        sparse_layers(x), normalise=x.get("norm_topk_prob", False)))
+def qwen2_moe(x):
+    mixture = experts(x, x["num_experts"], x["num_experts_per_tok"], x["moe_intermediate_size"], sparse_layers(x),
+                      normalise=x.get("norm_topk_prob", False))
+    return dict(qwen2(x), attention_bias=x.get("qkv_bias", True), **mixture,
+                shared_intermediate_size=x["shared_expert_intermediate_size"], shared_gate=True)
 
-def qwen3_moe(x): return dict(qwen3(x), **experts(x, x.get("num_experts") or x["num_local_experts"],
-                                                  x["num_experts_per_tok"], x["moe_intermediate_size"], sparse_layers(x),
-                                                  normalise=x.get("norm_topk_prob", False)))
+def qwen3_moe(x):
+    n = x.get("num_experts") or x["num_local_experts"]
+    mixture = experts(x, n, x["num_experts_per_tok"], x["moe_intermediate_size"], sparse_layers(x), normalise=x.get("norm_topk_prob", False))
+    return dict(qwen3(x), **mixture)
 
 def dbrx(x):
     a, f = x["attn_config"], x["ffn_config"]
+    normalise = f.get("moe_normalize_expert_weights", 1.0) is not None
     return dict(norm="layer", norm_eps=1e-5, clip_qkv=a.get("clip_qkv"),
-                **experts(x, f["moe_num_experts"], f["moe_top_k"], f["ffn_hidden_size"],
-                          normalise=f.get("moe_normalize_expert_weights", 1.0) is not None))
+                **experts(x, f["moe_num_experts"], f["moe_top_k"], f["ffn_hidden_size"], normalise=normalise))
 
+# %% ../../nbs/04_architecture/07_families.ipynb #542dcfff
 def gpt_oss(x): return dict(norm_weigh_first=True, layer_types=full_every(x, 2), attention_sinks=True, expert_bias=True,
                             **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"]))
 
 def arctic(x):
     every = x.get("moe_layer_frequency", 1)
     layers = [i for i in range(x["num_hidden_layers"]) if (i + 1) % every == 0]
-    # the dense MLP is as wide as the stream
-    return dict(block="dense_moe", intermediate_size=x["hidden_size"], sliding_window=None,
-                **experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"], layers,
-                          normalise=x["num_experts_per_tok"] > 1))
+    mixture = experts(x, x["num_local_experts"], x["num_experts_per_tok"], x["intermediate_size"], layers, normalise=x["num_experts_per_tok"] > 1)
+    return dict(block="dense_moe", intermediate_size=x["hidden_size"], sliding_window=None, **mixture)       # the dense MLP is as wide as the stream
 
+# %% ../../nbs/04_architecture/07_families.ipynb #7094bdfc
 def deepseek(x, **router):
     head, rope = x["qk_nope_head_dim"] + x["qk_rope_head_dim"], read_rope(x)
-    stretch = yarn_mscale(rope["factor"],
-                          rope["mscale_all_dim"]) if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim") else 1.0
+    stretched = rope["rope_type"] == "yarn" and rope.get("mscale_all_dim")
+    mscale = yarn_mscale(rope["factor"], rope["mscale_all_dim"]) if stretched else 1.0
     n = x.get("n_routed_experts") or x.get("num_local_experts") or x["num_experts"]
-    return dict(head_dim=head, num_key_value_heads=x["num_attention_heads"], kv_lora_rank=x["kv_lora_rank"],
-                q_lora_rank=x.get("q_lora_rank"), qk_rope_head_dim=x["qk_rope_head_dim"],
-                v_head_dim=x["v_head_dim"], rotary_dim=None, attention_scale=head ** -0.5 * stretch ** 2,
-                rope_interleaved=x.get("rope_interleave", True),
-                shared_intermediate_size=x["moe_intermediate_size"] * x["n_shared_experts"],
-                **experts(x, n, x["num_experts_per_tok"], x["moe_intermediate_size"],
-                          range(x.get("first_k_dense_replace", 0), x["num_hidden_layers"]),
-                          fp32=True, scale=x["routed_scaling_factor"], **router))
+    sparse = range(x.get("first_k_dense_replace", 0), x["num_hidden_layers"])
+    mixture = experts(x, n, x["num_experts_per_tok"], x["moe_intermediate_size"], sparse, fp32=True, scale=x["routed_scaling_factor"], **router)
+    return dict(head_dim=head, num_key_value_heads=x["num_attention_heads"], attention_scale=head ** -0.5 * mscale ** 2,
+                kv_lora_rank=x["kv_lora_rank"], q_lora_rank=x.get("q_lora_rank"), qk_rope_head_dim=x["qk_rope_head_dim"], v_head_dim=x["v_head_dim"],
+                rotary_dim=None, rope_interleaved=x.get("rope_interleave", True),
+                shared_intermediate_size=x["moe_intermediate_size"] * x["n_shared_experts"], **mixture)
 
 def deepseek_v2(x):
-    groups = dict(n_groups=x["n_group"],
-                  top_groups=x["topk_group"]) if x.get("topk_method") == "group_limited_greedy" else {}
-    return deepseek(x, normalise=False, **groups)
+    limited = x.get("topk_method") == "group_limited_greedy"
+    return deepseek(x, normalise=False, **(dict(n_groups=x["n_group"], top_groups=x["topk_group"]) if limited else {}))
 
-def deepseek_v3(x): return deepseek(x, score="sigmoid", normalise=x.get("norm_topk_prob", True), n_groups=x["n_group"],
-                                    top_groups=x["topk_group"], correction_bias=True)
+def deepseek_v3(x): return deepseek(x, score="sigmoid", normalise=x.get("norm_topk_prob", True), correction_bias=True,
+                                    n_groups=x["n_group"], top_groups=x["topk_group"])
 
 # %% ../../nbs/04_architecture/07_families.ipynb #e7ca565a
 @dataclass(frozen=True)
@@ -244,6 +251,7 @@ class Entry:
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
+# %% ../../nbs/04_architecture/07_families.ipynb #bf430b40
 def qkv_rows(theirs: str) -> Callable:
     "All queries, then all keys, then all values."
     def make(c):
@@ -258,26 +266,28 @@ def qkv_groups(theirs: str) -> Callable:
         def split(t):
             t = t.unflatten(0, (K, -1, D))                                          # (K, H/K + 2, D, ...)
             return t[:, :-2].flatten(0, 2), t[:, -2].flatten(0, 1), t[:, -1].flatten(0, 1)
-        return Entry(QKV, (theirs,), split,
-                     lambda *qkv: (torch.cat([t.unflatten(0, (K, -1, D)) for t in qkv], 1).flatten(0, 2),))
+        def join(*qkv): return (torch.cat([t.unflatten(0, (K, -1, D)) for t in qkv], 1).flatten(0, 2),)
+        return Entry(QKV, (theirs,), split, join)
     return make
 
-def gate_up_rows(c): return Entry(("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",), lambda t: t.chunk(2),
-                                  lambda *parts: (torch.cat(parts),))
+# %% ../../nbs/04_architecture/07_families.ipynb #4ab0227a
+def gate_up_rows(c):
+    return Entry(("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",), lambda t: t.chunk(2), lambda *parts: (torch.cat(parts),))
 
 def norms_per_head(which: str) -> Callable:
     def make(c):
         heads = c.num_attention_heads if which == "q" else c.num_key_value_heads
-        return Entry((f"self_attn.{which}_norm",), tuple(f"self_attn.{which}_layernorm.norms.{h}" for h in range(heads)),
-                     lambda *w: (torch.stack(w),), lambda t: t.unbind())
+        theirs = tuple(f"self_attn.{which}_layernorm.norms.{h}" for h in range(heads))
+        return Entry((f"self_attn.{which}_norm",), theirs, lambda *w: (torch.stack(w),), lambda t: t.unbind())
     return make
 
+# %% ../../nbs/04_architecture/07_families.ipynb #9ada027c
 def dbrx_experts(c):
-    three = lambda t: t.unflatten(0, (c.num_experts, -1))
-    return [Entry((GATE_UP,), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"), lambda w,
-                  v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)]),
-            Entry((DOWN,), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),),
-                  lambda t: (t.transpose(1, 2).flatten(0, 1),))]
+    three = lambda t: t.unflatten(0, (c.num_experts, -1))                            # (E * F, C) -> (E, F, C)
+    gate_up = Entry((GATE_UP,), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
+                    lambda w, v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)])
+    down = Entry((DOWN,), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),), lambda t: (t.transpose(1, 2).flatten(0, 1),))
+    return [gate_up, down]
 
 def gpt_oss_experts(c):
     apart = lambda t: torch.cat([t[..., 0::2], t[..., 1::2]], -1)                    # gate and up, interleaved -> one after the other
@@ -302,17 +312,7 @@ POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_fee
 SANDWICH = {**POST, "mlp_norm": "pre_feedforward_layernorm"}
 NEOX_MLP = {"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
 
-def latent_names(c): return {"self_attn.q_a_norm": "self_attn.q_a_layernorm",
-                             "self_attn.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
-                             "self_attn.kv_a_norm": "self_attn.kv_a_layernorm",
-                             **({"self_attn.q_proj": "self_attn.q_b_proj"} if c.q_lora_rank else {})}
-
-def falcon_names(c): return {"embed_tokens": "transformer.word_embeddings", "layers": "transformer.h",
-                             "norm": "transformer.ln_f", "self_attn": "self_attention",
-                             "self_attn.o_proj": "self_attention.dense",
-                             **NEOX_MLP, **({"attn_norm": "ln_attn",
-                                             "mlp_norm": "ln_mlp"} if c.block == "parallel_two_norms" else {})}
-
+# %% ../../nbs/04_architecture/07_families.ipynb #b4130712
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama, title="Llama 2 and 3, SmolLM2, Yi"),
     "mistral": Family(mistral, title="Mistral 7B"),
@@ -324,39 +324,60 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(qwen3, title="Qwen 3"),
     "qwen2_moe": Family(qwen2_moe, title="Qwen 1.5 MoE"),
     "qwen3_moe": Family(qwen3_moe, title="Qwen 3 MoE"),
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #f9c1b51a
+def latent_names(c):
+    names = {"self_attn.q_a_norm": "self_attn.q_a_layernorm", "self_attn.kv_a_norm": "self_attn.kv_a_layernorm",
+             "self_attn.kv_a_proj": "self_attn.kv_a_proj_with_mqa"}
+    return {**names, "self_attn.q_proj": "self_attn.q_b_proj"} if c.q_lora_rank else names
+
+_PHI_NAMES = {"norm": "model.final_layernorm", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2", "self_attn.o_proj": "self_attn.dense",
+              "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"}
+
+FAMILIES |= {
     "deepseek_v2": Family(deepseek_v2, latent_names, title="DeepSeek-V2"),
     "deepseek_v3": Family(deepseek_v3, latent_names, title="DeepSeek-V3, R1"),
-    "phi": Family(phi, {"self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2",
-                        "norm": "model.final_layernorm",
-                        "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"},
-                        title="Phi-1, Phi-2"),
+    "phi": Family(phi, _PHI_NAMES, title="Phi-1, Phi-2"),
     "phi3": Family(phi3, layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows), title="Phi-3, Phi-4"),
     "phimoe": Family(phimoe, {"mlp.gate": "mlp.router"}, title="Phi-3.5-MoE"),
     "cohere": Family(cohere, title="Command R, R+"),
     "cohere2": Family(cohere2, title="Command R7B, A"),
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #2dcd515c
+def falcon_names(c):
+    norms = {"attn_norm": "ln_attn", "mlp_norm": "ln_mlp"} if c.block == "parallel_two_norms" else {}
+    return {"embed_tokens": "transformer.word_embeddings", "layers": "transformer.h", "norm": "transformer.ln_f",
+            "self_attn": "self_attention", "self_attn.o_proj": "self_attention.dense", **NEOX_MLP, **norms}
+
+_NEOX_NAMES = {"embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
+               "self_attn": "attention", "self_attn.o_proj": "attention.dense", **NEOX_MLP}
+
+FAMILIES |= {
     "falcon": Family(falcon, falcon_names, (qkv_groups("self_attention.query_key_value"),), title="Falcon 7B, 40B"),
-    "gpt_neox": Family(gpt_neox, {"embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers",
-                                  "norm": "gpt_neox.final_layer_norm", "self_attn": "attention",
-                                  "self_attn.o_proj": "attention.dense", **NEOX_MLP},
-                                  (qkv_groups("attention.query_key_value"),), title="GPT-NeoX, Pythia, Dolly 2"),
+    "gpt_neox": Family(gpt_neox, _NEOX_NAMES, (qkv_groups("attention.query_key_value"),), title="GPT-NeoX, Pythia, Dolly 2"),
     "olmo": Family(olmo, title="OLMo"),
     "olmo2": Family(olmo2, POST, title="OLMo 2"),
     "olmo3": Family(olmo3, POST, title="OLMo 3"),
-    "dbrx": Family(dbrx, {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.norm_f",
-                          "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2",
-                          "self_attn": "norm_attn_norm.attn", "self_attn.o_proj": "norm_attn_norm.attn.out_proj",
-                          "mlp.gate": "ffn.router.layer", "mlp": "ffn"},
-                   (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts),
-                   {"n_heads": "num_attention_heads", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
-                    "max_seq_len": "max_position_embeddings", "attn_config.kv_n_heads": "num_key_value_heads",
-                    "attn_config.rope_theta": "rope_theta", "ffn_config.ffn_hidden_size": "intermediate_size"},
-                    title="DBRX"),
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #265d06b2
+_DBRX_NAMES = {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.norm_f",
+               "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2", "mlp.gate": "ffn.router.layer", "mlp": "ffn",
+               "self_attn": "norm_attn_norm.attn", "self_attn.o_proj": "norm_attn_norm.attn.out_proj"}
+_DBRX_KEYS = {"n_heads": "num_attention_heads", "d_model": "hidden_size", "n_layers": "num_hidden_layers", "max_seq_len": "max_position_embeddings",
+              "attn_config.kv_n_heads": "num_key_value_heads", "attn_config.rope_theta": "rope_theta",
+              "ffn_config.ffn_hidden_size": "intermediate_size"}
+_ARCTIC_NAMES = {"mlp": "residual_mlp", "mlp_norm": "residual_layernorm", "moe": "block_sparse_moe", "moe_norm": "post_attention_layernorm"}
+
+FAMILIES |= {
+    "dbrx": Family(dbrx, _DBRX_NAMES, (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts), _DBRX_KEYS, title="DBRX"),
     "stablelm": Family(stablelm, layouts=(norms_per_head("q"), norms_per_head("k")), title="StableLM 2"),
     "granite": Family(granite, title="Granite 3"),
     "smollm3": Family(smollm3, title="SmolLM3"),
     "gpt_oss": Family(gpt_oss, {"mlp.gate": "mlp.router"}, (gpt_oss_experts,), title="gpt-oss"),
-    "arctic": Family(arctic, {"mlp": "residual_mlp", "mlp_norm": "residual_layernorm", "moe": "block_sparse_moe",
-                              "moe_norm": "post_attention_layernorm"}, title="Snowflake Arctic"),
+    "arctic": Family(arctic, _ARCTIC_NAMES, title="Snowflake Arctic"),
 }
 
 def supported() -> list[str]:
@@ -367,12 +388,11 @@ def supported() -> list[str]:
 _EPS, _QUARTER = dict(rms_norm_eps=1e-6), dict(partial_rotary_factor=0.25)
 
 DEFAULTS: dict[str, dict] = {   # by transformers' configuration classes
-    "llama": _EPS, "mistral": _EPS, "mixtral": dict(rope_theta=1e6), "granite": _EPS, "qwen2": _EPS, "qwen3": _EPS, "qwen3_moe": _EPS,
-    "qwen2_moe": _EPS,
-    "gemma": dict(_EPS, tie_word_embeddings=True),
-    "gemma2": dict(_EPS, tie_word_embeddings=True, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-                   sliding_window=4096, head_dim=256),
-    "gemma3_text": dict(_EPS, tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096, head_dim=256, rope_theta=1e6),
+    "llama": _EPS, "mistral": _EPS, "granite": _EPS, "qwen2": _EPS, "qwen3": _EPS, "qwen2_moe": _EPS, "qwen3_moe": _EPS,
+    "mixtral": dict(rope_theta=1e6), "gemma": dict(_EPS, tie_word_embeddings=True),
+    "gemma2": dict(_EPS, tie_word_embeddings=True, head_dim=256, sliding_window=4096,
+                   query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+    "gemma3_text": dict(_EPS, tie_word_embeddings=True, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256, rope_theta=1e6),
     "deepseek_v2": dict(_EPS, routed_scaling_factor=1.0), "deepseek_v3": dict(_EPS, routed_scaling_factor=2.5, n_group=8, topk_group=4),
     "phi": dict(hidden_act="gelu_new", partial_rotary_factor=0.5), "gpt_neox": dict(_QUARTER, hidden_act="gelu"), "stablelm": _QUARTER,
     "cohere": dict(logit_scale=0.0625, rope_theta=5e5), "cohere2": dict(logit_scale=0.0625, sliding_window=4096),
@@ -413,27 +433,33 @@ def transformers_name(name: str, c: ModelConfig,
     if key: rest = names[key] + rest[len(key):]
     return ".".join(filter(None, (prefix, rest)))
 
+# %% ../../nbs/04_architecture/07_families.ipynb #7e7fca9d
+def _layouts_of(c: ModelConfig, source: dict) -> dict[str, Entry]:
+    "Module or tensor within a block, by our name -> the layout that it is part of."
+    made = [make(c) for make in FAMILIES[source["model_type"]].layouts]
+    flat = [layout for several in made for layout in (several if isinstance(several, list) else [several])]
+    return {name: layout for layout in flat for name in layout.ours}
+
+def _entry_of(name: str, layouts: dict[str, Entry], c: ModelConfig, source: dict) -> Entry:
+    "The entry that holds our tensor `name`."
+    block, layer, inside = re.fullmatch(r"(layers\.(\d+)\.)?(.*)", name).groups()
+    module, _, leaf = inside.rpartition(".")
+    layout, leaf = (layouts[inside], "") if inside in layouts else (layouts.get(module), "." + leaf)
+    if not block or layout is None: return Entry((name,), (transformers_name(name, c, source),))
+    base = transformers_name(f"layers.{layer}", c, source)
+    ours, theirs = tuple(f"{block}{n}{leaf}" for n in layout.ours), tuple(f"{base}.{n}{leaf}" for n in layout.theirs)
+    return Entry(ours, theirs, layout.split, layout.join)
+
+# %% ../../nbs/04_architecture/07_families.ipynb #8e762bf3
 def entries(model: nn.Module,        # a Decoder, on the meta device if you like
             source: dict,            # the transformers configuration
            ) -> list[Entry]:
     "Every tensor of the model and where it stands in a checkpoint, in our order."
-    c, found, done = model.config, [], set()
-    layouts = {}
-    for make in FAMILIES[source["model_type"]].layouts:
-        made = make(c)
-        for layout in made if isinstance(made, list) else [made]: layouts.update({ours: layout for ours in layout.ours})
-    names = own_names(model)
-    for name in names:
+    found, done, layouts = [], set(), _layouts_of(model.config, source)
+    for name in own_names(model):
         if name in done: continue
-        block, layer, inside = re.fullmatch(r"(layers\.(\d+)\.)?(.*)", name).groups()
-        module, _, leaf = inside.rpartition(".")
-        layout, leaf = (layouts[inside], "") if inside in layouts else (layouts.get(module), "." + leaf)
-        if not block or layout is None: entry = Entry((name,), (transformers_name(name, c, source),))
-        else:
-            base = transformers_name(f"layers.{layer}", c, source)
-            entry = Entry(tuple(f"{block}{n}{leaf}" for n in layout.ours),
-                          tuple(f"{base}.{n}{leaf}" for n in layout.theirs), layout.split, layout.join)
-        found.append(entry); done.update(entry.ours)
+        found.append(_entry_of(name, layouts, model.config, source))
+        done.update(found[-1].ours)
     return found
 
 def shapes_of(model: nn.Module, found: list[Entry]) -> dict[str, tuple]:
@@ -442,22 +468,37 @@ def shapes_of(model: nn.Module, found: list[Entry]) -> dict[str, tuple]:
     return {name: tuple(t.shape) for e in found for name, t in zip(e.theirs, e.join(*(state[n] for n in e.ours)))}
 
 # %% ../../nbs/04_architecture/07_families.ipynb #e8cb59e5
-_SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
-              num_key_value_heads=2, max_position_embeddings=64,
-              pad_token_id=None, bos_token_id=None, eos_token_id=None)
+_SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+              max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 _PLAIN = dict(rope_type="default", rope_theta=1e4)
 _LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=8.0)
 _DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
-_LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-               original_max_position_embeddings=8)
+_LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8)
 _LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.5, 8.0])
 _EXPERTS = dict(num_local_experts=5, num_experts_per_tok=2)
-_MLA = dict(num_key_value_heads=6, kv_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=14,
-            n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16,
-            first_k_dense_replace=1, n_group=4, topk_group=2)
+_MLA = dict(num_key_value_heads=6, kv_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=14, n_routed_experts=8, num_experts_per_tok=3,
+            moe_intermediate_size=16, first_k_dense_replace=1, n_group=4, topk_group=2)
 _DBRX = dict(d_model=48, n_heads=6, n_layers=3, max_seq_len=64, vocab_size=97)
 
+# %% ../../nbs/04_architecture/07_families.ipynb #b4de5196
+def small_model(kind: str,          # a family of `supported()` that transformers has
+                variant: int = 0,   # of SMALL[kind]
+                seed: int = 0) -> nn.Module:
+    "A transformers model of this family, scaled down, with random weights that are large enough for mistakes to show."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **{**({} if kind == "dbrx" else _SIZES), **SMALL[kind][variant]})
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            weighs = p.ndim == 1 and "norm" in name.lower() and name.endswith("weight") and not kind.startswith("gemma")
+            p.copy_(weighs + torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5))
+        for name, b in model.named_buffers():
+            if name.endswith("correction_bias"): b.copy_(torch.rand(b.shape, generator=generator))
+    return model
+
+# %% ../../nbs/04_architecture/07_families.ipynb #e10abb44
 SMALL: dict[str, list[dict]] = {   # changes to _SIZES, one dict per variant
     "llama": [dict(head_dim=10, rope_parameters=_LLAMA3),
               dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=_LINEAR),
@@ -469,131 +510,138 @@ SMALL: dict[str, list[dict]] = {   # changes to _SIZES, one dict per variant
                     attn_logit_softcapping=5.0, final_logit_softcapping=4.0)],
     "gemma3_text": [dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24, num_hidden_layers=7,
                          rope_parameters=dict(full_attention=_LINEAR, sliding_attention=_PLAIN))],
-    "qwen2": [dict(), dict(tie_word_embeddings=True, rope_parameters=_YARN, use_sliding_window=True, sliding_window=5,
-                           max_window_layers=1)],
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #4d4d2b86
+_QWEN_MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16)
+_V2 = dict(_MLA, n_shared_experts=2, rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707))
+
+SMALL |= {
+    "qwen2": [dict(), dict(tie_word_embeddings=True, rope_parameters=_YARN, use_sliding_window=True, sliding_window=5, max_window_layers=1)],
     "qwen3": [dict(head_dim=10, rope_parameters=_YARN), dict(head_dim=16, tie_word_embeddings=True)],
-    "qwen2_moe": [dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24,
-                       mlp_only_layers=[1])],
-    "qwen3_moe": [dict(head_dim=10, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
-                       decoder_sparse_step=2, rope_parameters=_YARN)],
-    "deepseek_v2": [dict(_MLA, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", routed_scaling_factor=1.0,
-                         rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707)),
-                    dict(_MLA, q_lora_rank=18, n_shared_experts=2, topk_method="group_limited_greedy",
-                         routed_scaling_factor=16.0, rope_parameters=dict(_YARN, mscale=0.707, mscale_all_dim=0.707))],
-    "deepseek_v3": [dict(_MLA, q_lora_rank=18, n_shared_experts=1,
-                         rope_parameters=dict(_YARN, mscale=1.0, mscale_all_dim=1.0)),
+    "qwen2_moe": [dict(_QWEN_MOE, shared_expert_intermediate_size=24, mlp_only_layers=[1])],
+    "qwen3_moe": [dict(_QWEN_MOE, head_dim=10, norm_topk_prob=True, decoder_sparse_step=2, rope_parameters=_YARN)],
+    "deepseek_v2": [dict(_V2, q_lora_rank=None, topk_method="greedy", routed_scaling_factor=1.0),
+                    dict(_V2, q_lora_rank=18, topk_method="group_limited_greedy", routed_scaling_factor=16.0)],
+    "deepseek_v3": [dict(_MLA, q_lora_rank=18, n_shared_experts=1, rope_parameters=dict(_YARN, mscale=1.0, mscale_all_dim=1.0)),
                     dict(_MLA, q_lora_rank=None, n_shared_experts=1, rope_parameters=_PLAIN)],
-    "phi": [dict(num_key_value_heads=6, rope_parameters=dict(_PLAIN, partial_rotary_factor=0.5)),
-            dict(num_key_value_heads=2, qk_layernorm=True)],
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #5d91369e
+_MULTI = dict(new_decoder_architecture=True, num_kv_heads=2, bias=False, alibi=False)       # the larger Falcons
+
+SMALL |= {
+    "phi": [dict(num_key_value_heads=6, rope_parameters=dict(_PLAIN, partial_rotary_factor=0.5)), dict(num_key_value_heads=2, qk_layernorm=True)],
     "phi3": [dict(sliding_window=5), dict(sliding_window=None, original_max_position_embeddings=8, rope_parameters=_LONG)],
-    "phimoe": [dict(num_local_experts=5, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True, sliding_window=5,
-                    original_max_position_embeddings=64, rope_parameters=dict(_LONG, short_mscale=1.2, long_mscale=1.3))],
+    "phimoe": [dict(_EXPERTS, attention_bias=True, lm_head_bias=True, sliding_window=5, original_max_position_embeddings=64,
+                    rope_parameters=dict(_LONG, short_mscale=1.2, long_mscale=1.3))],
     "cohere": [dict(), dict(use_qk_norm=True, logit_scale=0.25)],
     "cohere2": [dict(sliding_window=5, num_hidden_layers=4)],
     "falcon": [dict(new_decoder_architecture=False, multi_query=True, parallel_attn=True, bias=False, alibi=False),
-               dict(new_decoder_architecture=True, num_kv_heads=2, bias=False, alibi=False),
-               dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=False, alibi=False),
+               _MULTI, dict(_MULTI, num_ln_in_parallel_attn=1),
                dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True, alibi=False)],
     "gpt_neox": [dict(rope_parameters=dict(_PLAIN, partial_rotary_factor=0.25)),
-                 dict(use_parallel_residual=False, attention_bias=False,
-                      rope_parameters=dict(_LINEAR, partial_rotary_factor=1.0))],
+                 dict(use_parallel_residual=False, attention_bias=False, rope_parameters=dict(_LINEAR, partial_rotary_factor=1.0))],
+}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #483648ed
+SMALL |= {
     "olmo": [dict(clip_qkv=0.5), dict(num_key_value_heads=6, tie_word_embeddings=True)],
     "olmo2": [dict()],
-    "olmo3": [dict(sliding_window=5, num_hidden_layers=4,
-                   rope_parameters=dict(full_attention=_YARN, sliding_attention=_PLAIN))],
+    "olmo3": [dict(sliding_window=5, num_hidden_layers=4, rope_parameters=dict(full_attention=_YARN, sliding_attention=_PLAIN))],
     "dbrx": [dict(_DBRX, attn_config=dict(clip_qkv=0.5, kv_n_heads=2, rope_theta=1e4),
                   ffn_config=dict(ffn_hidden_size=16, moe_num_experts=5, moe_top_k=2, hidden_size=48))],
     "stablelm": [dict(), dict(qk_layernorm=True, use_qkv_bias=True, use_parallel_residual=True)],
     "granite": [dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)],
     "smollm3": [dict(num_hidden_layers=4), dict(num_hidden_layers=4, no_rope_layers=[0, 1, 1, 0], rope_parameters=_YARN)],
-    "gpt_oss": [dict(_EXPERTS, head_dim=8, sliding_window=5, num_hidden_layers=4,
-                     rope_parameters=dict(_YARN, truncate=False))],
+    "gpt_oss": [dict(_EXPERTS, head_dim=8, sliding_window=5, num_hidden_layers=4, rope_parameters=dict(_YARN, truncate=False))],
 }
 
-def small_model(kind: str,          # a family of `supported()` that transformers has
-                variant: int = 0,   # of SMALL[kind]
-                seed: int = 0) -> nn.Module:
-    "A transformers model of this family, scaled down, with random weights that are large enough for mistakes to show."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    changes = SMALL[kind][variant]
-    config = AutoConfig.for_model(kind, **{**({} if kind == "dbrx" else _SIZES), **changes})
-    generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            weighs = p.ndim == 1 and "norm" in name.lower() and name.endswith("weight") and not kind.startswith("gemma")
-            p.copy_(weighs + torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5))
-        for name, b in model.named_buffers():
-            if name.endswith("correction_bias"): b.copy_(torch.rand(b.shape, generator=generator))
-    return model
-
 # %% ../../nbs/04_architecture/07_families.ipynb #9187349d
-def describe(model: "ModelConfig | dict | nn.Module",  # or a transformers configuration, or a Decoder
-            ) -> dict[str, str]:
-    "A model in the vocabulary of the architecture chapters, one short phrase per aspect."
-    c = model if isinstance(model, ModelConfig) else read_config(model) if isinstance(model, dict) else model.config
-    out = {"blocks": f"{c.num_hidden_layers}, {BLOCKS[c.block]}", "width": f"{c.hidden_size:,}",
-           "vocabulary": f"{c.vocab_size:,}", "context": f"{c.max_position_embeddings:,}"}
-    out["norm"] = _phrases("LayerNorm" if c.norm == "layer" else "RMSNorm", (c.norm_bias, "with bias"), (not c.norm_weight, "without weight"),
-                           (c.norm_offset, "weight 1 + w"), (c.norm_weigh_first, "weighed before rounding"), (True, f"epsilon {c.norm_eps:g}"))
-    out |= _describe_attention(c) | _describe_positions(c)
-    gated = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act,
-                                                         c.hidden_act) if c.mlp == "gated" else f"plain, {c.hidden_act}"
-    if len(c.moe_layers) < c.num_hidden_layers or c.block == "dense_moe":
-        out["MLP"] = _phrases(f"{gated} of {c.intermediate_size:,}", (c.mlp_bias, "biases"))
-    if c.moe_layers:
-        out["experts"] = f"{c.num_experts_per_tok} of {c.num_experts}, each {c.moe_intermediate_size:,} wide, in {len(c.moe_layers)} blocks"
-        out["router"] = _describe_router(**c.router)
-    if c.shared_intermediate_size: out["shared expert"] = _phrases(f"{c.shared_intermediate_size:,} wide", (c.shared_gate, "gated"))
-    out["head"] = _phrases("tied" if c.tie_word_embeddings else "its own matrix", (c.head_bias, "bias"),
-                           (c.logit_multiplier != 1, f"logits times {c.logit_multiplier:g}"), (c.logit_softcap, f"bounded to {c.logit_softcap or 0:g}"))
-    if c.embedding_multiplier != 1: out["embedding"] = f"times {c.embedding_multiplier:g}"
-    if c.residual_multiplier != 1: out["residual"] = f"each half adds {c.residual_multiplier:g} of its output"
-    return out
-
-def _phrases(first, *others): return ", ".join([first, *(text for holds, text in others if holds)])
-
 BLOCKS = {"pre": "norms before", "post": "norms behind", "sandwich": "norms before and behind",
           "parallel": "attention and MLP in parallel", "parallel_two_norms": "attention and MLP in parallel, a norm each",
           "dense_moe": "experts beside a dense block"}
 
-def _describe_router(score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False,
-                     **rest):
-    return _phrases(score, (not normalise and score != "sparsemixer", "not renormalised"), (scale != 1, f"times {scale:g}"),
-                    (n_groups, f"{top_groups} of {n_groups} groups open"), (correction_bias, "a bias balances the load"))
+def _phrases(first, *others): return ", ".join([first, *(text for holds, text in others if holds)])
 
-def _describe_attention(c):
+def _describe_norm(c):
+    kind = "LayerNorm" if c.norm == "layer" else "RMSNorm"
+    return {"norm": _phrases(kind, (c.norm_bias, "with bias"), (not c.norm_weight, "without weight"), (c.norm_offset, "weight 1 + w"),
+                             (c.norm_weigh_first, "weighed before rounding"), (True, f"epsilon {c.norm_eps:g}"))}
+
+# %% ../../nbs/04_architecture/07_families.ipynb #f0c21230
+def _describe_heads(c):
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     kind = f"{'MHA' if H == K else 'MQA' if K == 1 else 'GQA'}, {H} query heads over {K} KV heads of {D}"
     if c.kv_lora_rank: kind = f"latent of {c.kv_lora_rank} + {c.qk_rope_head_dim}, {H} heads of {D}"
     out = {"attention": _phrases(kind, (c.attention_bias, "QKV bias"), (c.output_bias, "output bias"))}
-    if c.qk_norm: out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head",
-                                    "all": "across all heads"}[c.qk_norm]
+    if c.qk_norm: out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head", "all": "across all heads"}[c.qk_norm]
+    return out
+
+# %% ../../nbs/04_architecture/07_families.ipynb #fe6ef148
+def _describe_scores(c):
+    out, D, L = {}, c.head_dim, c.num_hidden_layers
     if c.attention_scale is not None and abs(c.attention_scale * D ** 0.5 - 1) > 1e-6:
         out["score scale"] = f"{c.attention_scale:.5g} instead of {D ** -0.5:.5g}"
     if c.attention_softcap: out["score bound"] = f"{c.attention_softcap:g}"
     if c.attention_sinks: out["sinks"] = "one per head"
     if c.clip_qkv: out["clipped QKV"] = f"{c.clip_qkv:g}"
-    full = sum(c.window(i) is None for i in range(c.num_hidden_layers))
-    if full < c.num_hidden_layers:
-        out["window"] = f"{c.sliding_window:,} tokens in {c.num_hidden_layers - full} of {c.num_hidden_layers} blocks"
+    full = sum(c.window(i) is None for i in range(L))
+    if full < L: out["window"] = f"{c.sliding_window:,} tokens in {L - full} of {L} blocks"
     return out
 
+# %% ../../nbs/04_architecture/07_families.ipynb #343b1c63
 def _describe_positions(c):
     def one(rope):
-        stretched = rope["rope_type"] != "default"
-        return _phrases(f"theta {rope['rope_theta']:,.0f}", (stretched, rope["rope_type"] + (f" x{rope['factor']:g}" if "factor" in rope else "")))
+        stretch = rope["rope_type"] + (f" x{rope['factor']:g}" if "factor" in rope else "")
+        return _phrases(f"theta {rope['rope_theta']:,.0f}", (rope["rope_type"] != "default", stretch))
     ropes = {one(c.rope(i)): c.layer_type(i) for i in range(c.num_hidden_layers) if c.rope(i)}
     text = "; ".join(ropes if len(ropes) == 1 else (f"{kind.split('_')[0]} blocks: {rope}" for rope, kind in ropes.items()))
     return {"RoPE": _phrases(text, (c.rotary_dim, f"{c.rotary_dim} of {c.head_dim} dimensions"), (c.rope_interleaved, "interleaved pairs"),
                              (c.no_rope_layers, f"none in {len(c.no_rope_layers)} blocks"))}
 
+# %% ../../nbs/04_architecture/07_families.ipynb #962c89af
+def _describe_router(score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False, **rest):
+    return _phrases(score, (not normalise and score != "sparsemixer", "not renormalised"), (scale != 1, f"times {scale:g}"),
+                    (n_groups, f"{top_groups} of {n_groups} groups open"), (correction_bias, "a bias balances the load"))
+
+def _describe_feed_forward(c):
+    act = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act, c.hidden_act) if c.mlp == "gated" else f"plain, {c.hidden_act}"
+    out = {}
+    if len(c.moe_layers) < c.num_hidden_layers or c.block == "dense_moe":
+        out["MLP"] = _phrases(f"{act} of {c.intermediate_size:,}", (c.mlp_bias, "biases"))
+    if c.moe_layers:
+        out["experts"] = f"{c.num_experts_per_tok} of {c.num_experts}, each {c.moe_intermediate_size:,} wide, in {len(c.moe_layers)} blocks"
+        out["router"] = _describe_router(**c.router)
+    if c.shared_intermediate_size: out["shared expert"] = _phrases(f"{c.shared_intermediate_size:,} wide", (c.shared_gate, "gated"))
+    return out
+
+# %% ../../nbs/04_architecture/07_families.ipynb #c8d7b1af
+def _describe_ends(c):
+    out = {"head": _phrases("tied" if c.tie_word_embeddings else "its own matrix", (c.head_bias, "bias"),
+                            (c.logit_multiplier != 1, f"logits times {c.logit_multiplier:g}"),
+                            (c.logit_softcap, f"bounded to {c.logit_softcap or 0:g}"))}
+    if c.embedding_multiplier != 1: out["embedding"] = f"times {c.embedding_multiplier:g}"
+    if c.residual_multiplier != 1: out["residual"] = f"each half adds {c.residual_multiplier:g} of its output"
+    return out
+
+# %% ../../nbs/04_architecture/07_families.ipynb #619d371a
+def describe(model: "ModelConfig | dict | nn.Module",  # or a transformers configuration, or a Decoder
+            ) -> dict[str, str]:
+    "A model in the vocabulary of the architecture chapters, one short phrase per aspect."
+    c = model if isinstance(model, ModelConfig) else read_config(model) if isinstance(model, dict) else model.config
+    sizes = {"blocks": f"{c.num_hidden_layers}, {BLOCKS[c.block]}", "width": f"{c.hidden_size:,}",
+             "vocabulary": f"{c.vocab_size:,}", "context": f"{c.max_position_embeddings:,}"}
+    attention = _describe_heads(c) | _describe_scores(c) | _describe_positions(c)
+    return sizes | _describe_norm(c) | attention | _describe_feed_forward(c) | _describe_ends(c)
+
+# %% ../../nbs/04_architecture/07_families.ipynb #70ab376d
 def diff(a: "ModelConfig | dict | nn.Module", b: "ModelConfig | dict | nn.Module",
          names: tuple[str, str] = ("a", "b"),
         ):  # pandas DataFrame: a row per aspect in which they differ
     "Two models side by side, only what differs."
     import pandas as pd
     a, b = describe(a), describe(b)
-    rows = {aspect: (a.get(aspect, "-"), b.get(aspect, "-")) for aspect in [*a, *(x for x in b if x not in a)]}
-    return pd.DataFrame([v for v in rows.values() if v[0] != v[1]], index=[k for k, v in rows.items() if v[0] != v[1]],
-                        columns=list(names))
+    both = {aspect: (a.get(aspect, "-"), b.get(aspect, "-")) for aspect in [*a, *(aspect for aspect in b if aspect not in a)]}
+    differ = {aspect: pair for aspect, pair in both.items() if pair[0] != pair[1]}
+    return pd.DataFrame(list(differ.values()), index=list(differ), columns=list(names))

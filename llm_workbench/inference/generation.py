@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..architecture.decoder import Decoder
 from ..architecture.ops import TORCH, Ops
-from ..checkpoints.sources import ModelCard, open_checkpoint
+from ..checkpoints.cards import ModelCard
+from ..checkpoints.sources import open_checkpoint
 from ..checkpoints.tokenizers import Tokenizer
 from ..errors import ContextLengthError, UnsupportedError
 from .sampling import Sampler
