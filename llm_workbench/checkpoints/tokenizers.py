@@ -260,12 +260,19 @@ class Vocabulary:
             parts = [x for part in parts for x in (_around(part, token, id) if isinstance(part, str) else [part])]
         return parts
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        ids, start = [], True
-        for part in self.split(well_formed(text), special):
+    def encode(self, text: str, special: bool = False) -> list[int]: return self.encode_pieces([(text, special)])
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:  # (text, read special tokens in it as such)
+        "The ids of texts that stand side by side: what is plain on both sides of a seam is encoded as one text."
+        parts = []
+        for text, special in pieces:
+            for part in self.split(well_formed(text), special):
+                if isinstance(part, str) and parts and isinstance(parts[-1], str): parts[-1] += part
+                else: parts.append(part)
+        ids = []
+        for i, part in enumerate(parts):
             if isinstance(part, int): ids.append(part)
-            else: ids += self.model.encode(part, start)
-            start = isinstance(part, int)
+            else: ids += self.model.encode(part, start=i == 0 or isinstance(parts[i - 1], int))
         return ids
 
 
@@ -485,6 +492,9 @@ class LibraryVocabulary:
             self.library.encode_special_tokens = not special
             return self.library.encode(well_formed(text), add_special_tokens=False).ids
 
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:  # each by itself: the library has no other way
+        return [id for text, special in pieces for id in self.encode(text, special)]
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         ids = list(ids)
         for id in ids:
@@ -594,5 +604,5 @@ def encode_chat(self: Tokenizer, messages: list[dict],  # [{"role": "user", "con
     "The ids of a conversation: the template's special tokens are tokens, those that stand in the messages remain text."
     control = [token for token, id in self.vocabulary.special.items() if self.vocabulary.is_control(id)]
     text = self.chat(mark_special(messages, control), add_generation_prompt, **mark_special(variables, control))
-    (first, _), *others = split_marked(text, control)
-    return self.encode(first, special=True) + [id for piece, special in others for id in self.encode(piece, special, add_bos=False)]
+    ids = self.vocabulary.encode_pieces(split_marked(text, control))
+    return [self.bos_id, *ids] if self.add_bos and ids[:1] != [self.bos_id] else ids
