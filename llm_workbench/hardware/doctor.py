@@ -60,7 +60,7 @@ def judge_torch(build: str,          # from torch_build()
     if works: return [good, Finding("GPU", True, ", ".join(f"{g['name']}, {g['memory'] / 2**30:.0f} GiB, capability {g['capability']}" for g in torch_gpus()))]
     if driver and not build.startswith("CUDA"):
         advice = f"torch cannot see the {driver}: install the CUDA build (pip install --force-reinstall torch; on Windows from https://pytorch.org/get-started/locally)"
-        return [Finding("torch", False, good.has, advice), Finding("GPU", False, driver, "present, but torch is a CPU build")]
+        return [Finding("torch", False, good.has, advice), Finding("GPU", False, driver, f"present, but torch is a {build} build")]
     if driver: return [good, Finding("GPU", False, driver, f"torch's {build} build cannot use it: update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES")]
     if build == "MPS": return [good, Finding("GPU", True, 'Apple GPU: device="mps"')]
     return [good, Finding("GPU", None, "none", "not needed: every chapter has a CPU path; cells marked cuda are skipped")]

@@ -125,9 +125,9 @@ def compiled(kernel: Kernel, dtype: torch.dtype):
     run.restype = None
     return run
 
-# %% ../../nbs/09_kernels/01_cpu.ipynb #f0c32ca4
+# %% ../../nbs/09_kernels/01_cpu.ipynb #18fb9052
 DOT = r"""
-#define SUMS 64
+#define SUMS 32
 static inline float dot(const T *restrict w, const float *restrict x, int64_t n) {
   float sums[SUMS] = {0}, sum = 0;
   int64_t c = 0;
