@@ -125,15 +125,17 @@ def compiled(kernel: Kernel, dtype: torch.dtype):
     run.restype = None
     return run
 
-# %% ../../nbs/09_kernels/01_cpu.ipynb #18fb9052
+# %% ../../nbs/09_kernels/01_cpu.ipynb #6fada521
 DOT = r"""
-#define SUMS 32
+#define SUMS 64
 static inline float dot(const T *restrict w, const float *restrict x, int64_t n) {
   float sums[SUMS] = {0}, sum = 0;
   int64_t c = 0;
   for (; c + SUMS <= n; c += SUMS)
     for (int s = 0; s < SUMS; s++) sums[s] += load(w[c + s]) * x[c + s];
-  for (int s = 0; s < SUMS; s++) sum += sums[s];
+  for (int half = SUMS / 2; half; half /= 2)                     // in pairs: 64, 32, 16, ...
+    for (int s = 0; s < half; s++) sums[s] += sums[s + half];
+  sum = sums[0];
   for (; c < n; c++) sum += load(w[c]) * x[c];                   // what is left when n is no multiple of SUMS
   return sum;
 }
