@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..architecture.decoder import Decoder
@@ -172,59 +173,69 @@ class LM:
     def _chat_ids(self, messages: str | list[dict]) -> list[int]:
         return self.tokenizer.encode_chat([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
 
-    def _run(self, prompts: list[list[int]], max_new_tokens: int = 256, stop: str | Sequence[str] = (), seed: int | None = None,
-             **sampling) -> Iterator[tuple[list[Row], list[str]]]:
-        "Rows and their new text after every step; bad input raises here, before the first step."
-        StopStrings(stop)
-        steps = generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
-                                eos_ids=self.tokenizer.eos_ids, seed=seed)
-        return self._texts(steps, stop)
+# %% ../../nbs/05_inference/02_generation.ipynb #791f06b0
+@patch
+def _run(self: LM, prompts: list[list[int]], max_new_tokens: int = 256, stop: str | Sequence[str] = (), seed: int | None = None,
+         **sampling) -> Iterator[tuple[list[Row], list[str]]]:
+    "Rows and their new text after every step; bad input raises here, before the first step."
+    StopStrings(stop)
+    steps = generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
+                            eos_ids=self.tokenizer.eos_ids, seed=seed)
+    return self._texts(steps, stop)
 
-    def _texts(self, steps, stop):
-        writers = None
-        for rows in steps:
-            writers = writers or [_Writer(row, self.tokenizer, stop) for row in rows]
-            yield rows, [w.write() for w in writers]
+@patch
+def _texts(self: LM, steps, stop):
+    writers = None
+    for rows in steps:
+        writers = writers or [_Writer(row, self.tokenizer, stop) for row in rows]
+        yield rows, [w.write() for w in writers]
 
-    def generate(self, prompt: str | Sequence[int] | list, *,  # a text or its token ids, or a list of either
-                 max_new_tokens: int = 256,
-                 temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-                 repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
-                 stop: str | Sequence[str] = (),               # the text ends before the first of these
-                 seed: int | None = None,                      # row i of a list draws with seed + i
-                 ) -> "Completion | list[Completion]":
-        "Continue a prompt as it stands, special tokens in it included; a list is one batch. Raises ContextLengthError before any work."
-        many = not isinstance(prompt, str) and (not len(prompt) or not isinstance(prompt[0], int))
-        prompts = [self._ids(p) for p in (prompt if many else [prompt])]
-        texts = [""] * len(prompts)
-        for rows, pieces in self._run(prompts, max_new_tokens, stop, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                      repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty):
-            texts = [text + piece for text, piece in zip(texts, pieces)]
-        done = [Completion(text, row.reason, row.tokens, len(row.prompt)) for text, row in zip(texts, rows)]
-        return done if many else done[0]
+# %% ../../nbs/05_inference/02_generation.ipynb #4fac35db
+@patch
+def generate(self: LM, prompt: str | Sequence[int] | list, *,  # a text or its token ids, or a list of either
+             max_new_tokens: int = 256,
+             temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+             stop: str | Sequence[str] = (),               # the text ends before the first of these
+             seed: int | None = None,                      # row i of a list draws with seed + i
+             ) -> "Completion | list[Completion]":
+    "Continue a prompt as it stands, special tokens in it included; a list is one batch. Raises ContextLengthError before any work."
+    many = not isinstance(prompt, str) and (not len(prompt) or not isinstance(prompt[0], int))
+    prompts = [self._ids(p) for p in (prompt if many else [prompt])]
+    texts = [""] * len(prompts)
+    for rows, pieces in self._run(prompts, max_new_tokens, stop, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                  repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty):
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+    done = [Completion(text, row.reason, row.tokens, len(row.prompt)) for text, row in zip(texts, rows)]
+    return done if many else done[0]
 
-    def stream(self, messages: str | list[dict],  # a question, or messages with "role" and "content"
-               *, template: bool = True,          # False: continue the text as it stands, as `generate` does
-               **settings,                        # as in `generate`
-               ) -> Iterator[str]:                # pieces of complete characters; joined they are the answer
-        "The answer while it is written. Bad input raises at the call, not at the first piece."
-        steps = self._run([self._chat_ids(messages) if template else self._ids(messages)], **settings)
-        return (pieces[0] for _, pieces in steps if pieces[0])
+# %% ../../nbs/05_inference/02_generation.ipynb #13d74c83
+@patch
+def stream(self: LM, messages: str | list[dict],  # a question, or messages with "role" and "content"
+           *, template: bool = True,          # False: continue the text as it stands, as `generate` does
+           **settings,                        # as in `generate`
+           ) -> Iterator[str]:                # pieces of complete characters; joined they are the answer
+    "The answer while it is written. Bad input raises at the call, not at the first piece."
+    steps = self._run([self._chat_ids(messages) if template else self._ids(messages)], **settings)
+    return (pieces[0] for _, pieces in steps if pieces[0])
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]],  # token ids, one batch
-                     *, max_new_tokens: int = 256, stop_at_eos: bool = True, seed: int | None = None,
-                     **sampling,                              # fields of Sampler; greedy by default
-                     ) -> list[list[int]]:                    # the tokens written, end tokens included
-        "Tokens in, tokens out; `stop_at_eos=False` writes exactly `max_new_tokens`, as measurements need it."
-        for rows in generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
-                                    eos_ids=self.tokenizer.eos_ids if stop_at_eos else (), seed=seed): pass
-        return [row.tokens for row in rows]
+@patch
+def chat(self: LM, messages: str | list[dict],  # a question, or the whole conversation so far
+         **settings,                        # as in `generate`
+         ) -> str:
+    "The answer to `messages` by the model's chat template."
+    return "".join(self.stream(messages, **settings))
 
-    def chat(self, messages: str | list[dict],  # a question, or the whole conversation so far
-             **settings,                        # as in `generate`
-             ) -> str:
-        "The answer to `messages` by the model's chat template."
-        return "".join(self.stream(messages, **settings))
+# %% ../../nbs/05_inference/02_generation.ipynb #8071399e
+@patch
+def generate_ids(self: LM, prompts: Sequence[Sequence[int]],  # token ids, one batch
+                 *, max_new_tokens: int = 256, stop_at_eos: bool = True, seed: int | None = None,
+                 **sampling,                              # fields of Sampler; greedy by default
+                 ) -> list[list[int]]:                    # the tokens written, end tokens included
+    "Tokens in, tokens out; `stop_at_eos=False` writes exactly `max_new_tokens`, as measurements need it."
+    for rows in generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
+                                eos_ids=self.tokenizer.eos_ids if stop_at_eos else (), seed=seed): pass
+    return [row.tokens for row in rows]
 
 # %% ../../nbs/05_inference/02_generation.ipynb #72bb5db2
 def load(source: str | Path | None = None,        # None: the embedded model; a folder, a .gguf file, or a hub id such as "org/name"
