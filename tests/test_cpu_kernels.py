@@ -27,13 +27,13 @@ def used(monkeypatch):
     return names
 
 
-def as_good_as(plain, mine, *tensors, **options):
-    "Against float64, `mine` errs at most twice as much as `plain` does in the same dtype."
+def as_good_as(plain, mine, *tensors, room=2e-6, **options):
+    "Against float64, `mine` errs at most twice as much as `plain` does in the same dtype, and `room` (relative) for what no program can avoid."
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
     truth, same, got = plain(*wide, **options), plain(*tensors, **options), mine(*tensors, **options)
     assert got.dtype == same.dtype and got.shape == same.shape and not got.isnan().any()
     size = truth.abs().max().item() or 1.0
-    assert worst(got.double(), truth) <= 2 * worst(same.double(), truth) + 2e-6 * size, (worst(got.double(), truth), worst(same.double(), truth))
+    assert worst(got.double(), truth) <= 2 * worst(same.double(), truth) + room * size, (worst(got.double(), truth), worst(same.double(), truth))
 
 
 @each_dtype
@@ -64,7 +64,9 @@ def test_random_attention(dtype, monkeypatch):
         if draw.random() < 0.3: v = k[..., :D // 2 + 1]                     # latent attention: the value is a part of the key
         options = dict(window=draw.choice([None, 1, 5, 64, 1000]), scale=draw.choice([None, 0.1, 3.0]),
                        lengths=draw.choice([None, torch.randint(0, n + 1, (B,))]))
-        as_good_as(REFERENCE.attention, CPU.attention, q, k, v, **options)
+        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0].double(), k.double().repeat_interleave(G, 2)) * (D ** -0.5 if options["scale"] is None else options["scale"])
+        room = torch.finfo(torch.float32).eps * (4 + 2 * scores.abs().max().item())     # fp32 rounds the scores, and a score's error is its weight's
+        as_good_as(REFERENCE.attention, CPU.attention, q, k, v, room=room, **options)
     assert names == ["attention"] * 80
 
 
@@ -137,7 +139,7 @@ def test_a_window_below_one_is_refused():
     with pytest.raises(UnsupportedError, match="window=0"): CPU.attention(torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8), window=0)
 
 
-def test_gradients_take_the_road_of_torch(lm, monkeypatch):
+def test_gradients_take_the_road_of_torch(monkeypatch):
     names = used(monkeypatch)
     w = torch.randn(6, 8, requires_grad=True)
     CPU.linear(torch.randn(1, 8), w).sum().backward()
@@ -208,7 +210,7 @@ def test_a_refusal_leaves_nothing_behind(empty_cache):
 
 def test_no_compiler_is_one_clear_sentence(empty_cache, monkeypatch):
     monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
-    with pytest.raises(UnsupportedError, match="no.* install one|install one.*TORCH"): cpu.build(SOURCE)
+    with pytest.raises(UnsupportedError, match="install one.*ops=TORCH"): cpu.build(SOURCE)
 
 
 def test_without_openmp_one_thread_and_a_warning(empty_cache, monkeypatch):

@@ -239,13 +239,13 @@ void run(const T *q, const T *k, const T *v, T *out, const int64_t *lengths,
     int64_t end = lengths ? lengths[head / H] : n;
     int64_t start = window && end > window ? end - window : 0;
     float query[D], sum[Dv], total = 0, largest = -3e38f;
-    for (int64_t d = 0; d < D; d++) query[d] = load(q[head * D + d]) * scale;
+    for (int64_t d = 0; d < D; d++) query[d] = load(q[head * D + d]);
     for (int64_t d = 0; d < Dv; d++) sum[d] = 0;
     for (int64_t first = start; first < end; first += BLOCK) {
       int64_t size = end - first < BLOCK ? end - first : BLOCK;
       float weights[BLOCK], before = largest, part = 0;
       for (int64_t t = 0; t < size; t++) {
-        weights[t] = dot(keys + (first + t) * kt, query, D);
+        weights[t] = dot(keys + (first + t) * kt, query, D) * scale;   // scaled last: one rounding
         if (weights[t] > largest) largest = weights[t];
       }
       float correction = expf(before - largest);
