@@ -96,7 +96,7 @@ def serve(args):
     else:
         dtype = getattr(torch, dtype)
         if args.device == "cpu":
-            from llm_workbench.checkpoints.sources import open_checkpoint
+            from llm_workbench.families.sources import open_checkpoint
             checkpoint = open_checkpoint()
             decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, "cpu", CPU if kind == "ours" else TORCH)
             make = lambda: transformers_model(checkpoint.config, dtype, "cpu", decoder.transformers_state() | {"lm_head.weight": decoder.lm_head.weight.detach()})

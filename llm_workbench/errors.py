@@ -1,8 +1,14 @@
 "The exceptions that the package raises on purpose: each says what is wrong and what to do."
+import difflib
+from collections.abc import Iterable
 
 
 class WorkbenchError(Exception):
     "Base of every error that llm_workbench raises on purpose."
+
+
+class InputError(WorkbenchError, ValueError):
+    "An argument of a call is wrong: a value out of range, a row that does not exist, tensors that do not belong together."
 
 
 class CheckpointError(WorkbenchError, ValueError):
@@ -10,7 +16,7 @@ class CheckpointError(WorkbenchError, ValueError):
 
 
 class UnsupportedError(WorkbenchError, ValueError):
-    "The file or configuration is valid, but names something that the workbench does not implement."
+    "What is asked for is valid, but names something that the workbench does not implement."
 
 
 class SourceError(WorkbenchError, OSError):
@@ -19,3 +25,13 @@ class SourceError(WorkbenchError, OSError):
 
 class ContextLengthError(WorkbenchError, ValueError):
     "A prompt (plus what is to be generated) is longer than the context that the model was made for."
+
+
+def did_you_mean(name: str,             # what was asked for
+                 known: Iterable[str],  # what there is
+                 ) -> str:              # a sentence with a blank before it, or nothing when no name is near
+    "The nearest known name as a question, for the end of a message."
+    known = [str(k) for k in known]
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    return f" Did you mean {lower[near[0]]!r}?" if near and lower[near[0]] != name else ""

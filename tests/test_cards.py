@@ -6,9 +6,9 @@ import sys
 import gguf
 import pytest
 
-from llm_workbench.checkpoints.cards import (LICENCES, GGUFName, ModelCard, gguf_claims, licence_id, openness, parse_gguf_name,
+from llm_workbench.files.cards import (LICENCES, GGUFName, ModelCard, gguf_claims, licence_id, openness, parse_gguf_name,
                                              readme_claims)
-from llm_workbench.checkpoints.gguf_families import Fields
+from llm_workbench.files.gguf import Fields
 from llm_workbench.errors import CheckpointError, SourceError
 
 
@@ -25,8 +25,8 @@ def test_licences_are_complete():
 
 def test_cards_stand_below_the_readers():
     "Tokenizers and sources may import cards, never the other way round."
-    code = ("import sys, llm_workbench.checkpoints.cards; "
-            "print([m for m in ('tokenizers', 'sources') if 'llm_workbench.checkpoints.' + m in sys.modules])")
+    code = ("import sys, llm_workbench.files.cards; "
+            "print([m for m in ('text.tokenizers', 'families.sources') if 'llm_workbench.' + m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

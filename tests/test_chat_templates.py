@@ -8,10 +8,10 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_workbench.checkpoints import chat_templates
-from llm_workbench.checkpoints.chat_templates import mark_special, render_chat, split_marked
-from llm_workbench.checkpoints.gguf import GGUFFile
-from llm_workbench.checkpoints.tokenizers import Tokenizer
+from llm_workbench.text import chat_templates
+from llm_workbench.text.chat_templates import mark_special, render_chat, split_marked
+from llm_workbench.files.gguf import GGUFFile
+from llm_workbench.text.tokenizers import Tokenizer
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, WorkbenchError
 

@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from llm_workbench.checkpoints import gguf as G
-from llm_workbench.checkpoints import safetensors as S
+from llm_workbench.files import gguf as G
+from llm_workbench.files import safetensors as S
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError
 
@@ -292,7 +292,7 @@ def test_unpermute_is_the_inverse_of_the_converter():
 
 PEAK = """
 import sys, torch, gguf.quants
-from llm_workbench.checkpoints.gguf import GGUFFile
+from llm_workbench.files.gguf import GGUFFile
 high = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 file = GGUFFile(sys.argv[1])
 before = high()

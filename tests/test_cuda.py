@@ -4,7 +4,7 @@ import torch
 
 from checks import cached_is_uncached, some_tokens, worst
 from llm_workbench.architecture.decoder import Decoder
-from llm_workbench.architecture.families import SMALL, small_model
+from llm_workbench.families.families import SMALL, small_model
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.kernels.cpu import CPU
 from llm_workbench.inference.generation import generate_tokens

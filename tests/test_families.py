@@ -11,7 +11,7 @@ import torch
 
 from checks import cached_is_uncached, ragged_is_single, worst
 from llm_workbench.architecture.decoder import Decoder
-from llm_workbench.architecture.families import FAMILIES, SMALL, entries, read_config, small_model, supported
+from llm_workbench.families.families import FAMILIES, SMALL, entries, read_config, small_model, supported
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import CheckpointError, UnsupportedError
 from llm_workbench.kernels.cpu import CPU
@@ -232,7 +232,7 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(kind):
 # --- config.json as it lies in repositories: short, and of any age -------------------------------------------------------------
 
 def bare_configs():
-    from llm_workbench.architecture.families import _SIZES
+    from llm_workbench.families.families import _SIZES
     for kind, variant in MODELS: yield f"{kind} {variant}", {**({} if kind == "dbrx" else _SIZES), **SMALL[kind][variant], "model_type": kind}
     for name, config in released().items():
         if config["model_type"] != "arctic": yield name, config
@@ -261,13 +261,13 @@ def test_a_short_config_is_read_as_transformers_reads_it():
 # --- the released models of the landscape -------------------------------------------------------------------------------------
 
 def released():
-    from llm_workbench.landscape.families import catalogue
+    from llm_workbench.landscape.models import catalogue
     return {m["name"]: m["config"] for m in catalogue()["models"] if m["config"] and m["config"]["model_type"] in supported()}
 
 
 def test_released_models_have_the_parameters_that_transformers_counts():
     "Every model that the guides name, at its real size on the meta device."
-    from llm_workbench.landscape.families import count_parameters
+    from llm_workbench.landscape.models import count_parameters
     models = released()
     assert len(models) >= 70
     wrong = {}

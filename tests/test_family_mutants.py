@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from checks import worst
-from llm_workbench.architecture import families, layers
+from llm_workbench.families import families, layers
 from llm_workbench.architecture.decoder import Decoder, divergence
-from llm_workbench.architecture.families import SMALL, small_model
+from llm_workbench.families.families import SMALL, small_model
 from llm_workbench.architecture.norms_and_mlps import rms_norm
 
 TOKENS = torch.randint(0, 97, (2, 14), generator=torch.Generator().manual_seed(1))

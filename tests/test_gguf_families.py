@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 
 from checks import gguf_refusals
-from llm_workbench.architecture import families
+from llm_workbench.families import families
 from llm_workbench.architecture.decoder import Decoder
-from llm_workbench.architecture.families import _EXPERTS, _LINEAR, _LLAMA3, _LONG, _MLA, _PLAIN, _YARN, SMALL, small_model
+from llm_workbench.families.families import _EXPERTS, _LINEAR, _LLAMA3, _LONG, _MLA, _PLAIN, _YARN, SMALL, small_model
 from llm_workbench.architecture.moe import Router
 from llm_workbench.architecture.norms_and_mlps import LayerNorm
-from llm_workbench.checkpoints.gguf import write_gguf
-from llm_workbench.checkpoints.gguf_families import FAMILIES, gguf_names
-from llm_workbench.checkpoints.safetensors import save_safetensors
-from llm_workbench.checkpoints.sources import open_checkpoint
+from llm_workbench.files.gguf import write_gguf
+from llm_workbench.families.gguf_families import FAMILIES, gguf_names
+from llm_workbench.files.safetensors import save_safetensors
+from llm_workbench.families.sources import open_checkpoint
 from llm_workbench.errors import CheckpointError, UnsupportedError
 
 transformers = pytest.importorskip("transformers")

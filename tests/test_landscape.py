@@ -168,6 +168,6 @@ def test_a_configuration_is_a_copy():
 
 
 def test_looking_up_a_model_loads_neither_transformers_nor_pandas():
-    code = ("import json, sys; from llm_workbench.landscape.families import config_of, kv_bytes; kv_bytes(config_of('DeepSeek-V3'), 10); "
+    code = ("import json, sys; from llm_workbench.landscape.models import config_of, kv_bytes; kv_bytes(config_of('DeepSeek-V3'), 10); "
             "print(json.dumps([m for m in ('transformers', 'pandas', 'matplotlib') if m in sys.modules]))")
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) == []

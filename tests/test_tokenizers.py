@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llm_workbench.checkpoints import tokenizers as ours
-from llm_workbench.checkpoints.gguf import GGUFFile
-from llm_workbench.checkpoints.tokenizers import ByteBPE, Tokenizer, byte_chars, merge, pre_tokenize, spell, train_bpe, unspell, well_formed
+from llm_workbench.text import tokenizers as ours
+from llm_workbench.files.gguf import GGUFFile
+from llm_workbench.text.tokenizers import ByteBPE, Tokenizer, byte_chars, merge, pre_tokenize, spell, train_bpe, unspell, well_formed
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 

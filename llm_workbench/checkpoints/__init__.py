@@ -1,1 +1,0 @@
-"Files, tokenizers and where models come from."

@@ -1,0 +1,1 @@
+"Formats of files, without knowledge of models: safetensors, GGUF, cards, the hub."
