@@ -9,8 +9,9 @@ __all__ = ['ACTIVATIONS', 'LAYER_NORM', 'QKV', 'GATE_UP', 'DOWN', 'DEFAULT', 'PO
            'gemma3_text', 'olmo', 'olmo2', 'olmo3', 'gpt_neox', 'phi', 'stablelm', 'falcon', 'cohere', 'cohere2',
            'experts', 'sparse_layers', 'mixtral', 'phimoe', 'qwen2_moe', 'qwen3_moe', 'dbrx', 'gpt_oss', 'arctic',
            'deepseek', 'deepseek_v2', 'deepseek_v3', 'Entry', 'qkv_rows', 'qkv_groups', 'gate_up_rows',
-           'norms_per_head', 'dbrx_experts', 'gpt_oss_experts', 'Family', 'latent_names', 'falcon_names', 'supported',
-           'read_config', 'transformers_name', 'entries', 'shapes_of', 'small_model', 'describe', 'diff']
+           'norms_per_head', 'latent_halves', 'dbrx_experts', 'gpt_oss_experts', 'Family', 'latent_names',
+           'falcon_names', 'supported', 'read_config', 'transformers_name', 'entries', 'shapes_of', 'small_model',
+           'describe', 'diff']
 
 # %% ../../nbs/06_families/01_families.ipynb #fbd27e60
 import difflib
@@ -249,7 +250,7 @@ class Entry:
     join: Callable = lambda *tensors: tensors      # ours -> theirs
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"      # ours are stacks: .weight, .bias
 
 # %% ../../nbs/06_families/01_families.ipynb #bf430b40
 def qkv_rows(theirs: str) -> Callable:
@@ -282,19 +283,26 @@ def norms_per_head(which: str) -> Callable:
     return make
 
 # %% ../../nbs/06_families/01_families.ipynb #9ada027c
+def latent_halves(c):
+    sizes = [c.head_dim - c.qk_rope_head_dim, c.v_head_dim]
+    return Entry(("self_attn.k_b.weight", "self_attn.v_b.weight"), ("self_attn.kv_b_proj.weight",),
+                 lambda t: t.unflatten(0, (c.num_attention_heads, -1)).split(sizes, 1),
+                 lambda k, v: (torch.cat([k, v], 1).flatten(0, 1),))
+
+# %% ../../nbs/06_families/01_families.ipynb #2cebda8c
 def dbrx_experts(c):
     three = lambda t: t.unflatten(0, (c.num_experts, -1))                            # (E * F, C) -> (E, F, C)
-    gate_up = Entry((GATE_UP,), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
+    gate_up = Entry((GATE_UP + ".weight",), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
                     lambda w, v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)])
-    down = Entry((DOWN,), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),), lambda t: (t.transpose(1, 2).flatten(0, 1),))
+    down = Entry((DOWN + ".weight",), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),), lambda t: (t.transpose(1, 2).flatten(0, 1),))
     return [gate_up, down]
 
 def gpt_oss_experts(c):
     apart = lambda t: torch.cat([t[..., 0::2], t[..., 1::2]], -1)                    # gate and up, interleaved -> one after the other
     mixed = lambda t: torch.stack(t.chunk(2, -1), -1).flatten(-2)
-    return [Entry((GATE_UP,), (GATE_UP,), lambda t: (apart(t).transpose(1, 2),), lambda t: (mixed(t.transpose(1, 2)),)),
-            Entry((GATE_UP + "_bias",), (GATE_UP + "_bias",), lambda t: (apart(t),), lambda t: (mixed(t),)),
-            Entry((DOWN,), (DOWN,), lambda t: (t.transpose(1, 2),), lambda t: (t.transpose(1, 2),))]
+    return [Entry((GATE_UP + ".weight",), (GATE_UP,), lambda t: (apart(t).transpose(1, 2),), lambda t: (mixed(t.transpose(1, 2)),)),
+            Entry((GATE_UP + ".bias",), (GATE_UP + "_bias",), lambda t: (apart(t),), lambda t: (mixed(t),)),
+            Entry((DOWN + ".weight",), (DOWN,), lambda t: (t.transpose(1, 2),), lambda t: (t.transpose(1, 2),))]
 
 # %% ../../nbs/06_families/01_families.ipynb #874b5a76
 @dataclass(frozen=True)
@@ -307,7 +315,10 @@ class Family:
     title: str = ""                    # models that people know
 
 DEFAULT = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
-           "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+           "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+           **{f"{part}.experts.{name}.{leaf}": f"{part}.experts.{name}{end}" for part in ("mlp", "moe")
+              for name in ("gate_up_proj", "down_proj") for leaf, end in (("weight", ""), ("bias", "_bias"))},
+           "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias"}
 POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 SANDWICH = {**POST, "mlp_norm": "pre_feedforward_layernorm"}
 NEOX_MLP = {"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
@@ -336,8 +347,8 @@ _PHI_NAMES = {"norm": "model.final_layernorm", "mlp.up_proj": "mlp.fc1", "mlp.do
               "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"}
 
 FAMILIES |= {
-    "deepseek_v2": Family(deepseek_v2, latent_names, title="DeepSeek-V2"),
-    "deepseek_v3": Family(deepseek_v3, latent_names, title="DeepSeek-V3, R1"),
+    "deepseek_v2": Family(deepseek_v2, latent_names, (latent_halves,), title="DeepSeek-V2"),
+    "deepseek_v3": Family(deepseek_v3, latent_names, (latent_halves,), title="DeepSeek-V3, R1"),
     "phi": Family(phi, _PHI_NAMES, title="Phi-1, Phi-2"),
     "phi3": Family(phi3, layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows), title="Phi-3, Phi-4"),
     "phimoe": Family(phimoe, {"mlp.gate": "mlp.router"}, title="Phi-3.5-MoE"),
