@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         "Logits for every token; see `hidden` for the arguments."
         return self.logits(self.hidden(tokens, cache, counts, **where))
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #0ac466c2
+# %% ../../nbs/05_architecture/13_decoder.ipynb #79aa5d72
 @patch
 def embed(self: Decoder, tokens: Tensor) -> Tensor:  # (B, T) int64 -> (B, T, C)
     "The residual stream before the first block."
@@ -115,7 +115,7 @@ def with_ops(self: Decoder,
     other.ops = replace(ops or self.ops, **functions)
     return other
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #7f83fbba
+# %% ../../nbs/05_architecture/13_decoder.ipynb #cc09ec1f
 @patch
 def with_config(self: Decoder,
                 **changes,  # fields of ModelConfig
@@ -141,7 +141,7 @@ def _fitting(name, module, there, changes):
         raise InputError(f"the weights do not fit a decoder with {changes}: {name} would need {shapes[0]} and has {shapes[1]}")
     return there
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #08af6df4
+# %% ../../nbs/05_architecture/13_decoder.ipynb #2000f048
 def named_tensors(decoder: Decoder) -> dict[str, Tensor]:
     "All numbers of a decoder by name, dense whatever they are kept in; a tied head is not listed again."
     found = {}
@@ -247,7 +247,7 @@ def divergence(decoder: Decoder,
     import pandas as pd
     from llm_workbench.families.families import transformers_name
     children = [f"layers.{i}.{name}" for i, block in enumerate(decoder.layers) for name, _ in block.named_children()]
-    steps = {s: transformers_name(s, decoder.config, decoder.source) for s in ["embed_tokens", *children, *(f"layers.{i}" for i in range(len(decoder.layers))), "norm", "lm_head"]}
+    steps = {s: transformers_name(s, decoder.config, decoder.source) for s in [*children, *(f"layers.{i}" for i in range(len(decoder.layers))), "norm", "lm_head"]}
     present = {name for name, _ in model.named_modules()}
     steps = {s: t for s, t in steps.items() if t in present}
     ours, hooks = record_outputs(decoder, {s: s for s in steps})
