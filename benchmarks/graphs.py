@@ -51,8 +51,7 @@ class Graph:
         self.cache = decoder.new_cache("static", batch=len(prompt), slots=slots)
         self.token = decoder(prompt, self.cache)[:, -1:].argmax(-1)
         self.played, prompt_tokens = 0, prompt.shape[1]
-        with torch.cuda.stream(torch.cuda.Stream()):                              # warm-up as torch's documentation asks for
-            for _ in range(3): self.token.copy_(decoder(self.token, self.cache).argmax(-1))
+        for _ in range(3): self.token.copy_(decoder(self.token, self.cache).argmax(-1))     # warm-up: libraries are loaded
         torch.cuda.synchronize()
         self.cache.truncate(prompt_tokens)
         self.graph = torch.cuda.CUDAGraph()
