@@ -8,7 +8,7 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from llm_workbench.architecture.decoder import Decoder
+from llm_workbench import Decoder
 from llm_workbench.files.gguf import GGUFFile
 from llm_workbench.families.sources import open_checkpoint
 from llm_workbench.errors import WorkbenchError
