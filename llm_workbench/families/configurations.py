@@ -6,15 +6,14 @@
 __all__ = ['KEYS', 'ROPE_KEYS', 'ROPE_OPTIONS', 'ROPE_NAMES', 'LAYER_TYPES', 'Key', 'whole', 'number', 'flag', 'word', 'table',
            'listed', 'Config', 'json_like', 'complete', 'rope_parameters', 'check_fields']
 
-# %% ../../nbs/06_families/01_configurations.ipynb #fa358feb
-import math
+# %% ../../nbs/06_families/01_configurations.ipynb #70557a94
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..architecture.rope import ROPE_TYPES
-from ..errors import CheckpointError, InputError, UnsupportedError, did_you_mean
+from ..errors import CheckpointError, UnsupportedError, did_you_mean
 
-# %% ../../nbs/06_families/01_configurations.ipynb #3eda6702
+# %% ../../nbs/06_families/01_configurations.ipynb #c53e968b
 @dataclass(frozen=True)
 class Key:
     "What one key of a configuration may hold."
@@ -42,7 +41,7 @@ def listed(item: Key, what: str) -> Key:
     "A list whose items are good."
     return Key(lambda v: isinstance(v, (list, tuple)) and all(map(item.good, v)), f"a list of {what}", null=True)
 
-# %% ../../nbs/06_families/01_configurations.ipynb #56b0954b
+# %% ../../nbs/06_families/01_configurations.ipynb #366e209a
 _types = Key(lambda v: v in ("full_attention", "sliding_attention"), "")
 _WIDTH, _COUNT, _TOKENS, _FACTOR = 2**18, 2**14, 2**40, 1e6
 
@@ -76,7 +75,7 @@ KEYS: dict[str, Key] = {
                      "use_bidirectional_attention"), flag()),
 }
 
-# %% ../../nbs/06_families/01_configurations.ipynb #fd8e67c6
+# %% ../../nbs/06_families/01_configurations.ipynb #264fe28f
 class Config(dict):
     "A complete configuration in the usual vocabulary: every key that its family reads has a value."
     def __init__(self, values: dict, model_type: str, called: dict):    # called: key -> its name in the file
@@ -95,7 +94,7 @@ def json_like(value) -> str:
     text = {True: "true", False: "false"}[value] if type(value) is bool else f'"{value}"' if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
-# %% ../../nbs/06_families/01_configurations.ipynb #b5e2e565
+# %% ../../nbs/06_families/01_configurations.ipynb #dd2a0b3f
 def _find(config: Mapping, name: str, x: Config):
     "The value of `name` in a file, where a dot goes into a nested table; (found or not, value)."
     *tables, leaf = name.split(".")
@@ -124,7 +123,7 @@ def complete(config: Mapping,                     # as it lies in a file
         if not (rule.null if value is None else rule.good(value)): raise x.wrong(key, rule.right + (" or null" if rule.null else ""))
     return x
 
-# %% ../../nbs/06_families/01_configurations.ipynb #0bb45202
+# %% ../../nbs/06_families/01_configurations.ipynb #a41dcbaa
 _factor = number(0, _FACTOR)
 _pairs = listed(_factor, "positive numbers")
 ROPE_KEYS: dict[str, dict[str, Key]] = {   # what each rope_type needs
@@ -139,7 +138,7 @@ ROPE_OPTIONS: dict[str, Key] = {           # what may be there besides
 }
 ROPE_NAMES = {"su": "longrope"}            # what Phi-3's first files called it
 
-# %% ../../nbs/06_families/01_configurations.ipynb #d2e800fa
+# %% ../../nbs/06_families/01_configurations.ipynb #0e6a279d
 def _complete_rope(given, x, theta, where):
     "One ladder of frequencies with all its entries; `where` is its name in the file."
     if not isinstance(given, Mapping): raise x.wrong(where, table().right, given)
@@ -165,7 +164,7 @@ def _check_rope(rope, x, where, rules):
     for key, value in rope.items():
         if key in rules and not rules[key].good(value): raise x.wrong(f"{where}.{key}", rules[key].right, value)
 
-# %% ../../nbs/06_families/01_configurations.ipynb #5ffef034
+# %% ../../nbs/06_families/01_configurations.ipynb #6ad15666
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -183,7 +182,7 @@ def rope_parameters(x: Config,  # complete but for this
     return {name: _complete_rope(default if ladders.get(name) is None else ladders[name], x, thetas[name], f"{where}.{name}" if by_type else where)
             for name in wanted}
 
-# %% ../../nbs/06_families/01_configurations.ipynb #eb2478fa
+# %% ../../nbs/06_families/01_configurations.ipynb #a785f2cb
 def check_fields(x: Config,       # the configuration
                  fields: dict,    # of ModelConfig, made from it
                  ) -> None:

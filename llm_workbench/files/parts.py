@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'is_blocks', 'safetensors_parts', 'gguf_parts', 'gguf_shards', 'LazyTensors', 'derived', 'stacked']
 
-# %% ../../nbs/03_files/04_parts.ipynb #4466192d
+# %% ../../nbs/03_files/04_parts.ipynb #2be8da60
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .gguf import PLAIN, GGUFFile, block_types, dequantize
-from .safetensors import DTYPES, MissingTensor
+from .safetensors import MissingTensor
 from ..errors import CheckpointError, SourceError, UnsupportedError
 
-# %% ../../nbs/03_files/04_parts.ipynb #542b872e
+# %% ../../nbs/03_files/04_parts.ipynb #312910ba
 @dataclass(frozen=True)
 class Part:
     "A tensor that is still on disk."
@@ -36,7 +36,7 @@ def is_blocks(type: str) -> bool:
     "Whether numbers of this type are packed in blocks, so that a row can only be moved whole."
     return type in block_types() and type not in PLAIN
 
-# %% ../../nbs/03_files/04_parts.ipynb #55f5ba7a
+# %% ../../nbs/03_files/04_parts.ipynb #0127fb3c
 def safetensors_parts(weights: Mapping,  # a reader of the chapter on safetensors: one file, or several with an index
                       ) -> dict[str, Part]:
     "Promises for the tensors of a safetensors reader."
@@ -57,7 +57,7 @@ def gguf_parts(files: list[GGUFFile],  # all shards of a set
             parts[name] = Part(t.shape, t.type, t.nbytes, partial(read, file, name), partial(file.stored, name), partial(file.release, name))
     return parts
 
-# %% ../../nbs/03_files/04_parts.ipynb #8f3833e9
+# %% ../../nbs/03_files/04_parts.ipynb #a3bb6216
 def gguf_shards(path: Path,  # a .gguf, or any file of a numbered set
                 ) -> list[GGUFFile]:
     "The file, or all files of the set that it belongs to, the first first; raises `SourceError`, `CheckpointError`."
@@ -69,7 +69,7 @@ def gguf_shards(path: Path,  # a .gguf, or any file of a numbered set
     if missing: raise SourceError(f"{path.name} is one of {len(paths)} shards and {missing[0]} is missing: download all of them")
     return [GGUFFile(p) for p in paths]
 
-# %% ../../nbs/03_files/04_parts.ipynb #13eb899f
+# %% ../../nbs/03_files/04_parts.ipynb #47af2038
 class LazyTensors(Mapping):
     "Parts by name: `tensors[name]` reads one from disk, everything else looks at headers only."
     def __init__(self, parts: dict[str, Part],
@@ -106,7 +106,7 @@ class LazyTensors(Mapping):
     def __len__(self) -> int: return len(self.parts)
     def __repr__(self) -> str: return f"LazyTensors({len(self)} tensors, {self.parameters:,} parameters, {self.nbytes:,} bytes on disk)"
 
-# %% ../../nbs/03_files/04_parts.ipynb #1be0bf7a
+# %% ../../nbs/03_files/04_parts.ipynb #19110b98
 def derived(parts: list[Part],   # what is stored
             make: Callable,      # their tensors -> other tensors
             where: str,          # how messages name the file
@@ -122,7 +122,7 @@ def derived(parts: list[Part],   # what is stored
     return [Part(shape, source.type, nbytes * math.prod(shape) // max(total, 1), partial(source.read, i), partial(source.packed, i), source.release)
             for i, shape in enumerate(shapes)]
 
-# %% ../../nbs/03_files/04_parts.ipynb #e90a4c33
+# %% ../../nbs/03_files/04_parts.ipynb #95c81a5d
 class _Derived:
     "The tensors that `make` makes of `parts`: one at a time, in memory of its own."
     def __init__(self, parts, make, moves):
@@ -148,7 +148,7 @@ class _Derived:
     def release(self):
         for p in self.parts: p.release()
 
-# %% ../../nbs/03_files/04_parts.ipynb #fc958159
+# %% ../../nbs/03_files/04_parts.ipynb #54bc30f0
 def stacked(columns: list[list[Part]],  # what stands above what: each a list of (rows, C) parts, one for each of E, or one (E, rows, C) part
             ) -> Part:
     "One (E, rows of all columns, C) part made of smaller ones."
