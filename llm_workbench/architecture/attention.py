@@ -18,6 +18,7 @@ def visible(
     causal: bool = True,             # hide keys after the query
     window: int | None = None,       # see only the last `window` keys, the query's own included
     lengths: Tensor | None = None,   # (B,) valid keys of each row; None: all Tk, in every row
+    spans: Tensor | None = None,     # (B, Tq) number of the span that a query belongs to, -1: none; a span sees all of itself
     device: torch.device | str | None = None,
 ) -> Tensor:                         # (1 or B, Tq, Tk) bool, True where the query may look
     """Which keys each query may see. Query i of a row stands at key position lengths[b] - Tq + i.
@@ -31,7 +32,15 @@ def visible(
     seen = (key < lengths[:, None, None]).expand(-1, n_queries, -1)                  # (B, Tq, Tk)
     if causal: seen = seen & (key <= query[..., None])
     if window is not None: seen = seen & (key > query[..., None] - window)
-    return seen
+    return seen if spans is None else seen | _same_span(spans, query[:, 0], n_keys)
+
+def _same_span(spans, first, n_keys):
+    "(B, Tq, Tk): both are new tokens of one span. `first` (1 or B,): the key position of the first query."
+    B, Tq = spans.shape
+    query = torch.arange(n_keys, device=spans.device) - first[:, None]                        # (1 or B, Tk) which query a key is
+    new = (query >= 0) & (query < Tq)
+    of_key = spans.gather(1, query.clamp(0, Tq - 1).expand(B, -1)).masked_fill(~new, -1)      # (B, Tk)
+    return (spans[..., None] == of_key[:, None]) & (spans[..., None] >= 0)
 
 # %% ../../nbs/05_architecture/01_attention.ipynb #5debb077
 def attention(
@@ -45,6 +54,7 @@ def attention(
     sinks: Tensor | None = None,     # (H,) a learned extra score per head that gives no value (gpt-oss)
     scale: float | None = None,      # factor on the dot products; None: D ** -0.5
     lengths: Tensor | None = None,   # (B,) valid keys of each row, the new ones included; None: all
+    spans: Tensor | None = None,     # (B, Tq) new tokens that see each other in both directions: see `visible`
 ) -> Tensor:                         # (B, Tq, H, Dv), in the dtype of v
     """Attention with H query heads over K KV heads; a query that sees no key returns zeros.
 
@@ -56,7 +66,7 @@ def attention(
     q = q.reshape(B, Tq, K, H // K, D).permute(0, 2, 3, 1, 4)           # (B, K, G, Tq, D): consecutive query heads share one KV head
     scores = torch.einsum("bkgtd,bskd->bkgts", q, k).mul_(D ** -0.5 if scale is None else scale)
     if softcap: scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(Tq, Tk, causal=causal, window=window, lengths=lengths, device=q.device)   # (1 or B, Tq, Tk)
+    seen = visible(Tq, Tk, causal=causal, window=window, lengths=lengths, spans=spans, device=q.device)   # (1 or B, Tq, Tk)
     blind = ~seen.any(-1)                                               # (1 or B, Tq) queries with nothing to look at
     scores = scores.masked_fill_(~(seen | blind[..., None])[:, None, None], float("-inf"))
     if sinks is not None:

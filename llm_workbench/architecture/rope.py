@@ -4,33 +4,39 @@
 
 # %% auto #0
 __all__ = ['ROPE_TYPES', 'inverse_frequencies', 'rope_tables', 'rotate', 'half_from_interleaved', 'default_rope', 'linear_rope',
-           'ntk_theta', 'dynamic_rope', 'llama3_rope', 'yarn_mscale', 'yarn_attention_factor', 'yarn_rope',
-           'longrope_rope', 'rope_frequencies']
+           'ntk_theta', 'dynamic_rope', 'dynamic_stretch', 'llama3_rope', 'yarn_mscale', 'yarn_attention_factor',
+           'yarn_rope', 'longrope_rope', 'rope_frequencies', 'Rope']
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #73e4628e
 import math
 from collections.abc import Callable
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..errors import UnsupportedError
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #af021c1d
-def inverse_frequencies(dim: int,                # rotated dimensions of a head (even)
-                        theta: float = 10_000.0, # base of the ladder, `rope_theta`
-                       ) -> Tensor:              # (dim/2,) radians per token
+def inverse_frequencies(dim: int,                        # rotated dimensions of a head (even)
+                        theta: float | Tensor = 10_000.0, # base of the ladder, `rope_theta`; (..., 1): one for each text
+                        device: torch.device | str | None = None,
+                       ) -> Tensor:                      # (dim/2,) or (..., dim/2) radians per token
     "The angle per token of each pair, fastest first (RoFormer, arXiv 2104.09864, section 3.2.2)."
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #c197ca6b
 def rope_tables(positions: Tensor,              # (T,) or (B, T) int64
-                inv_freq: Tensor,               # (D/2,) radians per token
-                attention_factor: float = 1.0,  # scales both tables (YaRN and LongRoPE; else 1)
+                inv_freq: Tensor,               # (D/2,) radians per token; (B, T or 1, D/2) where they differ
+                attention_factor: float | Tensor = 1.0,  # scales both tables (YaRN and LongRoPE; else 1)
                 dtype: torch.dtype = torch.float32,
+                sections: list[int] | None = None,  # pairs that turn by each of three axes, where positions are (3, B, T)
                ) -> tuple[Tensor, Tensor]:      # cos and sin, each (T, D) or (B, T, D)
     "Cosine and sine of every position's angles, repeated for the two halves of a head."
     angles = positions[..., None].float() * inv_freq.to(positions.device)   # (..., T, D/2), in fp32
+    if positions.dim() == 3:
+        parts = angles.split(sections, -1)                                  # (3, B, T, pairs) each
+        angles = torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
     angles = torch.cat([angles, angles], -1)                                # (..., T, D)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
@@ -63,15 +69,19 @@ def linear_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]
     return inverse_frequencies(dim, rope["rope_theta"]) / rope["factor"], 1.0
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #51f7ba78
-def ntk_theta(theta: float, dim: int, factor: float) -> float:
+def ntk_theta(theta: float, dim: int, factor: float | Tensor) -> float | Tensor:
     "The base that slows the slowest pair by `factor` and leaves the fastest alone (bloc97, 2023; arXiv 2309.00071, section 3.1)."
     return theta * factor ** (dim / (dim - 2))
 
 def dynamic_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]:
     "NTK-aware scaling that grows with the text: nothing up to `original_max_position_embeddings`, then more with every token."
+    return inverse_frequencies(dim, ntk_theta(rope["rope_theta"], dim, dynamic_stretch(rope, n_tokens))), 1.0
+
+def dynamic_stretch(rope: dict, n_tokens: int | Tensor) -> float | Tensor:
+    "How much slower the slowest pair turns in a text of this length."
     trained = rope["original_max_position_embeddings"]
-    stretch = rope["factor"] * max(n_tokens, trained) / trained - (rope["factor"] - 1)
-    return inverse_frequencies(dim, ntk_theta(rope["rope_theta"], dim, stretch)), 1.0
+    longer = max(n_tokens, trained) if isinstance(n_tokens, int) else n_tokens.clamp(min=trained)
+    return rope["factor"] * longer / trained - (rope["factor"] - 1)
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #b2987b41
 def llama3_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]:
@@ -131,3 +141,41 @@ def rope_frequencies(dim: int,           # rotated dimensions of a head
                                "If the model was extended by another rule, add it to ROPE_TYPES.")
     try: return ROPE_TYPES[kind](dim, rope, n_tokens)
     except KeyError as e: raise UnsupportedError(f"rope_type {kind!r} needs the entry {e.args[0]!r} in rope_parameters") from None
+
+# %% ../../nbs/05_architecture/02_rope.ipynb #64b3fca7
+class Rope:
+    "The frequencies of one `rope_parameters`, kept where the tokens are. Raises UnsupportedError as `rope_frequencies` does."
+    def __init__(self,
+                 dim: int,     # rotated dimensions of a head
+                 rope: dict):  # transformers' `rope_parameters`
+        self.dim, self.rope = dim, rope
+        self.trained = rope.get("original_max_position_embeddings", 0)
+        with torch.device("cpu"):                                        # also where a model is built without storage (meta)
+            both = [rope_frequencies(dim, rope, n) for n in (self.trained, self.trained + 1)]   # of a short and of a long text
+            self.freqs = torch.stack([freqs for freqs, _ in both])       # (2, dim/2)
+            self.factors = torch.tensor([[factor] for _, factor in both])  # (2, 1)
+
+    def tables(self,
+               positions: Tensor,       # (T,), (B, T) or (3, B, T) int64
+               texts: int | Tensor,     # length that the text of a token will have: for all, or (B, 1) or (B, T) int64
+               dtype: torch.dtype = torch.float32,
+              ) -> tuple[Tensor, Tensor]:   # cos and sin, (T, dim) or (B, T, dim)
+        "The tables of one step."
+        if self.freqs.device != positions.device:                        # once, after the model has moved
+            self.freqs, self.factors = self.freqs.to(positions.device), self.factors.to(positions.device)
+        freqs, factor = self.of_texts(texts)
+        return rope_tables(positions, freqs, factor, dtype, self.rope.get("mrope_section"))
+
+# %% ../../nbs/05_architecture/02_rope.ipynb #e34759f5
+@patch
+def of_texts(self: Rope, texts: int | Tensor) -> tuple[Tensor, Tensor]:  # frequencies (..., dim/2) and factor (1,) or (..., 1)
+    "What applies to texts of these lengths."
+    kind, device = self.rope.get("rope_type", "default"), self.freqs.device
+    if kind == "longrope":
+        if isinstance(texts, int): return self.freqs[int(texts > self.trained)], self.factors[int(texts > self.trained)]
+        which = (texts > self.trained).long()                            # (B, 1) or (B, T)
+        return self.freqs[which], self.factors[which]
+    if kind != "dynamic": return self.freqs[0], self.factors[0]
+    stretch = dynamic_stretch(self.rope, texts if isinstance(texts, int) else texts.double())
+    theta = ntk_theta(self.rope["rope_theta"], self.dim, stretch)
+    return inverse_frequencies(self.dim, theta if isinstance(texts, int) else theta[..., None].float(), device), self.factors[0]

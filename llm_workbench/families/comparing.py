@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'record_outputs', 'divergence', 'describe', 'diff']
 
-# %% ../../nbs/06_families/08_comparing.ipynb #f9e8577f
+# %% ../../nbs/06_families/08_comparing.ipynb #ca39e4e2
 from collections.abc import Mapping
 
 import torch
@@ -32,8 +32,8 @@ def divergence(decoder: Decoder,
     "Largest and relative difference after every step that both models have as a module."
     import pandas as pd
     children = [f"layers.{i}.{name}" for i, block in enumerate(decoder.layers) for name, _ in block.named_children()]
-    names = ["embed_tokens", *children, *(f"layers.{i}" for i in range(len(decoder.layers))), "norm", "lm_head"]
     model_type = decoder.source["model_type"] if decoder.source else None
+    names = [*children, *(f"layers.{i}" for i in range(len(decoder.layers))), "norm", "lm_head"]
     steps = {s: transformers_name(s, decoder.config, model_type) for s in names}
     present = {name for name, _ in model.named_modules()}
     steps = {s: t for s, t in steps.items() if t in present}

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GGUF_KEYS', 'GGUF_NAMES', 'GGUF_BLOCK_NAMES', 'FUSED', 'TURNED', 'GEMMA_NORMS', 'GEMMA', 'GEMMA_ACT', 'DENSE_STEPS',
            'LATENT', 'LATENT_KEYS', 'GRANITE_KEYS', 'COHERE', 'ARCTIC', 'GGUF', 'turned_rows', 'turned_qkv', 'less_one',
-           'expert_biases', 'latent_halves', 'flat_gate', 'rope_from_divisors', 'rope_from_gguf', 'GGUFArchitecture',
-           'expert_keys', 'shared_names', 'falcon_norms', 'own_parts', 'config_from_gguf']
+           'expert_biases', 'latent_keys', 'whole_latent', 'flat_gate', 'rope_from_divisors', 'rope_from_gguf',
+           'GGUFArchitecture', 'expert_keys', 'shared_names', 'falcon_norms', 'own_parts', 'config_from_gguf']
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a93d85c1
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #64127f16
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..architecture.layers import ModelConfig
-from .layouts import DOWN_BIAS, GATE_UP_BIAS, Entry, gate_up_rows, made, qkv_rows, stack_experts
+from .layouts import DOWN, GATE_UP, Entry, gate_up_rows, latent_halves, made, qkv_rows, stack_experts
 from ..files.gguf import Fields, permute_qk, unpermute_qk
 from ..files.parts import Part, derived
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a547a09f
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #137680cb
 GGUF_KEYS = {  # metadata key behind "<architecture>." -> (config key, type, required)
     "block_count": ("num_hidden_layers", int, True), "context_length": ("max_position_embeddings", int, True),
     "embedding_length": ("hidden_size", int, True), "feed_forward_length": ("intermediate_size", int, True),
@@ -40,7 +40,7 @@ GGUF_BLOCK_NAMES = {  # within a layer; GGUF -> ours, both without .weight and .
     "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj", "ffn_down_exps": "mlp.experts.down_proj",
 }
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #c016f656
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #cc1ab768
 def turned_rows(which: str) -> Callable:
     "Rows of Q or K: neighbouring pairs there, halves here."
     def make(c):
@@ -59,20 +59,22 @@ def turned_qkv(c):
 FUSED = (qkv_rows("attn_qkv"),)
 TURNED = (turned_qkv, turned_rows("q"), turned_rows("k"))
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #1860a4f5
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #952ade9e
 def less_one(ours: str, theirs: str) -> Callable:
     "Gemma's norms multiply by 1 + w; llama.cpp stores the sum."
     return lambda c: Entry((f"{ours}.weight",), (f"{theirs}.weight",), lambda t: (t - 1,), lambda t: (t + 1,), moves="")
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #322b038f
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #99856a54
 def expert_biases(c):
-    return Entry((GATE_UP_BIAS,), ("ffn_gate_exps.bias", "ffn_up_exps.bias"), lambda *t: (torch.cat(t, 1),), lambda t: t.chunk(2, 1))
+    return Entry((f"{GATE_UP}.bias",), ("ffn_gate_exps.bias", "ffn_up_exps.bias"), lambda *t: (torch.cat(t, 1),), lambda t: t.chunk(2, 1))
 
-def latent_halves(c):
-    D, H = c.head_dim - c.qk_rope_head_dim, c.num_attention_heads
-    return Entry(("self_attn.kv_b_proj.weight",), ("attn_k_b.weight", "attn_v_b.weight"),                # (H, R, D), (H, Dv, R)
-                 lambda k, v: (torch.cat([k.transpose(1, 2), v], 1).flatten(0, 1),),                      # -> (H * (D + Dv), R)
-                 lambda t: ((kv := t.unflatten(0, (H, -1)))[:, :D].transpose(1, 2), kv[:, D:]), moves="numbers")
+def latent_keys(c):
+    turn = lambda t: (t.transpose(1, 2),)                                                # (H, R, D) there, (H, D, R) here
+    return Entry(("self_attn.k_b.weight",), ("attn_k_b.weight",), turn, turn, moves="numbers")
+
+def whole_latent(c):
+    both = latent_halves(c)
+    return Entry(both.ours, ("attn_kv_b.weight",), both.split, both.join)
 
 def flat_gate(c):
     "Files of 2024 have the shared expert's gate as a vector."
@@ -138,7 +140,7 @@ def rope_from_gguf(fields: Fields,   # the metadata
     if rotated != head_dim: rope["partial_rotary_factor"] = rotated / head_dim
     return rope
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #47f16b74
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #0b405ac3
 @dataclass(frozen=True)
 class GGUFArchitecture:
     "How one architecture of GGUF files maps to the decoder and to the configuration of a transformers family."
@@ -250,7 +252,7 @@ def _gpt_oss_rope(rope, config, get): return rope | {"truncate": False} if rope[
 
 def _all_turns(rope, config, get): return {"partial_rotary_factor": 1.0, **rope}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #4422517e
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #5a9f8757
 GEMMA_NORMS = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm",
                "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "norm": "output_norm"}
 GEMMA = dict(layouts=FUSED + tuple(less_one(ours, theirs) for ours, theirs in GEMMA_NORMS.items()),
@@ -259,8 +261,8 @@ GEMMA = dict(layouts=FUSED + tuple(less_one(ours, theirs) for ours, theirs in GE
 GEMMA_ACT = dict(hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
 DENSE_STEPS = dict(decoder_sparse_step=1, mlp_only_layers=[])          # every layer has experts
 LATENT = {"attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_norm", "attn_q_b": "self_attn.q_proj",
-          "attn_kv_b": "self_attn.kv_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj", "attn_kv_a_norm": "self_attn.kv_a_norm",
-          "exp_probs_b.bias": "mlp.gate.e_score_correction_bias", **shared_names("shared_experts")}
+          "attn_v_b": "self_attn.v_b", "attn_kv_a_mqa": "self_attn.kv_a_proj", "attn_kv_a_norm": "self_attn.kv_a_norm",
+          "exp_probs_b.bias": "mlp.e_score_correction_bias", **shared_names("shared_experts")}
 LATENT_KEYS = {
     "attention.q_lora_rank": ("q_lora_rank", int, False), "attention.kv_lora_rank": ("kv_lora_rank", int, True),
     "expert_shared_count": ("n_shared_experts", int, True), "leading_dense_block_count": ("first_k_dense_replace", int, False),
@@ -274,7 +276,7 @@ ARCTIC = {"ffn_norm_exps": "moe_norm", "ffn_gate_inp": "moe.gate", **{f"ffn_{c}_
 
 def falcon_norms(c): return {"attn_norm": "mlp_norm", "attn_norm_2": "attn_norm"} if c.block == "parallel_two_norms" else {}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #18e0c161
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #1fc70a1b
 GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("llama", "llama", layouts=TURNED, keys=expert_keys("num_local_experts"), finish=_llama),
     GGUFArchitecture("qwen2", "qwen2"),
@@ -301,15 +303,15 @@ GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("granite", "granite", layouts=TURNED, keys=GRANITE_KEYS, finish=_granite,
                      fixed=dict(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)),
     GGUFArchitecture("smollm3", "smollm3", layouts=TURNED, fixed=dict(use_sliding_window=False), finish=_smollm3),
-    GGUFArchitecture("gpt-oss", "gpt_oss", {"post_attention_norm": "mlp_norm", "attn_sinks.weight": "self_attn.sinks", "ffn_down_exps.bias": DOWN_BIAS},
+    GGUFArchitecture("gpt-oss", "gpt_oss", {"post_attention_norm": "mlp_norm", "attn_sinks.weight": "self_attn.sinks", "ffn_down_exps.bias": f"{DOWN}.bias"},
                      (*FUSED, expert_biases), expert_keys("num_local_experts", "intermediate_size"), period=2, rope=_gpt_oss_rope),
-    GGUFArchitecture("deepseek2", "deepseek_v2", LATENT, (latent_halves,), expert_keys("n_routed_experts", "moe_intermediate_size") | LATENT_KEYS,
+    GGUFArchitecture("deepseek2", "deepseek_v2", LATENT, (latent_keys, whole_latent), expert_keys("n_routed_experts", "moe_intermediate_size") | LATENT_KEYS,
                      dict(q_lora_rank=None, first_k_dense_replace=0, routed_scaling_factor=1.0, norm_topk_prob=False, n_group=1, topk_group=1),
                      finish=_deepseek, rope=_deepseek_rope),
     GGUFArchitecture("arctic", "arctic", ARCTIC, TURNED, expert_keys("num_local_experts"), dict(moe_layer_frequency=1)),
 )}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #25a934be
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #4b1eb598
 _OLD_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight")  # GGUF of early 2024: one tensor per expert
 
 
@@ -332,7 +334,7 @@ def own_parts(parts: dict[str, Part],   # by GGUF name
             if ours: out[prefix + ours] = part
             else: unknown.append(name if layer is None else f"blk.{layer}.{name}")
     if unknown: raise UnsupportedError(f"{where} holds {len(unknown)} tensors that {a.architecture} does not have, such as {unknown[0]}")
-    return stack_experts(out, where)
+    return stack_experts(out, where, ".weight")
 
 
 def _by_layer(parts):

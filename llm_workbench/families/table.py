@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'Family', 'supported', 'family_of', 'architecture_of', 'read_config', 'transformers_name',
            'transformers_entries']
 
-# %% ../../nbs/06_families/05_table.ipynb #5b4339c1
+# %% ../../nbs/06_families/05_table.ipynb #fdeb6654
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,12 +15,12 @@ from . import readers
 from .gguf_layouts import GGUF, GGUFArchitecture
 from .layouts import (
     ARCTIC_DISK, ARCTIC_NAMES, DBRX_NAMES, MIXTRAL_DISK, NEOX_DISK, NEOX_NAMES, PHI_NAMES, PHIMOE_DISK, POST, ROUTER, SANDWICH, Entry, dbrx_experts,
-    falcon_names, gate_up_rows, gpt_oss_experts, latent_names, norms_per_head, qkv_groups, qkv_rows)
+    falcon_names, gate_up_rows, gpt_oss_experts, latent_halves, latent_names, norms_per_head, qkv_groups, qkv_rows)
 from . import layouts
 from .readers import Reader
 from ..errors import InputError, UnsupportedError, did_you_mean
 
-# %% ../../nbs/06_families/05_table.ipynb #3572bbdf
+# %% ../../nbs/06_families/05_table.ipynb #37abadc5
 @dataclass(frozen=True)
 class Family:
     "What is known of one model_type."
@@ -36,7 +36,7 @@ class Family:
         "What this family calls otherwise than Llama, for a configuration."
         return self.names(c) if callable(self.names) else self.names
 
-# %% ../../nbs/06_families/05_table.ipynb #ed7cdd80
+# %% ../../nbs/06_families/05_table.ipynb #149b11b0
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2 and 3, SmolLM2, Yi", readers.llama, GGUF["llama"]),
     "mistral": Family("Mistral 7B", readers.mistral, GGUF["llama"]),
@@ -48,8 +48,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen 3", readers.qwen3, GGUF["qwen3"]),
     "qwen2_moe": Family("Qwen 1.5 MoE", readers.qwen2_moe, GGUF["qwen2moe"]),
     "qwen3_moe": Family("Qwen 3 MoE", readers.qwen3_moe, GGUF["qwen3moe"]),
-    "deepseek_v2": Family("DeepSeek-V2", readers.deepseek_v2, GGUF["deepseek2"], latent_names),
-    "deepseek_v3": Family("DeepSeek-V3, R1", readers.deepseek_v3, GGUF["deepseek2"], latent_names,
+    "deepseek_v2": Family("DeepSeek-V2", readers.deepseek_v2, GGUF["deepseek2"], latent_names, (latent_halves,)),
+    "deepseek_v3": Family("DeepSeek-V3, R1", readers.deepseek_v3, GGUF["deepseek2"], latent_names, (latent_halves,),
                           left_out=r"model\.layers\.61\..*"),          # predicts the token after next, for training
     "phi": Family("Phi-1, Phi-2", readers.phi, GGUF["phi2"], PHI_NAMES),
     "phi3": Family("Phi-3, Phi-4", readers.phi3, GGUF["phi3"], layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows("mlp.gate_up_proj"))),
@@ -73,7 +73,7 @@ def supported() -> list[str]:
     "The families, by transformers' `model_type`."
     return list(FAMILIES)
 
-# %% ../../nbs/06_families/05_table.ipynb #622aa743
+# %% ../../nbs/06_families/05_table.ipynb #45f2b444
 def family_of(model_type: str) -> Family:
     "The record of a family; raises `UnsupportedError` that names the nearest one."
     if isinstance(model_type, str) and model_type in FAMILIES: return FAMILIES[model_type]
@@ -94,7 +94,7 @@ def _nearest(name, known):
     alike = [k for k in known if k.startswith(stem)]
     return did_you_mean(str(name), known) or (f" The nearest are {', '.join(alike)}." if alike else "")
 
-# %% ../../nbs/06_families/05_table.ipynb #832b2c77
+# %% ../../nbs/06_families/05_table.ipynb #7edff693
 def read_config(config: Mapping) -> ModelConfig:  # transformers' config.json as a dict
     "The ModelConfig of a configuration. Raises `UnsupportedError` (family, rope_type, option), `CheckpointError` (a wrong value), `InputError`."
     if not isinstance(config, Mapping): raise InputError(f"a {type(config).__name__} is no configuration: give config.json as a dict")
