@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DeviceLengths', 'StaticCache']
 
-# %% ../../nbs/05_architecture/10_static_cache.ipynb #1f6ed90d
+# %% ../../nbs/05_architecture/10_static_cache.ipynb #da12d8d7
 import torch
 
 from .kv_cache import Cache, RowLengths, Step
 from ..errors import InputError
 
-# %% ../../nbs/05_architecture/10_static_cache.ipynb #87886dd7
+# %% ../../nbs/05_architecture/10_static_cache.ipynb #71e3b57c
 class DeviceLengths(RowLengths):
     "One length per row, kept on the device and changed in place: adding to it asks the host for nothing."
     def __init__(self, batch: int, device=None): self.value = torch.zeros(batch, dtype=torch.int64, device=device)   # (B,)
@@ -23,7 +23,7 @@ class DeviceLengths(RowLengths):
     def add(self, n: int | list[int], device=None) -> None:
         self.value.add_(n if isinstance(n, int) else torch.tensor(n, device=self.value.device))
 
-# %% ../../nbs/05_architecture/10_static_cache.ipynb #148b651d
+# %% ../../nbs/05_architecture/10_static_cache.ipynb #5813a0cd
 class StaticCache(Cache):
     "Every key and value in slots reserved beforehand, lengths on the device: a step changes no shape and reads nothing back."
     def __init__(self,
