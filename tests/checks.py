@@ -8,9 +8,9 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from llm_workbench.architecture.decoder import Decoder
+from llm_workbench import Decoder
 from llm_workbench.files.gguf import GGUFFile
-from llm_workbench.families.sources import open_checkpoint
+from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.errors import WorkbenchError
 
 TINY = dict(vocab_size=97, hidden_size=36, intermediate_size=64, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,

@@ -245,6 +245,7 @@ def mixer(self: ModelConfig, layer: int) -> str:
     "Which of `MIXERS` a layer has."
     return "latent" if self.kv_lora_rank else "attention"
 
+# %% ../../nbs/05_architecture/12_layers.ipynb #e1905f64
 class Block(nn.Module):
     "A mixer and a feed-forward layer around the residual stream, arranged as `BLOCKS[config.block]` says."
     def __init__(self, config: ModelConfig, layer: int):
@@ -283,6 +284,7 @@ def parallel(block: Block, x: Tensor, step: Step, ops: Ops) -> Tensor:
     h = block.attn_norm(x, ops)
     return x + block.self_attn(h, step, ops) + block.mlp(h if block.mlp_norm is None else block.mlp_norm(x, ops), ops)
 
+# %% ../../nbs/05_architecture/12_layers.ipynb #1b49d233
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable]] = {       # the norms that a block has, and the order of its halves
     "pre": (("attn_norm", "mlp_norm"), sequential),
     "post": (("attn_post_norm", "mlp_post_norm"), sequential),
