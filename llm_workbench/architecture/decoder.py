@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         "Logits for every token; see `hidden` for the arguments."
         return self.logits(self.hidden(tokens, cache, counts, **where))
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #e6027e6e
+# %% ../../nbs/05_architecture/13_decoder.ipynb #bfd73fd5
 @patch
 def embed(self: Decoder, tokens: Tensor) -> Tensor:  # (B, T) int64 -> (B, T, C)
     "The residual stream before the first block."
@@ -115,7 +115,7 @@ def with_ops(self: Decoder,
     other.ops = replace(ops or self.ops, **functions)
     return other
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #55ba1d52
+# %% ../../nbs/05_architecture/13_decoder.ipynb #85c2d369
 @patch
 def with_config(self: Decoder,
                 **changes,  # fields of ModelConfig
@@ -141,7 +141,7 @@ def _fitting(name, module, there, changes):
         raise InputError(f"the weights do not fit a decoder with {changes}: {name} would need {shapes[0]} and has {shapes[1]}")
     return there
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #be4f8d3b
+# %% ../../nbs/05_architecture/13_decoder.ipynb #f3408af5
 def named_tensors(decoder: Decoder) -> dict[str, Tensor]:
     "All numbers of a decoder by name, dense whatever they are kept in; a tied head is not listed again."
     found = {}
@@ -169,7 +169,7 @@ def steps_of(decoder: Decoder) -> list[str]:
     parts = [f"layers.{i}.{name}" for i, block in enumerate(decoder.layers) for name, _ in block.named_children()]
     return [*parts, *(f"layers.{i}" for i in range(len(decoder.layers))), "norm", "lm_head"]
 
-# %% ../../nbs/05_architecture/13_decoder.ipynb #0abed17d
+# %% ../../nbs/05_architecture/13_decoder.ipynb #fe087612
 def compare_outputs(decoder: Decoder,
                     model: nn.Module,        # another model with the same weights
                     names: dict[str, str],   # our module -> theirs; those that it lacks are left out

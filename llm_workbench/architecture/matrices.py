@@ -112,6 +112,7 @@ class Stack(nn.Module):
     def transposed(self, x: Tensor, ops) -> Tensor:   # (..., S, out) -> (..., S, in)
         "Each row times the transpose of its matrix, without the bias."
         return ops.stack_linear(x, self.dense(x.dtype).transpose(1, 2))
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor: return self.weight.to(dtype or self.dtype)
 
     @property
