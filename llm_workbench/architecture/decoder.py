@@ -45,7 +45,8 @@ class Decoder(nn.Module):
         "Of the residual stream."
         return self.embed_tokens.dtype
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, counts=None, **where) -> Tensor:  # (B, T) -> (B, T, V)
+    # (B, T) -> (B, T, V)
+    def forward(self, tokens: Tensor, cache: Cache | None = None, counts=None, **where) -> Tensor:
         "Logits for every token; see `hidden` for the arguments."
         return self.logits(self.hidden(tokens, cache, counts, **where))
 
@@ -58,12 +59,12 @@ def embed(self: Decoder, tokens: Tensor) -> Tensor:  # (B, T) int64 -> (B, T, C)
 
 @patch
 def hidden(self: Decoder,
-           tokens: Tensor,                # (B, T) int64; or what `embed` makes of them, (B, T, C), with images among the words
+           tokens: Tensor,                # (B, T) int64; or what `embed` makes of them and of images, (B, T, C)
            cache: Cache | None = None,    # the past; None: there is none
            counts: Sequence[int] | Tensor | None = None,  # (B,) real tokens of each right-padded row; None: all T
            *, positions: Tensor | None = None,    # (B, T) or (3, B, T) where the tokens stand; None: behind the past
            spans: Tensor | None = None,           # (B, T) tokens of one number >= 0 see each other in both directions
-           pieces: Sequence | None = None,        # one row of several texts: their lengths; with `PackedRows` (text, length)
+           pieces: Sequence | None = None,        # one row of texts: their lengths; with `PackedRows` (text, length)
           ) -> Tensor:                    # (B, T, C), normalised, ready for `logits`
     "The residual stream after the last block and norm. Raises InputError where the arguments do not belong together."
     x = tokens if tokens.is_floating_point() else self.embed(tokens)
@@ -89,14 +90,18 @@ STORES = ("contiguous", "sliding", "quantized", "static", "packed")
 @patch
 def new_cache(self: Decoder,
               store: str = "contiguous",  # one of `STORES`
-              context: int | Sequence[int] | None = None,  # length that the text, or each row's, will reach; None: unknown
+              context: int | Sequence[int] | None = None,  # length that the texts will reach; None: unknown
               **options) -> Cache:        # passed to the cache, e.g. bits=4, or batch=8 and slots=1024
     "An empty cache for this model. Raises UnsupportedError for an unknown store, InputError for a wrong option."
     n, windows = len(self.layers), [self.config.window(i) for i in range(len(self.layers))]
     make = {"contiguous": lambda **o: ContiguousCache(n, **o), "sliding": lambda **o: SlidingCache(windows, **o),
             "quantized": lambda **o: QuantizedCache(n, **o), "packed": lambda **o: PackedRows(self.new_cache, **o),
-            "static": lambda batch=1, slots=self.config.max_position_embeddings: StaticCache(n, batch, slots, self.device)}
-    if store not in make: raise UnsupportedError(f"there is no {store!r} cache; there are {', '.join(STORES)}.{did_you_mean(store, STORES)}")
+            "static": lambda batch=1, slots=self.config.max_position_embeddings: StaticCache(
+                n, batch, slots, self.device)}
+    if store not in make:
+        raise UnsupportedError(
+            f"there is no {store!r} cache; there are {', '.join(STORES)}.{did_you_mean(store, STORES)}"
+        )
     try: cache = make[store](**options)
     except TypeError as e: raise InputError(f"a {store} cache cannot be made with {options}: {e}") from None
     if context is not None: cache.expect(context, self.device)
@@ -110,7 +115,9 @@ def with_ops(self: Decoder,
     "This decoder over the same weights, with other functions for its primitives. Raises InputError for an unknown op."
     known = asdict(self.ops)
     if unknown := functions.keys() - known.keys():
-        raise InputError(f"no such op: {', '.join(unknown)}; there are {', '.join(known)}.{did_you_mean(min(unknown), known)}")
+        raise InputError(
+            f"no such op: {', '.join(unknown)}; there are {', '.join(known)}.{did_you_mean(min(unknown), known)}"
+        )
     other = swapped(self, lambda name, module: module)
     other.ops = replace(ops or self.ops, **functions)
     return other
@@ -120,16 +127,20 @@ def with_ops(self: Decoder,
 def with_config(self: Decoder,
                 **changes,  # fields of ModelConfig
                ) -> Decoder:
-    "The same weights, in the same memory, in a decoder of another configuration. Raises InputError for a field or a shape that does not fit."
+    """The same weights, in the same memory, in a decoder of another configuration. Raises InputError for a field or a
+    shape that does not fit."""
     try:
         with torch.device("meta"): empty = Decoder(replace(self.config, **changes), self.ops)
     except TypeError as e: raise InputError(f"no decoder can be made with {changes}: {e}") from None
     mine = dict(self.named_modules(remove_duplicate=False))
     def own(name, module):
         there = mine.get(name)
-        if there is None: raise InputError(f"the weights do not fit a decoder with {changes}: it has a {name}, which this one lacks")
-        if isinstance(module, (Matrix, Stack)) or not any(module.children()): return _fitting(name, module, there, changes)
-        module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)     # what stands beside the children
+        if there is None:
+            raise InputError(f"the weights do not fit a decoder with {changes}: it has a {name}, which this one lacks")
+        if isinstance(module, (Matrix, Stack)) or not any(module.children()):
+            return _fitting(name, module, there, changes)
+        # what stands beside the children
+        module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)
         return module
     other = swapped(empty, own)
     other.source = self.source
@@ -138,7 +149,9 @@ def with_config(self: Decoder,
 def _fitting(name, module, there, changes):
     shapes = [{n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (module, there)]
     if type(module) is type(there) and shapes[0] != shapes[1]:
-        raise InputError(f"the weights do not fit a decoder with {changes}: {name} would need {shapes[0]} and has {shapes[1]}")
+        raise InputError(
+            f"the weights do not fit a decoder with {changes}: {name} would need {shapes[0]} and has {shapes[1]}"
+        )
     return there
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #f3408af5
@@ -160,7 +173,9 @@ def record_outputs(model: nn.Module, names: dict[str, str]) -> tuple[dict, list]
     "Hooks that store the output of each module in `names` (name -> label); returns the store and the hooks."
     outputs = {}
     def keep(label):
-        def hook(module, args, out): outputs[label] = (out[0] if isinstance(out, tuple) else out).detach().clone()   # some models add to it in place
+        def hook(module, args, out):
+            # some models add to it in place
+            outputs[label] = (out[0] if isinstance(out, tuple) else out).detach().clone()
         return hook
     return outputs, [model.get_submodule(name).register_forward_hook(keep(label)) for name, label in names.items()]
 
@@ -185,7 +200,8 @@ def compare_outputs(decoder: Decoder,
         with torch.inference_mode(): decoder(tokens), model(tokens)
     finally:
         for hook in hooks + more: hook.remove()
-    both = [step for step in ours if step in theirs]                               # in the order in which ours computed them
+    # in the order in which ours computed them
+    both = [step for step in ours if step in theirs]
     rows = [((ours[s] - theirs[s].view_as(ours[s])).abs().max().item(), theirs[s].abs().max().item()) for s in both]
     frame = pd.DataFrame(rows, columns=["max |difference|", "max |value|"], index=pd.Index(both, name="step"))
     return frame.assign(relative=frame["max |difference|"] / frame["max |value|"])
