@@ -70,7 +70,7 @@ def attention(
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1:3]
     if H % K: raise InputError(f"{H} query heads cannot share {K} KV heads: H must be a multiple of K")
-    q = q.reshape(B, Tq, K, H // K, D).permute(0, 2, 3, 1, 4)           # (B, K, G, Tq, D): consecutive heads share a KV head
+    q = q.reshape(B, Tq, K, H // K, D).permute(0, 2, 3, 1, 4)           # (B, K, G, Tq, D): neighbours share a KV head
     scores = torch.einsum("bkgtd,bskd->bkgts", q, k).mul_(D ** -0.5 if scale is None else scale)
     if softcap: scores = softcap * torch.tanh(scores / softcap)
     seen = visible(Tq, Tk, causal=causal, window=window, lengths=lengths, spans=spans, device=q.device)

@@ -82,7 +82,7 @@ def stack_linear(
     if which is None:
         out = torch.einsum("...si,soi->...so", x, weight)
         return out if bias is None else out + bias
-    if len(x) <= FEW and (x.is_cuda or torch.compiler.is_compiling()):     # nothing is read back: a CUDA graph can hold it
+    if len(x) <= FEW and (x.is_cuda or torch.compiler.is_compiling()):   # nothing is read back: good for CUDA graphs
         out = (weight[which] @ x[..., None])[..., 0]
     else: out = _by_matrix(x, weight, which)
     return out if bias is None else out + bias[which]
@@ -93,8 +93,8 @@ def _by_matrix(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
     counts = which.bincount(minlength=len(weight)).tolist()                # the host has to know how many rows each has
     order = which.argsort(stable=True)                                     # (N,)
     groups = zip(weight, x[order].split(counts))
-    done = torch.cat([F.linear(rows, matrix) for matrix, rows in groups if len(rows) or not len(x)])   # no rows: none of any
-    return done[order.argsort()]
+    done = [F.linear(rows, matrix) for matrix, rows in groups if len(rows) or not len(x)]   # no rows: none of each
+    return torch.cat(done)[order.argsort()]
 
 # %% ../../nbs/05_architecture/03_matrices.ipynb #7834011e
 class Stack(nn.Module):
@@ -104,11 +104,15 @@ class Stack(nn.Module):
         self.weight = nn.Parameter(uniform(n, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(n, out_features)) if bias else None
 
-    def forward(self, x: Tensor, which: Tensor | None, ops) -> Tensor:           # (N, in) or (..., S, in) -> (N or ..., S, out)
+    def forward(self, x: Tensor, which: Tensor | None, ops) -> Tensor:   # (N, in), or (..., S, in) without `which`
+        "See `stack_linear`."
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return ops.stack_linear(x, self.dense(x.dtype), which, bias)
-    def transposed(self, x: Tensor, ops) -> Tensor:                              # (..., S, out) -> (..., S, in), without the bias
+
+    def transposed(self, x: Tensor, ops) -> Tensor:   # (..., S, out) -> (..., S, in)
+        "Each row times the transpose of its matrix, without the bias."
         return ops.stack_linear(x, self.dense(x.dtype).transpose(1, 2))
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor: return self.weight.to(dtype or self.dtype)
 
     @property
@@ -128,15 +132,16 @@ def several(
 # %% ../../nbs/05_architecture/03_matrices.ipynb #996f9749
 def swapped(
     model: nn.Module,
-    make: Callable[[str, nn.Module], nn.Module],  # (name, module) -> what stands there; the module itself: look inside it
+    make: Callable[[str, nn.Module], nn.Module],  # (name, module) -> what stands there; the module itself: look inside
 ) -> nn.Module:
-    "A new tree over the same parameters in which `make` replaces modules. A module that stands in two places is asked about once."
+    "A new tree over the same parameters in which `make` replaces modules; one in two places is asked about once."
     done = {}
     def twin(name, module):
         if id(module) not in done:
             new = make(name, module) if name else module
             if not isinstance(new, nn.Module):
-                raise InputError(f"make({name!r}, ...) gave a {type(new).__name__}: return a module, the one given to leave it")
+                raise InputError(f"make({name!r}, ...) gave a {type(new).__name__}: "
+                                 "return a module, the one that it was given to leave it")
             done[id(module)] = inside(name, module) if new is module else new
         return done[id(module)]
     def inside(name, module):
@@ -149,6 +154,6 @@ def swapped(
 def _thin_copy(module):
     "A module of the same class over the same tensors; what is written into the copy does not reach the original."
     new = copy.copy(module)
-    tables = {key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, dict)}   # parameters, children, hooks
-    new.__dict__.update(tables)
+    for name, value in vars(module).items():
+        if isinstance(value, dict): new.__dict__[name] = copy.copy(value)     # parameters, buffers, children, hooks
     return new

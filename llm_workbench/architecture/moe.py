@@ -24,7 +24,7 @@ def route(
     logits: Tensor,                 # (N, E) router logits
     top_k: int,                     # experts per token
     *,
-    score: str = "softmax",         # "softmax" over the experts, "sigmoid" of each (DeepSeek-V3), or "sparsemixer" (PhiMoE)
+    score: str = "softmax",         # "softmax" over the experts, "sigmoid" of each (DeepSeek-V3), "sparsemixer" (Phi)
     normalise: bool = True,         # divide the chosen scores by their sum (`norm_topk_prob`)
     bias: Tensor | None = None,     # (E,) added for the choice only, never in the weights (`e_score_correction_bias`)
     scale: float = 1.0,             # `routed_scaling_factor`, applied last
@@ -32,15 +32,20 @@ def route(
     top_groups: int | None = None,  # ...and only the experts of this many groups can be chosen
     jitter: float = 0.01,           # tolerance of sparsemixer (`router_jitter_noise`)
 ) -> tuple[Tensor, Tensor]:         # (N, k) int64 experts, best first, and their (N, k) weights, in fp32 at least
-    "Choose `top_k` experts per token and weigh them (Mixtral, arXiv 2401.04088; DeepSeek-V3, arXiv 2412.19437). Raises InputError."
+    """Choose `top_k` experts per token and weigh them (Mixtral, arXiv 2401.04088; DeepSeek-V3, arXiv 2412.19437).
+
+    Raises InputError for an unknown score, groups that do not fit the experts, and a `top_k` that cannot be had."""
     if score not in SCORES:
-        raise InputError(f"there is no router score {score!r}; there are {', '.join(SCORES)}.{did_you_mean(score, SCORES)}")
+        near = did_you_mean(score, SCORES)
+        raise InputError(f"there is no router score {score!r}; there are {', '.join(SCORES)}.{near}")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if score == "sparsemixer": return _sparsemixer(wide, top_k, jitter)
     scores = wide.softmax(-1) if score == "softmax" else wide.sigmoid()            # (N, E)
     ranking = scores if bias is None else scores + bias
-    if n_groups is not None: ranking = _only_best_groups(ranking, n_groups, top_groups, best=1 if score == "softmax" else 2)
-    available = scores.shape[-1] if n_groups is None else scores.shape[-1] // n_groups * top_groups
+    available = scores.shape[-1]
+    if n_groups is not None:
+        ranking = _only_best_groups(ranking, n_groups, top_groups, best=1 if score == "softmax" else 2)
+        available = available // n_groups * top_groups
     _check_top_k(top_k, available)
     chosen = ranking.topk(top_k, -1).indices
     weights = scores.gather(-1, chosen)
@@ -54,7 +59,7 @@ def _check_top_k(top_k, available):
 
 # %% ../../nbs/05_architecture/05_moe.ipynb #1f8974ae
 def _sparsemixer(logits, top_k, jitter):
-    "PhiMoE's choice without noise (arXiv 2409.12136): the best, weighed among those within 2 * jitter of it; then again without it."
+    "PhiMoE's choice without noise (arXiv 2409.12136): the best, weighed among those within 2 * jitter; then another."
     _check_top_k(top_k, logits.shape[-1])
     chosen, weights, left = [], [], logits
     for _ in range(top_k):
@@ -86,10 +91,10 @@ def moe(x: Tensor,        # (N, C) tokens
         ops,
        ) -> Tensor:       # (N, C), in the dtype of x
     "Weighted sum of the chosen experts' outputs; an expert sees its own tokens only."
-    which = chosen.flatten()                                                         # (N*k,) the expert of each assignment
-    gate, up = gate_up(x.repeat_interleave(chosen.shape[1], 0), which, ops).chunk(2, -1)   # (N*k, F) each
-    out = down(act(gate, up), which, ops).unflatten(0, chosen.shape)                 # (N, k, C)
-    return (out * weights[..., None]).sum(1).to(x.dtype)                             # the sum is as wide as the weights
+    rows, which = x.repeat_interleave(chosen.shape[1], 0), chosen.flatten()     # (N*k, C), and the expert of each
+    gate, up = gate_up(rows, which, ops).chunk(2, -1)                           # (N*k, F) each
+    out = down(act(gate, up), which, ops).unflatten(0, chosen.shape)            # (N, k, C)
+    return (out * weights[..., None]).sum(1).to(x.dtype)                        # the sum is as wide as the weights
 
 # %% ../../nbs/05_architecture/05_moe.ipynb #4be259ad
 def clamped_swiglu(gate: Tensor,         # (..., F)
@@ -114,14 +119,15 @@ class MoE(nn.Module):
                  shared_gate: bool = False,        # its output is scaled by a sigmoid (Qwen2-MoE)
                  bias: bool = False,               # router and experts have biases (gpt-oss)
                  act: Callable | None = None,      # (gate, up) -> (n, F); None: `ops.swiglu`
-                 fp32: bool = False,               # the router computes in float32 whatever the model's dtype (DeepSeek)
+                 fp32: bool = False,               # the router computes in float32, whatever the model does (DeepSeek)
                  correction_bias: bool = False,    # keep the buffer `e_score_correction_bias` (E,) for the choice
                  **options):                       # of `route`: score, normalise, scale, n_groups, top_groups, jitter
         super().__init__()
         C, E, width = hidden_size, n_experts, intermediate_size
         self.top_k, self.act, self.fp32, self.options = top_k, act, fp32, options
         self.gate = Linear(C, E, bias=bias)
-        self.experts = nn.ModuleDict(dict(gate_up_proj=Stack(E, C, 2 * width, bias), down_proj=Stack(E, width, C, bias)))
+        stacks = dict(gate_up_proj=Stack(E, C, 2 * width, bias), down_proj=Stack(E, width, C, bias))
+        self.experts = nn.ModuleDict(stacks)
         self.register_buffer("e_score_correction_bias", torch.zeros(E) if correction_bias else None)
         self.shared_name = "shared_expert" if shared_gate else "shared_experts"
         if shared_intermediate_size: self.add_module(self.shared_name, GatedMLP(C, shared_intermediate_size))

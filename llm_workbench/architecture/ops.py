@@ -38,10 +38,11 @@ class Ops:
     moe: Callable = moe                       # (N, C), stack (2F, C), stack (C, F), (N, k), (N, k), act, ops -> (N, C)
 
     def but(self, **functions: Callable) -> "Ops":
-        "This set with some functions replaced: `REFERENCE.but(rms_norm=mine)`. Raises InputError for a name that is no op."
+        "This set with some functions replaced, `REFERENCE.but(rms_norm=mine)`. Raises InputError for an unknown name."
         known = [f.name for f in fields(self)]
         if unknown := functions.keys() - set(known):
-            raise InputError(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(known)}.{did_you_mean(min(unknown), known)}")
+            near = did_you_mean(min(unknown), known)
+            raise InputError(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(known)}.{near}")
         return replace(self, **functions)
 
 REFERENCE = Ops()
@@ -60,13 +61,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, win
     where = dict(causal=causal, window=window, lengths=lengths, spans=spans)
     if softcap or sinks is not None: return attention(q, k, v, softcap=softcap, sinks=sinks, scale=scale, **where)
     Tq, Tk = q.shape[1], k.shape[1]
-    all_valid = lengths is None and spans is None and (window is None or window >= Tk)      # only causality hides anything
+    all_valid = lengths is None and spans is None and (window is None or window >= Tk)   # only causality hides anything
     triangle = all_valid and causal and Tq == Tk > 1
     mask = None
     if not (triangle or all_valid and (Tq == 1 or not causal)):
         mask = visible(Tq, Tk, device=q.device, **where)[:, None]                           # (B or 1, 1, Tq, Tk)
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # (B, K, Tk, D)
-    if Tq == 1:                                     # heads that share a KV head become queries of one head: it is read once
+    if Tq == 1:                                  # heads that share a KV head become its queries: it is read once
         grouped = q[:, 0].unflatten(1, (k.shape[1], -1))                                    # (B, K, G, D)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=triangle, scale=scale,
@@ -84,7 +85,8 @@ def grouped_linear(x: Tensor, weight: Tensor, which: Tensor | None = None, bias:
     "`stack_linear` on a GPU without asking how many rows each matrix has: torch's grouped product over sorted rows."
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     fits = x.is_cuda and x.dtype is weight.dtype is torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
-    if which is None or not fits or len(x) <= FEW or torch.is_grad_enabled(): return stack_linear(x, weight, which, bias)
+    if which is None or not fits or len(x) <= FEW or torch.is_grad_enabled():
+        return stack_linear(x, weight, which, bias)
     out = _in_groups(x, weight, which)
     return out if bias is None else out + bias[which]
 
@@ -100,7 +102,8 @@ def example_inputs(
     device: torch.device | str = "cpu",
 ) -> tuple:
     "Random arguments for `op` in the shapes of a model. Raises InputError for a name that is no op."
-    c, T, C, H, K, D = config, n_tokens, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    c, T, C, D = config, n_tokens, config.hidden_size, config.head_dim
+    H, K = c.num_attention_heads, c.num_key_value_heads
     E, k = getattr(c, "num_experts", 0) or 8, getattr(c, "num_experts_per_tok", 0) or 2
     mlp, expert = c.intermediate_size, getattr(c, "moe_intermediate_size", 0) or c.intermediate_size
     def make(*shape): return torch.randn(*shape, dtype=dtype, device=device)
@@ -119,7 +122,8 @@ def example_inputs(
         rotate=lambda: (make(1, T, H, D), *tables()),
         attention=lambda: (make(1, T, H, D), make(1, past + T, K, D), make(1, past + T, K, D)),
         moe=lambda: (make(T, C), stack(C, 2 * expert), stack(expert, C), *route(make(T, E), k), swiglu, REFERENCE))
-    if op not in inputs: raise InputError(f"there is no op {op!r}; there are {', '.join(inputs)}.{did_you_mean(op, inputs)}")
+    if op not in inputs:
+        raise InputError(f"there is no op {op!r}; there are {', '.join(inputs)}.{did_you_mean(op, inputs)}")
     return inputs[op]()
 
 # %% ../../nbs/05_architecture/06_ops.ipynb #a376b44b
