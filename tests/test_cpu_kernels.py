@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from checks import cached_is_uncached, ragged_is_single, worst
 from llm_workbench.architecture.ops import REFERENCE, TORCH
-from llm_workbench.errors import UnsupportedError
+from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.kernels import cpu
 from llm_workbench.kernels.cpu import CPU
 
@@ -120,7 +120,7 @@ WRONG = {
 def test_wrong_shapes_are_refused_as_torch_refuses_them(what, monkeypatch):
     "No kernel reads beyond a tensor because its neighbour has another shape."
     names = used(monkeypatch)
-    with pytest.raises((RuntimeError, UnsupportedError)) as of_torch: WRONG[what](TORCH)
+    with pytest.raises((RuntimeError, InputError)) as of_torch: WRONG[what](TORCH)
     with pytest.raises(type(of_torch.value)): WRONG[what](CPU)
     assert not names
 
@@ -136,7 +136,25 @@ def test_more_values_than_keys_reach_no_kernel(monkeypatch):
 
 @torch.inference_mode()
 def test_a_window_below_one_is_refused():
-    with pytest.raises(UnsupportedError, match="window=0"): CPU.attention(torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8), window=0)
+    q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+    with pytest.raises(InputError, match="window=0"): CPU.attention(q, k, v, window=0)
+
+
+@torch.inference_mode()
+def test_spans_go_to_the_plain_versions(monkeypatch):
+    names, (q, k, v) = used(monkeypatch), [torch.randn(1, 6, n, 8) for n in (4, 2, 2)]
+    spans = torch.tensor([[-1, 0, 0, 0, -1, -1]])
+    assert worst(CPU.attention(q, k, v, spans=spans), REFERENCE.attention(q, k, v, spans=spans)) <= 1e-5 and not names
+
+
+@torch.inference_mode()
+def test_few_valid_keys_of_many_slots_are_read_alone(monkeypatch):
+    "What a cache of fixed shape hands over: the slots behind a row's length hold NaN here, and nobody may look."
+    names, lengths = used(monkeypatch), torch.tensor([3, 17])
+    q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 512, 2, 16), torch.randn(2, 512, 2, 16)
+    want = REFERENCE.attention(q, k, v, lengths=lengths)
+    for b, n in enumerate(lengths): k[b, n:], v[b, n:] = float("nan"), float("nan")
+    assert worst(CPU.attention(q, k, v, lengths=lengths), want) <= 1e-5 and names == ["attention"]
 
 
 def test_gradients_take_the_road_of_torch(monkeypatch):

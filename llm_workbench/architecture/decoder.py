@@ -7,7 +7,7 @@ __all__ = ['STORES', 'Decoder', 'named_tensors', 'record_outputs', 'steps_of', '
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #fe958e81
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from fastcore.basics import patch
@@ -113,13 +113,8 @@ def with_ops(self: Decoder,
              **functions,             # single replacements, e.g. rms_norm=mine
             ) -> Decoder:
     "This decoder over the same weights, with other functions for its primitives. Raises InputError for an unknown op."
-    known = asdict(self.ops)
-    if unknown := functions.keys() - known.keys():
-        raise InputError(
-            f"no such op: {', '.join(unknown)}; there are {', '.join(known)}.{did_you_mean(min(unknown), known)}"
-        )
     other = swapped(self, lambda name, module: module)
-    other.ops = replace(ops or self.ops, **functions)
+    other.ops = (ops or self.ops).but(**functions)
     return other
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #85c2d369
