@@ -128,7 +128,7 @@ def start():
     with llama_cpp_log().open("a") as log:
         ours = free(log)
         if ours and compiled(): return
-        print(f"== llama.cpp is {'now' if ours else 'still'} compiled in the background, which takes a few minutes; "
+        print(f"== llama.cpp is {'' if ours else 'still '}being compiled in the background (it takes a few minutes); "
               f"log: {os.path.relpath(log.name, ROOT)}", flush=True)
         if not ours: return
         log.truncate(0)
