@@ -3,9 +3,10 @@
     python -m benchmarks.graphs                       # three shapes, bf16, random weights
     python -m benchmarks.graphs --shapes SmolLM2-135M --batches 1
 
-A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that grows; `graph` records it
-once over a cache of fixed shape and plays it back. Both start behind the same prompt, in one process, in turns; speed is tokens per second of all
-rows together, beside what the memory allows: the weights and the filled part of the cache, read once in every step.
+A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that
+grows; `graph` records it once over a cache of fixed shape and plays it back. Both start behind the same prompt, in one
+process, in turns; speed is tokens per second of all rows together, beside what the memory allows: the weights and the
+filled part of the cache, read once in every step.
 """
 import argparse
 import statistics
@@ -51,7 +52,8 @@ class Graph:
         self.cache = decoder.new_cache("static", batch=len(prompt), slots=slots)
         self.token = decoder(prompt, self.cache)[:, -1:].argmax(-1)
         self.played, prompt_tokens = 0, prompt.shape[1]
-        for _ in range(3): self.token.copy_(decoder(self.token, self.cache).argmax(-1))     # warm-up: libraries are loaded
+        for _ in range(3):
+            self.token.copy_(decoder(self.token, self.cache).argmax(-1))     # warm-up: libraries are loaded
         torch.cuda.synchronize()
         self.cache.truncate(prompt_tokens)
         self.graph = torch.cuda.CUDAGraph()
@@ -76,14 +78,18 @@ def measure(shape, batch, args):
     decoder = random_decoder(shape)
     prompt = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt), device="cuda")
     peers = {"eager": Eager(decoder, prompt, args.slots), "graph": Graph(decoder, prompt, args.slots)}
-    for peer in peers.values(): peer.steps(args.new)                              # lengths are met for the first time here
+    for peer in peers.values():
+        peer.steps(args.new)                              # lengths are met for the first time here
     speeds = {name: [] for name in peers}
     for _ in range(args.rounds):
         for name, peer in peers.items():
             peer.cache.truncate(args.prompt)
             speeds[name].append(batch / timed(peer, args.new))
     c, held = decoder.config, args.prompt + args.new / 2
-    weights = sum(p.nbytes for p in decoder.parameters()) - (0 if c.tie_word_embeddings else decoder.embed_tokens.dense().nbytes)   # rows are looked up
+    # rows are looked up
+    weights = sum(p.nbytes for p in decoder.parameters()) - (
+        0 if c.tie_word_embeddings else decoder.embed_tokens.dense().nbytes
+    )
     cache = batch * held * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
     return speeds, weights + cache
 
@@ -107,12 +113,26 @@ def main():
             samples |= {f"{name}, {label}": values for name, values in speeds.items()}
             middle = {name: statistics.median(values) for name, values in speeds.items()}
             ratios[label] = statistics.median(g / e for g, e in zip(speeds["graph"], speeds["eager"]))
-            shares |= {f"{name}, {label}": m / batch * nbytes / (statistics.median(bandwidth) * 1e9) for name, m in middle.items()}
-            print(f"{label:24} eager {middle['eager']:8.0f} tok/s   graph {middle['graph']:8.0f} tok/s   {ratios[label]:.2f}x   "
-                  f"share of read bandwidth {shares[f'eager, {label}']:.2f} -> {shares[f'graph, {label}']:.2f}", flush=True)
+            shares |= {
+                f"{name}, {label}": m / batch * nbytes / (statistics.median(bandwidth) * 1e9)
+                for name, m in middle.items()
+            }
+            print(
+                f"{label:24} eager {middle['eager']:8.0f} tok/s   graph {middle['graph']:8.0f} tok/s   "
+                f"{ratios[label]:.2f}x   "
+                f"share of read bandwidth {shares[f'eager, {label}']:.2f} -> {shares[f'graph, {label}']:.2f}",
+                flush=True,
+            )
             torch.cuda.empty_cache()
     units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
-    out = record("graphs", samples, units, ratios=ratios, shares=shares, settings={k: getattr(args, k) for k in ("prompt", "new", "slots", "rounds")})
+    out = record(
+        "graphs",
+        samples,
+        units,
+        ratios=ratios,
+        shares=shares,
+        settings={k: getattr(args, k) for k in ("prompt", "new", "slots", "rounds")},
+    )
     print(f"written to {out.relative_to(out.parents[3])}")
 
 

@@ -34,23 +34,32 @@ def test_caches_are_exact(pair, store):
     _, gpu = pair
     if store == "sliding" and not gpu.config.sliding_window: pytest.skip("this family has no window")
     options = dict(batch=2, slots=14) if store == "static" else {}
-    cached_is_uncached(gpu, lambda d: d.new_cache(store, context=some_tokens().shape[1], **options), some_tokens().cuda())
+    cached_is_uncached(
+        gpu, lambda d: d.new_cache(store, context=some_tokens().shape[1], **options), some_tokens().cuda()
+    )
 
 
 @torch.inference_mode()
 def test_generation_equals_the_cpu(pair):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
-    cpu, gpu = ([row.tokens for row in list(generate_tokens(decoder, prompts, max_new_tokens=8))[-1]] for decoder in pair)
+    cpu, gpu = (
+        [row.tokens for row in list(generate_tokens(decoder, prompts, max_new_tokens=8))[-1]] for decoder in pair
+    )
     assert cpu == gpu
 
 
 def test_seeds_repeat(pair):
     _, gpu = pair
-    draw = lambda: [r.tokens for r in list(generate_tokens(gpu, [[1, 2], [3]], max_new_tokens=8, sampler=Sampler(temperature=1.0), seed=3))[-1]]
+    draw = lambda: [
+        r.tokens
+        for r in list(generate_tokens(gpu, [[1, 2], [3]], max_new_tokens=8, sampler=Sampler(temperature=1.0), seed=3))[
+            -1
+        ]
+    ]
     assert draw() == draw()
 
 
-# --------------------------------------------------------------------------------------------------- steps of fixed shape
+# ----------------------------------------------------------------------------------------- steps of fixed shape
 def prepared(gpu, ops):
     "A decoder, a static cache behind prompts of 5 and 3 tokens, the same in a growing cache, and the next tokens."
     decoder, prompt = gpu.with_ops(ops), some_tokens(T=5).cuda()
@@ -65,7 +74,8 @@ def test_a_step_reads_nothing_back(pair, ops):
     decoder, fixed, _, token = prepared(pair[1], ops)
     sample = Sampler(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
     pick = lambda: sample.pick(decoder(token, fixed)[:, -1]) if hasattr(sample, "pick") else decoder(token, fixed)
-    pick()                                                                                # libraries are loaded, slots are reserved
+    # libraries are loaded, slots are reserved
+    pick()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try: pick()

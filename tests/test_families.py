@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from checks import cached_is_uncached, ragged_is_single, worst
-from llm_workbench.architecture.decoder import Decoder
-from llm_workbench.families.families import FAMILIES, SMALL, entries, read_config, small_model, supported
+from models import SIZES, SMALL, small_config, small_model
+from llm_workbench.architecture.decoder import named_tensors
+from llm_workbench.architecture.kv_cache import NoCache
+from llm_workbench.architecture.layers import fill_tables
+from llm_workbench.families.loading import Decoder
+from llm_workbench.families.table import read_config, supported, transformers_entries
 from llm_workbench.architecture.ops import REFERENCE, TORCH
-from llm_workbench.errors import CheckpointError, UnsupportedError
+from llm_workbench.errors import CheckpointError, InputError, UnsupportedError
 from llm_workbench.kernels.cpu import CPU
 
 REQUIRED = """llama mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 phi phi3 phimoe cohere cohere2 falcon
@@ -66,7 +70,7 @@ def test_gradients(kind, variant):
     mine, theirs = dict(ours.named_parameters()), dict(hf.named_parameters())
     scale = max(p.grad.abs().max().item() for p in theirs.values() if p.grad is not None)
     compared = 0
-    for e in entries(ours, ours.source):
+    for e in transformers_entries(named_tensors(ours), ours.config, kind):
         if e.ours[0] not in mine or mine[e.ours[0]].grad is None: continue                # a router's bias is no parameter
         for name, grad in zip(e.theirs, e.join(*(mine[n].grad for n in e.ours))):
             if theirs[name].grad is None: continue                                        # an expert that no token chose
@@ -141,8 +145,11 @@ def test_without_a_declared_length_the_first_call_decides():
 
 # --- Snowflake Arctic, which transformers does not have ---------------------------------------------------------------------
 
-ARCTIC = dict(model_type="arctic", vocab_size=32000, hidden_size=7168, intermediate_size=4864, num_hidden_layers=35, num_attention_heads=56, num_key_value_heads=8,
-              num_local_experts=128, num_experts_per_tok=2, moe_layer_frequency=1, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0)
+ARCTIC = dict(model_type="arctic", vocab_size=32000, hidden_size=7168, intermediate_size=4864, num_hidden_layers=35,
+              num_attention_heads=56, num_key_value_heads=8, num_local_experts=128, num_experts_per_tok=2, moe_layer_frequency=1,
+              max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0)
+SMALL_ARCTIC = dict(hidden_size=48, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+                    num_local_experts=5, vocab_size=97)
 
 
 def test_arctic_has_its_published_sizes():
@@ -176,23 +183,22 @@ def arctic_oracle(t, x, c):
 
 @torch.inference_mode()
 def test_arctic_block_is_dense_beside_sparse():
-    from llm_workbench.architecture.kv_cache import NoCache
-    from llm_workbench.architecture.layers import Positions
-    config = read_config({**ARCTIC, **dict(hidden_size=48, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, num_local_experts=5, vocab_size=97)})
+    config = read_config({**ARCTIC, **SMALL_ARCTIC})
     torch.manual_seed(0)
     decoder = Decoder(config)
     for p in decoder.parameters(): p.copy_(torch.randn_like(p) * 0.3)
     block, x = decoder.layers[0], torch.randn(2, 7, 48)
-    positions = Positions(torch.arange(7), 7, 8, x.dtype)
+    begin = lambda: fill_tables(NoCache().begin(2, 7), decoder.ropes, x.dtype)
     t = {"input_layernorm": block.attn_norm.weight, "residual_layernorm": block.mlp_norm.weight, "post_attention_layernorm": block.moe_norm.weight,
-         "gate": block.mlp.gate_proj.weight, "up": block.mlp.up_proj.weight, "down": block.mlp.down_proj.weight, "router": block.moe.gate.weight,
-         "experts_in": block.moe.experts["gate_up_proj"], "experts_out": block.moe.experts["down_proj"], "attend": lambda h: block.self_attn(h, positions, NoCache(), REFERENCE)}
-    assert worst(block(x, positions, NoCache(), REFERENCE), arctic_oracle(t, x, config)) <= 1e-4
+         "gate": block.mlp.gate_proj.dense(), "up": block.mlp.up_proj.dense(), "down": block.mlp.down_proj.dense(), "router": block.moe.gate.dense(),
+         "experts_in": block.moe.experts["gate_up_proj"].dense(), "experts_out": block.moe.experts["down_proj"].dense(),
+         "attend": lambda h: block.self_attn(h, begin(), REFERENCE)}
+    assert worst(block(x, begin(), REFERENCE), arctic_oracle(t, x, config)) <= 1e-4
     cached_is_uncached(decoder, tokens=TOKENS, tolerance=1e-4)
 
 
 def test_arctic_tensors_by_their_names():
-    config = {**ARCTIC, **dict(hidden_size=48, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, num_local_experts=5, vocab_size=97)}
+    config = {**ARCTIC, **SMALL_ARCTIC}
     model = Decoder(read_config(config))
     model.source = config
     state = model.transformers_state()
@@ -207,13 +213,16 @@ LLAMA = dict(model_type="llama", vocab_size=9, hidden_size=8, num_attention_head
 
 
 @pytest.mark.parametrize("config, error, words", [
-    (dict(LLAMA, model_type="gemma4"), UnsupportedError, "'gemma4' is not supported; the nearest is 'gemma"),
+    (dict(LLAMA, model_type="gemma4"), UnsupportedError, "'gemma4' is not supported.*Did you mean 'gemma"),
     (dict(LLAMA, model_type=None), UnsupportedError, "is not supported"),
-    (dict(LLAMA, rope_scaling=dict(rope_type="yarnn", factor=2.0)), UnsupportedError, "the nearest is 'yarn'"),
+    (dict(LLAMA, rope_scaling=dict(rope_type="yarnn", factor=2.0)), UnsupportedError, "Did you mean 'yarn'"),
     (dict(LLAMA, hidden_act="relu2"), UnsupportedError, "relu2"),
     (dict(LLAMA, model_type="falcon", alibi=True), UnsupportedError, "ALiBi"),
-    ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, CheckpointError, "has no 'vocab_size'"),
-    (dict(LLAMA, model_type="mixtral"), CheckpointError, "has no 'num_local_experts'")], ids=lambda v: str(v)[:30])
+    (dict(LLAMA, model_type=["llama"]), UnsupportedError, "is not supported"),
+    (["llama"], InputError, "a list is no configuration"),
+    (dict(LLAMA, model_type="gemma3_text", use_bidirectional_attention=True), UnsupportedError, "both directions"),
+    (dict(LLAMA, model_type="gpt_oss", swiglu_limit=8.0), UnsupportedError, "swiglu_limit"),
+    (dict(LLAMA, model_type="deepseek_v2", num_attention_heads=2), CheckpointError, "num_experts_per_tok is null")], ids=lambda v: str(v)[:30])
 def test_a_configuration_that_cannot_be_read(config, error, words):
     with pytest.raises(error, match=words): Decoder(read_config(config))
 
@@ -223,7 +232,7 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(kind):
     "Also for tensors that hold several of ours: the names are those of the file."
     hf = pair(kind)[0]
     state = hf.state_dict()
-    names = sorted(n for n in state if n.startswith(next(n for n in state if ".0." in n).split(".0.")[0] + ".0."))
+    names = sorted(n for n in state if n.startswith(next(n for n in state if ".0." in n).split(".0.")[0] + ".0."))     # of layer 0
     broken = {n: t for n, t in state.items() if n != names[0]} | {names[1]: torch.ones(3, 5), "extra.weight": torch.ones(1)}
     with pytest.raises(CheckpointError) as e: Decoder.from_checkpoint(hf.config.to_dict(), broken)
     for words in (f"missing: {names[0]}", "extra.weight", f"{names[1]} (3, 5) instead of {tuple(state[names[1]].shape)}"): assert words in str(e.value), str(e.value)
@@ -232,14 +241,13 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(kind):
 # --- config.json as it lies in repositories: short, and of any age -------------------------------------------------------------
 
 def bare_configs():
-    from llm_workbench.families.families import _SIZES
-    for kind, variant in MODELS: yield f"{kind} {variant}", {**({} if kind == "dbrx" else _SIZES), **SMALL[kind][variant], "model_type": kind}
+    for kind, variant in MODELS: yield f"{kind} {variant}", small_config(kind, variant)
     for name, config in released().items():
         if config["model_type"] != "arctic": yield name, config
-    sizes = {**_SIZES, "num_hidden_layers": 12, "head_dim": 16}
+    sizes = {**SIZES, "num_hidden_layers": 12, "head_dim": 16}
     yield "gemma3, old spelling", dict(sizes, model_type="gemma3_text", sliding_window_pattern=6, rope_local_base_freq=5e3, rope_theta=7e5, rope_scaling=dict(rope_type="linear", factor=8.0))
     yield "cohere2, old spelling", dict(sizes, model_type="cohere2", sliding_window_pattern=3)
-    yield "gemma2, nothing said", dict(_SIZES, model_type="gemma2")
+    yield "gemma2, nothing said", dict(SIZES, model_type="gemma2")
     yield "qwen2, windows in the upper layers", dict(sizes, model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=5)
     yield "qwen3, windows in the upper layers", dict(sizes, model_type="qwen3", use_sliding_window=True, sliding_window=7, max_window_layers=5)
     yield "smollm3, another interval", dict(sizes, model_type="smollm3", no_rope_layer_interval=3)

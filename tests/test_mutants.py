@@ -23,7 +23,9 @@ def with_ops(**ops): return lambda decoder: decoder.with_ops(**ops)
 # --- wrong primitives -------------------------------------------------------------------------------------------------
 
 def rope_layout_swapped(x, cos, sin): return rotate(half_from_interleaved(x), cos, sin)
-def rope_turned_backwards(x, cos, sin): return torch.cat([rotate(x[:, :, :9], cos, -sin), rotate(x[:, :, 9:], cos, sin)], 2)   # 9 query heads, then the keys
+def rope_turned_backwards(x, cos, sin):
+    # 9 query heads, then the keys
+    return torch.cat([rotate(x[:, :, :9], cos, -sin), rotate(x[:, :, 9:], cos, sin)], 2)
 def rope_on_queries_only(x, cos, sin): return torch.cat([rotate(x[:, :, :9], cos, sin), x[:, :, 9:]], 2)
 def missing_scale(q, k, v, **options): return attention(q, k, v, **{**options, "scale": 1.0})
 def norm_without_epsilon(x, weight, eps): return rms_norm(x, weight, 0.0)
@@ -43,10 +45,13 @@ def mask_off_by_one(q, k, v, *, causal=True, window=None, **options):
     seen = visible(Tq, Tk) | torch.eye(Tq, Tk, dtype=torch.bool).roll(Tk - Tq + 1, 1)
     n = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)
-    return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=seen[:, None]).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=seen[:, None]
+    ).transpose(1, 2)
 
 
-def window_off_by_one(q, k, v, *, window=None, **options): return attention(q, k, v, window=window and window + 1, **options)
+def window_off_by_one(q, k, v, *, window=None, **options):
+    return attention(q, k, v, window=window and window + 1, **options)
 def window_forgotten(q, k, v, *, window=None, **options): return attention(q, k, v, **options)
 
 
@@ -61,6 +66,7 @@ def router_weights_ignored(x, gate_up, down, chosen, weights, *rest):
 def gate_and_up_exchanged(gate, up): return up * torch.sigmoid(up) * gate
 
 
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 WRONG_MODELS = {
     "RoPE layout swapped": ("llama", {}, with_ops(rotate=rope_layout_swapped)),
     "RoPE turned backwards for queries": ("llama", {}, with_ops(rotate=rope_turned_backwards)),
@@ -73,8 +79,8 @@ WRONG_MODELS = {
     "gate and up exchanged": ("llama", {}, with_ops(swiglu=gate_and_up_exchanged)),
     "window off by one": ("mistral", dict(sliding_window=5), with_ops(attention=window_off_by_one)),
     "window forgotten": ("mistral", dict(sliding_window=5), with_ops(attention=window_forgotten)),
-    "router softmax before top-k": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2), router_softmax_before_top_k),
-    "router weights ignored": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2), with_ops(moe=router_weights_ignored)),
+    "router softmax before top-k": ("mixtral", EXPERTS, router_softmax_before_top_k),
+    "router weights ignored": ("mixtral", EXPERTS, with_ops(moe=router_weights_ignored)),
 }
 
 
@@ -105,7 +111,9 @@ class TrimsBeforeAttending(ContiguousCache):
     "Forgets what lies outside the window of the *last* query before the earlier queries have seen it."
     def attend(self, step, layer, q, k, v, ops, *, window=None, **options):
         def trimmed(q, k, v, **options): return ops.attention(q, k[:, -window:], v[:, -window:], **options)
-        return super().attend(step, layer, q, k, v, replace(ops, attention=trimmed) if window else ops, window=window, **options)
+        return super().attend(
+            step, layer, q, k, v, replace(ops, attention=trimmed) if window else ops, window=window, **options
+        )
 
 
 def test_cache_position_reset_is_rejected():
@@ -117,10 +125,12 @@ def test_cache_position_reset_is_rejected():
 def test_ragged_rows_that_advance_too_far_are_rejected():
     decoder = Decoder.from_transformers(tiny())
     ragged_is_single(decoder)
-    with pytest.raises(AssertionError, match="ragged batch differs"): ragged_is_single(decoder, lambda d: AdvancesTooFar(2))
+    with pytest.raises(AssertionError, match="ragged batch differs"):
+        ragged_is_single(decoder, lambda d: AdvancesTooFar(2))
 
 
 def test_trimming_before_attending_is_rejected():
     decoder = Decoder.from_transformers(tiny("mistral", sliding_window=5))
     for store in ("contiguous", "sliding"): cached_is_uncached(decoder, lambda d: d.new_cache(store))
-    with pytest.raises(AssertionError, match="cached differs"): cached_is_uncached(decoder, lambda d: TrimsBeforeAttending(2))
+    with pytest.raises(AssertionError, match="cached differs"):
+        cached_is_uncached(decoder, lambda d: TrimsBeforeAttending(2))

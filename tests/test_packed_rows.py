@@ -48,10 +48,12 @@ def worst_schedule(decoder, seed, cache=None):
 
 @pytest.mark.parametrize("family,variant", CASES)
 def test_random_schedules(family, variant, request):
-    decoder = Decoder.from_transformers(small_model(family, variant))
-    schedules = range(200 if request.config.getoption("--all-schedules", default=False) else 5)      # 5 x 45 variants > 200
+    # in float32 a router may flip on a tie
+    decoder = Decoder.from_transformers(small_model(family, variant)).double()
+    # 5 x 45 variants > 200
+    schedules = range(200 if request.config.getoption("--all-schedules", default=False) else 5)
     gap = max(worst_schedule(decoder, seed) for seed in schedules)
-    assert gap <= 1e-3, f"a text in a packed row differs from the text alone by {gap:.1e}"
+    assert gap <= 1e-5, f"a text in a packed row differs from the text alone by {gap:.1e}"
 
 
 @pytest.mark.parametrize("family,variant", CASES)
@@ -78,7 +80,8 @@ class FirstLength(PackedRows):
         self.known = context if not hasattr(self, "known") else self.known
 
 
-@pytest.mark.parametrize("wrong,family,variant", [(SharedPast, "llama", 0), (FirstLength, "phi3", 1), (FirstLength, "llama", 2)])
+@pytest.mark.parametrize("wrong,family,variant",
+                         [(SharedPast, "llama", 0), (FirstLength, "phi3", 1), (FirstLength, "llama", 2)])
 def test_wrong_packed_caches_are_rejected(wrong, family, variant):
     decoder = Decoder.from_transformers(small_model(family, variant))
     gap = max(worst_schedule(decoder, seed, wrong(lambda: ContiguousCache(len(decoder.layers)))) for seed in range(3))

@@ -37,7 +37,9 @@ def compiled_steps(decoder, cache, n_steps=STEPS):
 def test_a_step_is_compiled_once_and_without_a_break(family, variant, ops):
     decoder = Decoder.from_transformers(small_model(family, variant)).with_ops(ops)
     graphs, gap = compiled_steps(decoder, static(decoder))
-    assert graphs == 1, f"{graphs} graphs for {STEPS} steps: something depends on a number that the host reads or counts"
+    assert graphs == 1, (
+        f"{graphs} graphs for {STEPS} steps: something depends on a number that the host reads or counts"
+    )
     assert gap <= 1e-3, f"a compiled step differs from a growing cache by {gap:.1e}"
 
 

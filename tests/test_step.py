@@ -37,7 +37,8 @@ def test_positions_of_its_own_equal_transformers():
 @torch.inference_mode()
 def test_spans_equal_transformers_with_their_mask(family, ops):
     hf = small_model(family)
-    if getattr(hf.config, "sliding_window", None): hf.config.sliding_window = 64                                     # only the spans shall matter
+    if getattr(hf.config, "sliding_window", None):
+        hf.config.sliding_window = 64                                     # only the spans shall matter
     decoder = Decoder.from_transformers(hf).with_ops(ops)
     tokens = some_tokens()
     spans = torch.full((2, 14), -1)
@@ -72,7 +73,9 @@ def test_a_step_that_fails_on_the_way_leaves_every_store_as_it_was(store):
     first = decoder(tokens[:, :6], cache)
     def fail(*args, **kwargs): raise RuntimeError("out of memory, say")
     calls = iter(range(100))
-    broken = decoder.with_ops(attention=lambda *args, **o: fail() if next(calls) == 1 else decoder.ops.attention(*args, **o))
+    broken = decoder.with_ops(
+        attention=lambda *args, **o: fail() if next(calls) == 1 else decoder.ops.attention(*args, **o)
+    )
     with pytest.raises(RuntimeError): broken(tokens[:, 6:9], cache)
     lengths = cache.lengths if isinstance(cache.lengths, int) else cache.lengths.tolist()
     assert lengths in (6, [6, 6])

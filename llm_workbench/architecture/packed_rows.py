@@ -20,9 +20,12 @@ class PackedStep(Step):
     "A step of several texts in one row of tokens: each part has a step of its own."
     def __init__(self, cache, parts: list[tuple[slice, Step]], positions: Tensor | None, spans: Tensor | None):
         lengths = [part.n_tokens for _, part in parts]
-        if positions is None: positions = torch.cat([part.positions.expand(1, -1) for _, part in parts], 1)       # (1, N)
-        texts = torch.tensor([[part.texts] for _, part in parts], device=positions.device)                       # (pieces, 1)
-        texts = texts.repeat_interleave(torch.tensor(lengths, device=positions.device), 0).T                     # (1, N)
+        if positions is None:
+            positions = torch.cat([part.positions.expand(1, -1) for _, part in parts], 1)       # (1, N)
+        # (pieces, 1)
+        texts = torch.tensor([[part.texts] for _, part in parts], device=positions.device)
+        # (1, N)
+        texts = texts.repeat_interleave(torch.tensor(lengths, device=positions.device), 0).T
         super().__init__(cache, positions, texts, None, spans)
         self._parts = parts
 
@@ -31,7 +34,10 @@ class PackedStep(Step):
 
     def attend(self, layer, q, k, v, ops, *, value_dim=None, **options):
         "Each piece attends to its own text."
-        outs = [part.attend(layer, q[:, at], k[:, at], v if v is None else v[:, at], ops, value_dim=value_dim, **options) for at, part in self.parts]
+        outs = [
+            part.attend(layer, q[:, at], k[:, at], v if v is None else v[:, at], ops, value_dim=value_dim, **options)
+            for at, part in self.parts
+        ]
         return torch.cat(outs, 1)
 
     def state(self, layer, make):
@@ -39,7 +45,8 @@ class PackedStep(Step):
 
 # %% ../../nbs/05_architecture/11_packed_rows.ipynb #8174e829
 class PackedRows(Cache):
-    "The past of many texts that come and go, each in a cache of its own: the plainest way to serve a row without padding."
+    """The past of many texts that come and go, each in a cache of its own: the plainest way to serve a row without
+    padding."""
     def __init__(self,
         make: Callable[[], Cache],   # makes the cache of one text
     ):
@@ -69,9 +76,12 @@ def check_pieces(pieces: Sequence[tuple[Hashable, int]], batch: int, n_tokens: i
     names, sizes = [name for name, _ in pieces], [n for _, n in pieces]
     if batch != 1 or counts is not None:
         raise InputError(f"packed texts stand in one row without padding, not in {batch} rows or with counts")
-    if len(set(names)) < len(names): raise InputError(f"a text may have one piece in a step, but the pieces are of {names}")
+    if len(set(names)) < len(names):
+        raise InputError(f"a text may have one piece in a step, but the pieces are of {names}")
     if not all(isinstance(n, int) and n > 0 for n in sizes) or sum(sizes) != n_tokens:
-        raise InputError(f"pieces of {sizes} tokens do not fill a row of {n_tokens}: give each 1 or more, {n_tokens} together")
+        raise InputError(
+            f"pieces of {sizes} tokens do not fill a row of {n_tokens}: give each 1 or more, {n_tokens} together"
+        )
 
 # %% ../../nbs/05_architecture/11_packed_rows.ipynb #8b46f01c
 @patch

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['DeviceLengths', 'StaticCache']
 
-# %% ../../nbs/05_architecture/10_static_cache.ipynb #1f6ed90d
+# %% ../../nbs/05_architecture/10_static_cache.ipynb #da12d8d7
 import torch
 
 from .kv_cache import Cache, RowLengths, Step
 from ..errors import InputError
 
-# %% ../../nbs/05_architecture/10_static_cache.ipynb #87886dd7
+# %% ../../nbs/05_architecture/10_static_cache.ipynb #71e3b57c
 class DeviceLengths(RowLengths):
     "One length per row, kept on the device and changed in place: adding to it asks the host for nothing."
-    def __init__(self, batch: int, device=None): self.value = torch.zeros(batch, dtype=torch.int64, device=device)   # (B,)
+    def __init__(self, batch: int, device=None):
+        self.value = torch.zeros(batch, dtype=torch.int64, device=device)   # (B,)
 
     @property
     def rows(self) -> list[int]: return self.value.tolist()                      # waits for the device
@@ -23,9 +24,10 @@ class DeviceLengths(RowLengths):
     def add(self, n: int | list[int], device=None) -> None:
         self.value.add_(n if isinstance(n, int) else torch.tensor(n, device=self.value.device))
 
-# %% ../../nbs/05_architecture/10_static_cache.ipynb #148b651d
+# %% ../../nbs/05_architecture/10_static_cache.ipynb #5813a0cd
 class StaticCache(Cache):
-    "Every key and value in slots reserved beforehand, lengths on the device: a step changes no shape and reads nothing back."
+    """Every key and value in slots reserved beforehand, lengths on the device: a step changes no shape and reads
+    nothing back."""
     def __init__(self,
         n_layers: int,
         batch: int,       # rows, B
@@ -34,7 +36,8 @@ class StaticCache(Cache):
     ):
         super().__init__(n_layers)
         self._lengths, self.slots = DeviceLengths(batch, device), slots
-        self._most = 0                                                # no row holds more, as far as the host has counted
+        # no row holds more, as far as the host has counted
+        self._most = 0
 
     @property
     def _batch(self): return len(self.lengths)
@@ -42,23 +45,32 @@ class StaticCache(Cache):
     def _device(self): return self.lengths.device
 
     def begin(self, batch: int, n_tokens: int, device=None, **where) -> Step:
-        "See `Cache.begin`. Raises InputError where rows or slots do not suffice; inside a compiled step the caller has to count."
-        if batch != self._batch: raise InputError(f"this cache has {self._batch} rows and is given {batch}: make one for that batch")
+        """See `Cache.begin`. Raises InputError where rows or slots do not suffice; inside a compiled step the caller
+        has to count."""
+        if batch != self._batch:
+            raise InputError(f"this cache has {self._batch} rows and is given {batch}: make one for that batch")
         if not torch.compiler.is_compiling():
-            if self._most + n_tokens > self.slots: self._most = max(self._lengths.rows)        # count again: rows may have been cut
             if self._most + n_tokens > self.slots:
-                raise InputError(f"{n_tokens} more tokens do not fit: {self._most} of {self.slots} slots are taken; make a cache with more slots")
+                self._most = max(self._lengths.rows)        # count again: rows may have been cut
+            if self._most + n_tokens > self.slots:
+                raise InputError(
+                    f"{n_tokens} more tokens do not fit: {self._most} of {self.slots} slots are taken; make a cache "
+                    "with more slots"
+                )
             self._most += n_tokens
         return super().begin(batch, n_tokens, self._device, **where)
 
     def _append(self, layer, k, v):
         rows, at = self._places(k.shape[1])
         for name, new in (("k", k), ("v", v)):
-            if new is None: continue                                                         # the value is part of the key
+            if new is None:
+                continue                                                         # the value is part of the key
             if name not in self.store[layer]:
                 self.store[layer][name] = new.new_zeros(len(new), self.slots, *new.shape[2:])
             self.store[layer][name].index_put_((rows, at), new)
         return self.store[layer]["k"], self.store[layer].get("v"), self.lengths + k.shape[1]
 
     def _places(self, n_tokens):  # (B, 1) rows and (B, T) slots of the new tokens
-        return torch.arange(self._batch, device=self._device)[:, None], self.lengths[:, None] + torch.arange(n_tokens, device=self._device)
+        return torch.arange(self._batch, device=self._device)[:, None], self.lengths[:, None] + torch.arange(
+            n_tokens, device=self._device
+        )

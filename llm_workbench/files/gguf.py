@@ -327,12 +327,19 @@ class GGUFFile:
         t = self.info(name)
         try: out = dequantize(self.raw(name), t.type, dtype).reshape(t.shape)
         except UnsupportedError as error: raise CheckpointError(f"Tensor {name!r} of {self.path.name}: {error}") from error
-        self._release(self.data_start + t.offset, t.nbytes)
+        self.release(name)
         return out
 
-    def _release(self, start: int, nbytes: int) -> None:
+    def stored(self, name: str) -> Tensor:
+        "A tensor as the file has it, without a copy: rows of bytes where its type is made of blocks, else numbers of the stored type."
+        t, rows = self.info(name), self.raw(name)
+        return rows.view(PLAIN[t.type]).reshape(t.shape) if t.type in PLAIN else rows
+
+    def release(self, name: str) -> None:
         "Give back the mapped pages that lie wholly inside a tensor; they are fetched again if needed."
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        t = self.info(name)
+        start, stop = self.data_start + t.offset, self.data_start + t.offset + t.nbytes
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first and hasattr(mmap, "MADV_DONTNEED"): self._buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def __repr__(self) -> str: return f"GGUFFile({self.path.name!r}, {len(self.tensors)} tensors, {len(self._buffer):,} bytes)"
