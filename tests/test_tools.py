@@ -68,6 +68,12 @@ def test_install_refuses_a_full_disk_but_not_for_an_environment_that_is_there(in
     assert install.missing_prerequisite(tmp_path / ".venv") is None
 
 
+def test_install_knows_the_pins_of_what_it_installs_by_name(install):
+    found = install.pins()
+    assert found["torch"] == "torch==2.13.0" and found["llama-cpp-python"].startswith("llama-cpp-python==")
+    assert all(pin.startswith(f"{name}==") and "#" not in pin for name, pin in found.items())
+
+
 def test_the_doctor_rebuilds_llama_cpp_as_the_installer_builds_it():
     from llm_workbench.hardware.doctor import LLAMA_REBUILD
     assert f'CMAKE_ARGS="{load("install").LLAMA_CMAKE_ARGS}"' in LLAMA_REBUILD
@@ -202,7 +208,7 @@ def shown(**output): return cell("x", outputs=[dict(output_type="display_data", 
     ([TITLE], dict(widgets={}), "metadata.widgets"),
     ([cell("no title", "markdown")], {}, "H1"),
     ([cell("x")], {}, "H1"),
-    ([TITLE, cell("x", outputs=[dict(output_type="error", ename="NameError", evalue="", traceback=[])])], {}, "NameError"),
+    ([TITLE, cell("x", outputs=[dict(output_type="error", ename="KeyError", evalue="", traceback=[])])], {}, "KeyErr"),
     ([TITLE, shown(data={"text/plain": "/home/someone/x.gguf"})], {}, "absolute path"),
     ([TITLE, shown(output_type="stream", name="stdout", text="wrote /tmp/x")], {}, "absolute path"),
     ([TITLE, shown(data={"text/plain": "C:\\Users\\someone"})], {}, "absolute path"),
