@@ -6,7 +6,6 @@ import random
 import threading
 
 import gguf
-import llama_cpp
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,6 +17,7 @@ from llm_workbench.text.tokenizers import ByteBPE, Tokenizer, byte_chars, merge,
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
+llama_cpp = pytest.importorskip("llama_cpp")  # it may still be being compiled
 MODEL = embedded_model()
 T = "tokenizer.ggml."
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
