@@ -210,7 +210,8 @@ def _check_rotation(x, f):
     turning = D if f["rotary_dim"] is None else f["rotary_dim"]
     if turning < 1 or turning + turning % 2 > D:
         if turning == D: raise x.wrong("head_dim", "even, because RoPE turns pairs", D)
-        ladders = [x["rope_parameters"], *(one for one in x["rope_parameters"].values() if isinstance(one, dict))]
+        given = x.get("rope_parameters") or {}
+        ladders = [given, *(one for one in given.values() if isinstance(one, dict))]
         inner = next((one["partial_rotary_factor"] for one in ladders if "partial_rotary_factor" in one), None)
         key = "partial_rotary_factor" if inner is None else "rope_parameters.partial_rotary_factor"
         raise x.wrong(key, f"large enough to turn a pair of {D} dimensions", inner)
