@@ -127,8 +127,7 @@ def chat(
     options = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_tokens, seed=seed)
     try:
         import llm_workbench
-        from llm_workbench.kernels.cpu import fastest
-        lm = llm_workbench.load(model, ops=fastest())
+        lm = llm_workbench.load(model)
         start = [dict(role="system", content=system)] if system else []
         if prompt is not None: _answer(lm, [*start, dict(role="user", content=prompt)], options, [])
         else: _converse(lm, start, options)

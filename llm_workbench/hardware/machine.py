@@ -43,13 +43,22 @@ def usable_cores() -> int:
     return max(1, math.floor(min(allowed, cgroup_limit(Path("/sys/fs/cgroup/cpu.max")))))
 
 
+def _host_memory() -> tuple[int, int]:  # (all, free) in bytes
+    "Of the whole machine; asked of the system where psutil is missing."
+    try: import psutil
+    except ImportError:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    ram = psutil.virtual_memory()
+    return ram.total, ram.available
+
+
 def usable_memory() -> tuple[int, int]:  # (all, free) in bytes
     "Memory that this process may use, and how much of it is free now."
-    import psutil
-    ram, limit = psutil.virtual_memory(), cgroup_limit(Path("/sys/fs/cgroup/memory.max"))
-    if limit >= ram.total: return ram.total, ram.available
+    (total, free), limit = _host_memory(), cgroup_limit(Path("/sys/fs/cgroup/memory.max"))
+    if limit >= total: return total, free
     used = cgroup_limit(Path("/sys/fs/cgroup/memory.current"))
-    return int(limit), int(max(0, min(ram.available, limit - used)))
+    return int(limit), int(max(0, min(free, limit - used)))
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #19e9ff58
 def _sysctl(name):
