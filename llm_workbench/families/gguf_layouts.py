@@ -6,9 +6,10 @@
 __all__ = ['GGUF_KEYS', 'GGUF_NAMES', 'GGUF_BLOCK_NAMES', 'FUSED', 'TURNED', 'GEMMA_NORMS', 'GEMMA', 'GEMMA_ACT', 'DENSE_STEPS',
            'LATENT', 'LATENT_KEYS', 'GRANITE_KEYS', 'COHERE', 'ARCTIC', 'GGUF', 'turned_rows', 'turned_qkv', 'less_one',
            'expert_biases', 'latent_keys', 'whole_latent', 'flat_gate', 'rope_from_divisors', 'rope_from_gguf',
-           'GGUFArchitecture', 'expert_keys', 'shared_names', 'falcon_norms', 'own_parts', 'config_from_gguf']
+           'GGUFArchitecture', 'expert_keys', 'shared_names', 'latent_gguf_names', 'falcon_norms', 'own_parts',
+           'config_from_gguf']
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #64127f16
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #7f367239
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from ..files.gguf import Fields, permute_qk, unpermute_qk
 from ..files.parts import Part, derived
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #137680cb
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #7227f6a3
 GGUF_KEYS = {  # metadata key behind "<architecture>." -> (config key, type, required)
     "block_count": ("num_hidden_layers", int, True), "context_length": ("max_position_embeddings", int, True),
     "embedding_length": ("hidden_size", int, True), "feed_forward_length": ("intermediate_size", int, True),
@@ -38,9 +39,10 @@ GGUF_BLOCK_NAMES = {  # within a layer; GGUF -> ours, both without .weight and .
     "post_attention_norm": "attn_post_norm", "ffn_norm": "mlp_norm", "post_ffw_norm": "mlp_post_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj", "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
 }
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #cc1ab768
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a33d47f6
 def turned_rows(which: str) -> Callable:
     "Rows of Q or K: neighbouring pairs there, halves here."
     def make(c):
@@ -59,12 +61,12 @@ def turned_qkv(c):
 FUSED = (qkv_rows("attn_qkv"),)
 TURNED = (turned_qkv, turned_rows("q"), turned_rows("k"))
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #952ade9e
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #33eb1955
 def less_one(ours: str, theirs: str) -> Callable:
     "Gemma's norms multiply by 1 + w; llama.cpp stores the sum."
     return lambda c: Entry((f"{ours}.weight",), (f"{theirs}.weight",), lambda t: (t - 1,), lambda t: (t + 1,), moves="")
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #99856a54
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #be01dd7a
 def expert_biases(c):
     return Entry((f"{GATE_UP}.bias",), ("ffn_gate_exps.bias", "ffn_up_exps.bias"), lambda *t: (torch.cat(t, 1),), lambda t: t.chunk(2, 1))
 
@@ -140,13 +142,13 @@ def rope_from_gguf(fields: Fields,   # the metadata
     if rotated != head_dim: rope["partial_rotary_factor"] = rotated / head_dim
     return rope
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #0b405ac3
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a991dc5d
 @dataclass(frozen=True)
 class GGUFArchitecture:
     "How one architecture of GGUF files maps to the decoder and to the configuration of a transformers family."
     architecture: str                                     # general.architecture
     model_type: str                                       # the family, unless `finish` says another
-    names: dict | Callable = field(default_factory=dict)  # further or other entries for GGUF_BLOCK_NAMES; or a function of the ModelConfig
+    names: dict | Callable = field(default_factory=dict)  # further or other entries for GGUF_BLOCK_NAMES (None: no such tensor); or a function of the ModelConfig
     layouts: tuple = FUSED                                # functions of the ModelConfig that give an Entry
     keys: dict = field(default_factory=dict)              # further or other entries for GGUF_KEYS
     fixed: dict = field(default_factory=dict)             # config values that a GGUF does not store
@@ -156,7 +158,8 @@ class GGUFArchitecture:
 
     def block_names(self, c: ModelConfig) -> dict[str, str]:
         "GGUF name -> our name within a layer."
-        return GGUF_BLOCK_NAMES | (self.names(c) if callable(self.names) else self.names)
+        names = GGUF_BLOCK_NAMES | (self.names(c) if callable(self.names) else self.names)
+        return {of: into for of, into in names.items() if into}
 
 
 def expert_keys(name: str, width: str | None = None) -> dict:
@@ -252,7 +255,7 @@ def _gpt_oss_rope(rope, config, get): return rope | {"truncate": False} if rope[
 
 def _all_turns(rope, config, get): return {"partial_rotary_factor": 1.0, **rope}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #5a9f8757
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #35d1c9b2
 GEMMA_NORMS = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm",
                "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "norm": "output_norm"}
 GEMMA = dict(layouts=FUSED + tuple(less_one(ours, theirs) for ours, theirs in GEMMA_NORMS.items()),
@@ -260,9 +263,11 @@ GEMMA = dict(layouts=FUSED + tuple(less_one(ours, theirs) for ours, theirs in GE
                    "final_logit_softcapping": ("final_logit_softcapping", float, False)})
 GEMMA_ACT = dict(hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
 DENSE_STEPS = dict(decoder_sparse_step=1, mlp_only_layers=[])          # every layer has experts
-LATENT = {"attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_norm", "attn_q_b": "self_attn.q_proj",
-          "attn_v_b": "self_attn.v_b", "attn_kv_a_mqa": "self_attn.kv_a_proj", "attn_kv_a_norm": "self_attn.kv_a_norm",
+LATENT = {"attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_norm", "attn_v_b": "self_attn.v_b", "attn_kv_a_mqa": "self_attn.kv_a_proj", "attn_kv_a_norm": "self_attn.kv_a_norm",
           "exp_probs_b.bias": "mlp.e_score_correction_bias", **shared_names("shared_experts")}
+
+def latent_gguf_names(c): return LATENT | ({"attn_q_b": "self_attn.q_proj", "attn_q": None} if c.q_lora_rank else {})
+
 LATENT_KEYS = {
     "attention.q_lora_rank": ("q_lora_rank", int, False), "attention.kv_lora_rank": ("kv_lora_rank", int, True),
     "expert_shared_count": ("n_shared_experts", int, True), "leading_dense_block_count": ("first_k_dense_replace", int, False),
@@ -276,7 +281,7 @@ ARCTIC = {"ffn_norm_exps": "moe_norm", "ffn_gate_inp": "moe.gate", **{f"ffn_{c}_
 
 def falcon_norms(c): return {"attn_norm": "mlp_norm", "attn_norm_2": "attn_norm"} if c.block == "parallel_two_norms" else {}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #1fc70a1b
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a38289cd
 GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("llama", "llama", layouts=TURNED, keys=expert_keys("num_local_experts"), finish=_llama),
     GGUFArchitecture("qwen2", "qwen2"),
@@ -297,21 +302,21 @@ GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("falcon", "falcon", falcon_norms, fixed=dict(activation="gelu"), finish=_falcon),
     GGUFArchitecture("gptneox", "gpt_neox", keys={"use_parallel_residual": ("use_parallel_residual", bool, False)}, fixed=dict(hidden_act="gelu"), rope=_all_turns),
     GGUFArchitecture("olmo", "olmo", layouts=TURNED, keys={"attention.clamp_kqv": ("clip_qkv", float, False)}),
-    GGUFArchitecture("olmo2", "olmo2", period=4, finish=_olmo2, rope=_per_layer_type),
-    GGUFArchitecture("dbrx", "dbrx", {"attn_output_norm": "mlp_norm"}, finish=_dbrx),
+    GGUFArchitecture("olmo2", "olmo2", {"ffn_norm": None}, period=4, finish=_olmo2, rope=_per_layer_type),
+    GGUFArchitecture("dbrx", "dbrx", {"attn_output_norm": "mlp_norm", "ffn_norm": None}, finish=_dbrx),
     GGUFArchitecture("stablelm", "stablelm", finish=_stablelm, rope=_all_turns),
     GGUFArchitecture("granite", "granite", layouts=TURNED, keys=GRANITE_KEYS, finish=_granite,
                      fixed=dict(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)),
     GGUFArchitecture("smollm3", "smollm3", layouts=TURNED, fixed=dict(use_sliding_window=False), finish=_smollm3),
-    GGUFArchitecture("gpt-oss", "gpt_oss", {"post_attention_norm": "mlp_norm", "attn_sinks.weight": "self_attn.sinks", "ffn_down_exps.bias": f"{DOWN}.bias"},
+    GGUFArchitecture("gpt-oss", "gpt_oss", {"post_attention_norm": "mlp_norm", "ffn_norm": None, "attn_sinks.weight": "self_attn.sinks", "ffn_down_exps.bias": f"{DOWN}.bias"},
                      (*FUSED, expert_biases), expert_keys("num_local_experts", "intermediate_size"), period=2, rope=_gpt_oss_rope),
-    GGUFArchitecture("deepseek2", "deepseek_v2", LATENT, (latent_keys, whole_latent), expert_keys("n_routed_experts", "moe_intermediate_size") | LATENT_KEYS,
+    GGUFArchitecture("deepseek2", "deepseek_v2", latent_gguf_names, (latent_keys, whole_latent), expert_keys("n_routed_experts", "moe_intermediate_size") | LATENT_KEYS,
                      dict(q_lora_rank=None, first_k_dense_replace=0, routed_scaling_factor=1.0, norm_topk_prob=False, n_group=1, topk_group=1),
                      finish=_deepseek, rope=_deepseek_rope),
     GGUFArchitecture("arctic", "arctic", ARCTIC, TURNED, expert_keys("num_local_experts"), dict(moe_layer_frequency=1)),
 )}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #4b1eb598
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #f04c238b
 _OLD_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight")  # GGUF of early 2024: one tensor per expert
 
 

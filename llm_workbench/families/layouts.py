@@ -9,7 +9,7 @@ __all__ = ['QKV', 'GATE_UP', 'DOWN', 'LLAMA_NAMES', 'POST', 'SANDWICH', 'NEOX_ML
            'gpt_oss_experts', 'their_name', 'latent_names', 'falcon_names', 'made', 'entries', 'stack_experts',
            'in_memory_names']
 
-# %% ../../nbs/06_families/03_layouts.ipynb #dd6d0a70
+# %% ../../nbs/06_families/03_layouts.ipynb #49dca8f3
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..architecture.layers import ModelConfig
 from ..files.parts import Part, stacked
 from ..errors import CheckpointError
 
-# %% ../../nbs/06_families/03_layouts.ipynb #8d9f06c4
+# %% ../../nbs/06_families/03_layouts.ipynb #83ea1245
 @dataclass(frozen=True)
 class Entry:
     "Some of our tensors, the same of a file, and a function each way."
@@ -52,7 +52,7 @@ def qkv_groups(theirs: str) -> Callable:
         return Entry(QKV, (theirs,), split, join)
     return make
 
-# %% ../../nbs/06_families/03_layouts.ipynb #45152a42
+# %% ../../nbs/06_families/03_layouts.ipynb #5f029b1b
 def gate_up_rows(theirs: str) -> Callable:
     "Gate above up."
     return lambda c: Entry(("mlp.gate_proj", "mlp.up_proj"), (theirs,), lambda t: t.chunk(2), lambda *parts: (torch.cat(parts),))
@@ -65,7 +65,7 @@ def norms_per_head(which: str) -> Callable:
         return Entry((f"self_attn.{which}_norm",), theirs, lambda *w: (torch.stack(w),), lambda t: t.unbind())
     return make
 
-# %% ../../nbs/06_families/03_layouts.ipynb #1a5dac48
+# %% ../../nbs/06_families/03_layouts.ipynb #3de96cfd
 def dbrx_experts(c):
     three = lambda t: t.unflatten(0, (c.num_experts, -1))                            # (E * F, C) -> (E, F, C)
     gate_up = Entry((f"{GATE_UP}.weight",), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
@@ -85,7 +85,7 @@ def gpt_oss_experts(c):
             Entry((f"{GATE_UP}.bias",), (f"{GATE_UP}_bias",), lambda t: (apart(t),), lambda t: (mixed(t),), "numbers"),
             Entry((f"{DOWN}.weight",), (DOWN,), lambda t: (t.transpose(1, 2),), lambda t: (t.transpose(1, 2),), "numbers")]
 
-# %% ../../nbs/06_families/03_layouts.ipynb #0fded632
+# %% ../../nbs/06_families/03_layouts.ipynb #462cd632
 LLAMA_NAMES = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
                "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
                **{f"{part}.experts.{stack}.{leaf}": f"{part}.experts.{stack}{end}" for part in ("mlp", "moe")      # stacks are no modules there
@@ -105,7 +105,7 @@ def their_name(name: str,      # our module or tensor
     if key: rest = names[key] + rest[len(key):]
     return ".".join(filter(None, (prefix, rest)))
 
-# %% ../../nbs/06_families/03_layouts.ipynb #99940c07
+# %% ../../nbs/06_families/03_layouts.ipynb #359a65e2
 def latent_names(c):
     names = {"self_attn.q_a_norm": "self_attn.q_a_layernorm", "self_attn.kv_a_norm": "self_attn.kv_a_layernorm",
              "self_attn.kv_a_proj": "self_attn.kv_a_proj_with_mqa"}
@@ -127,7 +127,7 @@ ARCTIC_NAMES = {"mlp": "residual_mlp", "mlp_norm": "residual_layernorm", "moe": 
                 **{f"moe.experts.{stack}.weight": f"block_sparse_moe.experts.{stack}" for stack in ("gate_up_proj", "down_proj")}}
 ROUTER = {"mlp.gate": "mlp.router"}
 
-# %% ../../nbs/06_families/03_layouts.ipynb #bdc4dd9f
+# %% ../../nbs/06_families/03_layouts.ipynb #4c2f8d97
 def made(layouts: Iterable[Callable],  # functions of the ModelConfig
          c: ModelConfig) -> list[Entry]:
     "The entries that layouts make for a configuration, within a block."
@@ -156,7 +156,7 @@ def _entry_of(name, names, parts):
     ours, theirs = tuple(f"{block}{n}{leaf}" for n in layout.ours), tuple(f"{base}.{n}{leaf}" for n in layout.theirs)
     return Entry(ours, theirs, layout.split, layout.join, layout.moves)
 
-# %% ../../nbs/06_families/03_layouts.ipynb #048a4786
+# %% ../../nbs/06_families/03_layouts.ipynb #87a5aa3c
 _EXPERT = re.compile(r"(.+\.experts\.)(?:(\d+)\.)?(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _COLUMN = dict(w1="gate_proj", w2="down_proj", w3="up_proj")
 
@@ -170,18 +170,20 @@ def stack_experts(parts: dict[str, Part],   # some of them experts: one by one, 
         if m := _EXPERT.fullmatch(name): layers.setdefault(m[1], {}).setdefault(_COLUMN.get(m[3], m[3]), {})[int(m[2] or 0)] = part
         else: out[name] = part
     for layer, columns in layers.items():
+        stacks = [f"{layer}gate_up_proj{leaf}", f"{layer}down_proj{leaf}"]
         lists = {column: [found[e] for e in sorted(found)] for column, found in columns.items()}
         counts = {len(found) if len(found[0].shape) == 2 else found[0].shape[0] for found in lists.values()}
         complete = all(sorted(found) == list(range(len(found))) for found in columns.values())
         fits = all(p.shape == found[0].shape and len(p.shape) in (2, 3) for found in lists.values() for p in found)
-        fits = fits and len({lists[c][0].shape[-1] for c in ("gate_proj", "up_proj") if c in lists}) == 1
-        if set(lists) != {"gate_proj", "up_proj", "down_proj"} or len(counts) != 1 or not complete or not fits:
+        fits = fits and len({lists[c][0].shape[-1] for c in ("gate_proj", "up_proj") if c in lists}) <= 1
+        wanted = {"down_proj"} if stacks[0] in out else {"gate_proj", "up_proj", "down_proj"}
+        if set(lists) != wanted or len(counts) != 1 or not complete or not fits:
             raise CheckpointError(f"{where}: the experts of {layer[:-1]} are incomplete or differ in shape: download the checkpoint again")
-        out[f"{layer}gate_up_proj{leaf}"] = stacked([lists["gate_proj"], lists["up_proj"]])
-        out[f"{layer}down_proj{leaf}"] = stacked([lists["down_proj"]])
+        if stacks[0] not in out: out[stacks[0]] = stacked([lists["gate_proj"], lists["up_proj"]])
+        out[stacks[1]] = stacked([lists["down_proj"]])
     return out
 
-# %% ../../nbs/06_families/03_layouts.ipynb #7bf128bb
+# %% ../../nbs/06_families/03_layouts.ipynb #b0feba91
 MIXTRAL_DISK = ((r"\.block_sparse_moe\.", ".mlp."),)                               # what files call it, what transformers 5 calls it
 PHIMOE_DISK = (*MIXTRAL_DISK, (r"\.mlp\.gate\.", ".mlp.router."))
 NEOX_DISK = ((r"^embed_out\.", "lm_head."),)
