@@ -22,7 +22,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
-BROUGHT = {"pip", "setuptools"}  # by the environment, and by torch, which is installed with what it requires
+BROUGHT = {"setuptools"}  # by torch, which is installed with what it requires
 
 
 @pytest.fixture(scope="module")

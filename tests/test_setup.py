@@ -69,7 +69,7 @@ def install(site, name, version):
     (info / "RECORD").write_text(f"{module}/__init__.py,,\\n{info.name}/INSTALLER,,\\n{info.name}/RECORD,,\\n")
 """,
 }
-CONSTRAINTS = "# pins\nnumpy==2.3.5\nllama-cpp-python==0.3.36\ntorch==2.13.0\n"
+CONSTRAINTS = "# pins\nnumpy==2.3.5\nllama-cpp-python==0.3.36\npip==26.3\ntorch==2.13.0\n"
 LLAMA = "pip --no-cache-dir llama-cpp-python==0.3.36"
 
 
@@ -165,9 +165,9 @@ def test_jupyter_opens_while_llama_cpp_is_compiled(machine):
     assert machine.state() == "building"
     called = machine.called()
     assert not any("llama" in line for line in called[:called.index("jupyter opens")] if not line.startswith(LLAMA))
-    first, *rest = [line for line in called if line.startswith("pip")]
-    assert first == "pip torch==2.13.0 ", "torch comes first, in the pinned version"
-    assert "pip --no-deps numpy==2.3.5 torch==2.13.0 " in rest, "the pins, without what must be compiled"
+    pip, torch, *rest = [line for line in called if line.startswith("pip")]
+    assert (pip, torch) == ("pip pip==26.3 ", "pip torch==2.13.0 "), "they come first, in the pinned versions"
+    assert "pip --no-deps numpy==2.3.5 pip==26.3 torch==2.13.0 " in rest, "the pins, without what must be compiled"
     if sys.platform == "linux":  # a package that requires llama.cpp (the embedded model's does) would bring it
         assert all("--no-deps" in line for line in rest if not line.startswith(LLAMA))
     told = machine.python("import llama_cpp")

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED_GB = 8
 # llama.cpp's AMX path crashes on virtualised CPUs; without it the build keeps AVX-512 and is the same elsewhere.
 LLAMA_CMAKE_ARGS = "-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__"
+# Without bytecode, which would be made for all and is made for what is imported.
 PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-q",
-       "-c", "constraints.txt"]
+       "--no-compile", "-c", "constraints.txt"]
 # Stands in for the package until pip puts that beside it (a folder goes before a file of the same name).
 STAND_IN = '''"llama-cpp-python is not compiled yet: whoever imports it is told how far it is."
 from llm_workbench.environment import llama_cpp_build
@@ -94,6 +95,7 @@ def packages():
         if found.name.startswith("llama_cpp_python"): continue  # its build may be at it right now
         if not whole(metadata.Distribution.at(found)): shutil.rmtree(found)  # an interrupted pip left it
     exact = pins()
+    run("installing pip", *PIP, exact["pip"])  # the one that comes with Python may be years old and much slower
     run("installing torch", *PIP, exact["torch"])
     if sys.platform == "linux":  # the pins are complete there: no search, and nothing brings llama.cpp with it
         others = [pin for name, pin in exact.items() if name != LLAMA_CPP]
