@@ -81,7 +81,7 @@ class Lab:
         kernel, said = self.ask("kernels", "POST")["id"], []
         client = BlockingKernelClient(connection_file=str(self.runtime / f"kernel-{kernel}.json"))
         client.load_connection_file()
-        client.start_channels()
+        client.start_channels(hb=False)  # a kernel that is slow to start would be taken for dead
         client.wait_for_ready(timeout=LIMIT)
         hear = lambda message: said.append(message["content"].get("text", ""))
         reply = client.execute_interactive(code, timeout=LIMIT, output_hook=hear)

@@ -20,7 +20,7 @@ NEEDED_GB = 8
 # llama.cpp's AMX path crashes on virtualised CPUs; without it the build keeps AVX-512 and is the same elsewhere.
 LLAMA_CMAKE_ARGS = "-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__"
 # Without bytecode, which would be made for all and is made for what is imported.
-PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-q",
+PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-qq",
        "--no-compile", "-c", "constraints.txt"]
 # Stands in for the package until pip puts that beside it (a folder goes before a file of the same name).
 STAND_IN = '''"llama-cpp-python is not compiled yet: whoever imports it is told how far it is."
