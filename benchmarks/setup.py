@@ -38,10 +38,10 @@ def newcomer(base: Path) -> dict:
     return kept | {name: str(base / name.lower()) for name in OWN_FOLDERS} | dict(PATH=os.pathsep.join(path))
 
 
-def near_packages() -> bool:
-    "Does pip take packages from this machine, too, and not only from the network?"
+def torch_is_near() -> bool:
+    "Does pip take torch, the largest package, from a folder of this machine?"
     settings = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    return any(word in settings for word in ("file:/", "find-links"))
+    return "find-links" in settings
 
 
 class Lab:
@@ -98,13 +98,14 @@ def first_cell(checkout: Path) -> str:
 def sentence(result: dict) -> str:
     "The README's words for a result."
     seconds, machine = result["medians"], result["machine"]
-    near = ", most packages from a mirror nearby: a slow network adds to it" if result["near_packages"] else ""
+    near = ", torch from its own disk: downloading that takes longer" if result["torch_is_near"] else ""
     on = f"{machine['cpu']}, {machine['cores']} cores{near}"
-    return (f"Measured with `python -m benchmarks.setup` on {result['date'][:10]} from an empty folder ({on}):\n"
-            f"JupyterLab answers after {seconds['JupyterLab answers']:.0f} seconds, "
-            f"the model in the tour's first cell after {seconds['the first cell has answered']:.0f},\n"
-            f"llama.cpp is there after {seconds['llama.cpp works'] / 60:.1f} minutes; "
-            f"from then on `make lab` takes {seconds['JupyterLab answers again']:.0f} seconds.\n")
+    return (f"From an empty folder ({on}) JupyterLab answers after\n"
+            f"{seconds['JupyterLab answers']:.0f} seconds, the model in the tour's first cell after "
+            f"{seconds['the first cell has answered']:.0f}; llama.cpp is there after "
+            f"{seconds['llama.cpp works'] / 60:.1f} minutes.\n"
+            f"From then on `make lab` takes {seconds['JupyterLab answers again']:.0f} seconds. "
+            f"(Measured with `python -m benchmarks.setup` on {result['date'][:10]}.)\n")
 
 
 def main():
@@ -129,7 +130,7 @@ def main():
         with Lab(checkout, environment) as lab:
             lab.answers()
             passed("JupyterLab answers again")
-    path = record("setup", samples, "s", first_answer=said.strip(), pip_cache="empty", near_packages=near_packages())
+    path = record("setup", samples, "s", first_answer=said.strip(), pip_cache="empty", torch_is_near=torch_is_near())
     said = sentence(json.loads(path.read_text(encoding="utf-8")))
     readme = README.read_text(encoding="utf-8")
     README.write_text(MARKS.sub(lambda m: m[1] + said + m[2], readme), encoding="utf-8")
