@@ -33,5 +33,6 @@ def _device(device) -> torch.device:
     try: device = torch.device(device)
     except (RuntimeError, TypeError): raise InputError(f"{device!r} is no device: give 'cpu' or 'cuda'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no NVIDIA GPU: leave device out, or see `llm-workbench doctor` for what is missing")
+        raise InputError("torch sees no NVIDIA GPU: leave device out, or see `llm-workbench doctor` for what is "
+                         "missing")
     return device

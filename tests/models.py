@@ -6,17 +6,45 @@ stretched, and each RoPE scaling that releases use. The weights are random, and 
 """
 import torch
 
-SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-              max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 PLAIN = dict(rope_type="default", rope_theta=1e4)
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=8.0)
 DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
-LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8,
+)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8)
 LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.5, 8.0])
 EXPERTS = dict(num_local_experts=5, num_experts_per_tok=2)
-MLA = dict(num_key_value_heads=6, kv_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=14, n_routed_experts=8, num_experts_per_tok=3,
-            moe_intermediate_size=16, first_k_dense_replace=1, n_group=4, topk_group=2)
+MLA = dict(
+    num_key_value_heads=6,
+    kv_lora_rank=20,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=12,
+    v_head_dim=14,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=16,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+)
 DBRX = dict(d_model=48, n_heads=6, n_layers=3, max_seq_len=64, vocab_size=97)
 
 SMALL: dict[str, list[dict]] = {   # changes to SIZES, one dict per variant
@@ -80,7 +108,11 @@ def small_config(model_type: str,        # a family that transformers has
                  changes: dict | None = None,   # to SIZES, in place of a variant's
                  ) -> dict:
     "What a small configuration of this family says, without transformers' defaults."
-    return {**({} if model_type == "dbrx" else SIZES), **(SMALL[model_type][variant] if changes is None else changes), "model_type": model_type}
+    return {
+        **({} if model_type == "dbrx" else SIZES),
+        **(SMALL[model_type][variant] if changes is None else changes),
+        "model_type": model_type,
+    }
 
 
 def small_model(model_type: str, variant: int = 0, seed: int = 0, changes: dict | None = None) -> torch.nn.Module:
@@ -90,8 +122,14 @@ def small_model(model_type: str, variant: int = 0, seed: int = 0, changes: dict 
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():        # the weights of norms stay around 1; around 0 for Gemma, which stores w - 1
-            weighs = p.ndim == 1 and "norm" in name.lower() and name.endswith("weight") and not model_type.startswith("gemma")
+        # the weights of norms stay around 1; around 0 for Gemma, which stores w - 1
+        for name, p in model.named_parameters():
+            weighs = (
+                p.ndim == 1
+                and "norm" in name.lower()
+                and name.endswith("weight")
+                and not model_type.startswith("gemma")
+            )
             p.copy_(weighs + torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5))
         for name, b in model.named_buffers():
             if name.endswith("correction_bias"): b.copy_(torch.rand(b.shape, generator=generator))

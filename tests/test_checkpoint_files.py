@@ -33,7 +33,9 @@ def random_tensors(seed):
     for name, dtype in S.DTYPES.items():
         for shape in [(), (1,), (0, 4), (3, 5), (2, 3, 4)]:
             data = rng.integers(0, 2 if name == "BOOL" else 256, prod(shape) * dtype.itemsize, dtype=np.uint8)
-            out[f"{name}.{len(out)}"] = torch.tensor(data).view(dtype).reshape(shape) if data.size else torch.empty(shape, dtype=dtype)
+            out[f"{name}.{len(out)}"] = (
+                torch.tensor(data).view(dtype).reshape(shape) if data.size else torch.empty(shape, dtype=dtype)
+            )
     names = rng.permutation(list(out))
     return {name: out[name] for name in names}
 
@@ -56,9 +58,15 @@ def test_safetensors_equals_library(tmp_path, seed):
 
 def test_save_takes_any_tensor(tmp_path):
     "Odd names, views, parameters and lazily conjugated numbers."
-    odd = {"é\"\\\n\x01\x7f😀": torch.zeros(2), "b": torch.arange(12.0).reshape(3, 4).T, "a": torch.arange(9)[::2], "": torch.ones(1),
-           "w": torch.nn.Parameter(torch.ones(2)), "none": torch.from_numpy(np.zeros((0, 3), np.float32)),
-           "c": torch.tensor([1 + 2j], dtype=torch.complex64).conj()}
+    odd = {
+        'é"\\\n\x01\x7f😀': torch.zeros(2),
+        "b": torch.arange(12.0).reshape(3, 4).T,
+        "a": torch.arange(9)[::2],
+        "": torch.ones(1),
+        "w": torch.nn.Parameter(torch.ones(2)),
+        "none": torch.from_numpy(np.zeros((0, 3), np.float32)),
+        "c": torch.tensor([1 + 2j], dtype=torch.complex64).conj(),
+    }
     S.save_safetensors(odd, tmp_path / "x")
     plain = {k: t.detach().resolve_conj().contiguous() for k, t in odd.items()}
     assert (tmp_path / "x").read_bytes() == safetensors.torch.save(plain)
@@ -120,7 +128,8 @@ def test_sharded(tmp_path):
 
 
 @pytest.mark.parametrize("index, word", [
-    ('{"weight_map": {"a": "../x.safetensors"}}', "plain file name"), ('{"weight_map": {"a": "/etc/passwd"}}', "plain file name"),
+    ('{"weight_map": {"a": "../x.safetensors"}}', "plain file name"), ('{"weight_map": {"a": '
+                                                                       '"/etc/passwd"}}', "plain file name"),
     ('{"weight_map": {"a": ".."}}', "plain file name"), ('{"weight_map": {"a": ""}}', "plain file name"),
     ('{"weight_map": {"a": "gone"}}', "missing"),
     ('{"weight_map": {"a": 3}}', "weight_map"), ('{"weight_map": []}', "weight_map"), ("{}", "weight_map"), ("[]", "list"), ("{", "JSON"),
@@ -202,8 +211,20 @@ def test_quantizers_refuse(call, error):
     with pytest.raises(error): call()
 
 
-META = {"general.architecture": "llama", "n": 3, "neg": -4, "big": 2**40, "x": 0.5, "yes": True, "no": False, "list": [1, -2],
-        "names": ["a", "é", ""], "floats": [0.5, 1.5], "flags": [True, False], "text": "ünï\n"}
+META = {
+    "general.architecture": "llama",
+    "n": 3,
+    "neg": -4,
+    "big": 2**40,
+    "x": 0.5,
+    "yes": True,
+    "no": False,
+    "list": [1, -2],
+    "names": ["a", "é", ""],
+    "floats": [0.5, 1.5],
+    "flags": [True, False],
+    "text": "ünï\n",
+}
 
 
 def with_package(path, tensors, meta=META, kinds=None):
@@ -216,7 +237,10 @@ def with_package(path, tensors, meta=META, kinds=None):
         else: w.add_key_value(key, value, T[(kinds or {}).get(key, kind)])
     if "general.alignment" in meta: w.data_alignment = meta["general.alignment"]
     for name, (packed, kind) in tensors.items():
-        w.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[kind]) if kind not in ("F32", "F16") else w.add_tensor(name, packed)
+        w.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[kind]) if kind not in (
+            "F32",
+            "F16",
+        ) else w.add_tensor(name, packed)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
 
 
@@ -226,9 +250,15 @@ def test_written_file_equals_the_package(tmp_path, alignment):
     meta = META | ({"general.alignment": alignment} if alignment else {})
     packed = {f"{t.name}.weight": (rng.integers(0, 256, (3, 2 * gguf.GGML_QUANT_SIZES[t][1]), dtype=np.uint8), t.name)
               for t in READABLE if t.name not in G.PLAIN}
-    packed |= {"f32": (rng.standard_normal((2, 3, 5)).astype(np.float32), "F32"), "f16": (rng.standard_normal(7).astype(np.float16), "F16")}
+    packed |= {
+        "f32": (rng.standard_normal((2, 3, 5)).astype(np.float32), "F32"),
+        "f16": (rng.standard_normal(7).astype(np.float16), "F16"),
+    }
     with_package(tmp_path / "theirs", packed, meta)
-    tensors, types = {k: torch.from_numpy(v) for k, (v, _) in packed.items()}, {k: kind for k, (_, kind) in packed.items()}
+    tensors, types = (
+        {k: torch.from_numpy(v) for k, (v, _) in packed.items()},
+        {k: kind for k, (_, kind) in packed.items()},
+    )
     G.write_gguf(tmp_path / "ours", meta, tensors, types)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes(), "the writers differ"
     file = G.GGUFFile(tmp_path / "theirs")
@@ -241,8 +271,20 @@ def test_written_file_equals_the_package(tmp_path, alignment):
 
 def test_all_value_types(tmp_path):
     T = gguf.GGUFValueType
-    values = {"u8": 200, "i8": -100, "u16": 60000, "i16": -30000, "u32": 2**32 - 1, "i32": -2**31, "f32": 0.25, "bool": True,
-              "string": "a\0b", "u64": 2**64 - 1, "i64": -2**63, "f64": 0.1}
+    values = {
+        "u8": 200,
+        "i8": -100,
+        "u16": 60000,
+        "i16": -30000,
+        "u32": 2**32 - 1,
+        "i32": -(2**31),
+        "f32": 0.25,
+        "bool": True,
+        "string": "a\0b",
+        "u64": 2**64 - 1,
+        "i64": -(2**63),
+        "f64": 0.1,
+    }
     kinds = dict(zip(values, "UINT8 INT8 UINT16 INT16 UINT32 INT32 FLOAT32 BOOL STRING UINT64 INT64 FLOAT64".split()))
     w = gguf.GGUFWriter(tmp_path / "x", "llama")
     for key, value in values.items():
@@ -250,7 +292,9 @@ def test_all_value_types(tmp_path):
         w.add_key_value(key + "s", [value, value], T.ARRAY, T[kinds[key]])
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     file = G.GGUFFile(tmp_path / "x")
-    assert file.metadata == {"general.architecture": "llama"} | {k + s: [v, v] if s else v for k, v in values.items() for s in ("", "s")}
+    assert file.metadata == {"general.architecture": "llama"} | {
+        k + s: [v, v] if s else v for k, v in values.items() for s in ("", "s")
+    }
     assert all(file.value_types[k] == kind and file.value_types[k + "s"] == kind + "[]" for k, kind in kinds.items())
     G.write_gguf(tmp_path / "y", file.metadata, {}, value_types=file.value_types)
     assert G.GGUFFile(tmp_path / "y").metadata == file.metadata
@@ -286,7 +330,9 @@ def test_unpermute_is_the_inverse_of_the_converter():
         w = torch.randn(heads * D, 5)
         converted = w.reshape(heads, 2, D // 2, 5).swapaxes(1, 2).reshape(w.shape)
         assert torch.equal(G.permute_qk(w, heads), converted) and torch.equal(G.unpermute_qk(converted, heads), w)
-        assert torch.equal(torch.from_numpy(LlamaTensorProcessor()._reverse_permute_weights(converted.numpy(), heads, heads)), w)
+        assert torch.equal(
+            torch.from_numpy(LlamaTensorProcessor()._reverse_permute_weights(converted.numpy(), heads, heads)), w
+        )
         assert torch.equal(G.unpermute_qk(converted[:, 0], heads), w[:, 0])
 
 
@@ -304,7 +350,9 @@ print(sum(w.nbytes for w in weights.values()), high() - before, len(weights))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_peaks_near_the_result(dtype):
-    run = subprocess.run([sys.executable, "-c", PEAK, str(MODEL), dtype], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(MODEL), dtype], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     kept, peak, n = map(int, run.stdout.split())
     assert n == 272 and kept == 134_515_008 * (4 if dtype == "float32" else 2)
@@ -318,7 +366,8 @@ def st(header, data=bytes(16), length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def entry(dtype="F32", shape=(4,), offsets=(0, 16)): return dict(dtype=dtype, shape=list(shape), data_offsets=list(offsets))
+def entry(dtype="F32", shape=(4,), offsets=(0, 16)):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=list(offsets))
 
 
 GOOD_ST = st({"a": entry()})
@@ -364,7 +413,8 @@ BAD_ST = {
 
 def kv(key, kind, body): return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + body
 def text(s): return struct.pack("<Q", len(s)) + s
-def info(name=b"w", dims=(4,), kind=0, offset=0): return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+def info(name=b"w", dims=(4,), kind=0, offset=0):
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
 def gg(entries=(), infos=(info(),), data=bytes(32), magic=b"GGUF", version=3, n_tensors=None, n_entries=None, align=32):
@@ -439,7 +489,9 @@ def test_named_damage(tmp_path, read, damage):
     (tmp_path / "model").write_bytes(data)
     with pytest.raises(CheckpointError, match=word) as error: read(tmp_path / "model")
     message = str(error.value)
-    assert len(message) < 600 and any(w in message for w in ("download", "fetch", "convert")), f"says not what to do: {message}"
+    assert len(message) < 600 and any(w in message for w in ("download", "fetch", "convert")), (
+        f"says not what to do: {message}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K"])
@@ -497,12 +549,17 @@ def mutate(rng, good, other, fields):
         elif kind == 4: del data[near:near + rng.randrange(1, 9)]
         elif kind == 5:
             at, n = rng.choice(fields), rng.choice([4, 8, 8])
-            data[at:at + n] = (rng.choice([*LENGTHS, len(data), len(data) - 8, rng.randrange(256)]) % 256**n).to_bytes(n, "little")
+            data[at : at + n] = (
+                rng.choice([*LENGTHS, len(data), len(data) - 8, rng.randrange(256)]) % 256**n
+            ).to_bytes(n, "little")
         elif kind == 6: data[near:near + b - a] = other[a:b]
         elif kind == 7: data[near:near] = data[a:b][:64]
         else:                                                         # another digit, or another number, in its place
             digits = [i for i in range(min(len(data), fields[-1] + 64)) if 48 <= data[i] <= 57]
-            if digits: data[(at := rng.choice(digits)):at + 1] = str(rng.choice([0, 1, 2, 9, 16, 77, 2**40, 2**64, -1, 1.5])).encode()
+            if digits:
+                data[(at := rng.choice(digits)) : at + 1] = str(
+                    rng.choice([0, 1, 2, 9, 16, 77, 2**40, 2**64, -1, 1.5])
+                ).encode()
         if not data: break
     return bytes(data)
 
@@ -510,8 +567,14 @@ def mutate(rng, good, other, fields):
 def samples(tmp_path, fmt):
     "Two small good files of a format, and where numbers of interest lie in the first."
     g = torch.Generator().manual_seed(0)
-    w = {"a.weight": torch.randn(2, 256, generator=g), "b.weight": torch.randn(3, 32, generator=g).bfloat16(), "c": torch.arange(5),
-         "d.e": torch.tensor([True, False]), "f8": torch.randn(8, generator=g).to(torch.float8_e4m3fn), "s": torch.tensor(0.5)}
+    w = {
+        "a.weight": torch.randn(2, 256, generator=g),
+        "b.weight": torch.randn(3, 32, generator=g).bfloat16(),
+        "c": torch.arange(5),
+        "d.e": torch.tensor([True, False]),
+        "f8": torch.randn(8, generator=g).to(torch.float8_e4m3fn),
+        "s": torch.tensor(0.5),
+    }
     if fmt == "safetensors":
         S.save_safetensors(w, tmp_path / "a", {"format": "pt"})
         S.save_safetensors(dict(list(w.items())[::2]), tmp_path / "b")
@@ -524,7 +587,8 @@ def samples(tmp_path, fmt):
     G.write_gguf(tmp_path / "a", META | {"nested": [[1], [2, 3]], "general.alignment": 32}, w, types)
     G.write_gguf(tmp_path / "b", META, {"a.weight": w["a.weight"], "q": w["a.weight"]}, {"q": "Q8_0"})
     good, start = (tmp_path / "a").read_bytes(), G.GGUFFile(tmp_path / "a").data_start
-    return good, (tmp_path / "b").read_bytes(), [i for i in range(4, start - 64) if good[i + 2:i + 8] == bytes(6)]  # small 8-byte numbers
+    # small 8-byte numbers
+    return good, (tmp_path / "b").read_bytes(), [i for i in range(4, start - 64) if good[i + 2:i + 8] == bytes(6)]
 
 
 @pytest.mark.parametrize("fmt", ["safetensors", "gguf"])
@@ -543,12 +607,15 @@ def test_a_thousand_mutations(tmp_path, fmt):
         except CheckpointError as error:
             refused += 1
             assert 20 < len(str(error)) < 900
-        except BaseException as error: raise AssertionError(f"mutation {i} of {fmt} raised {type(error).__name__}: {error}") from error
+        except BaseException as error: raise AssertionError(f"mutation {i} of {fmt} raised {type(error).__name__}: "
+                                                            f"{error}") from error
         slowest = max(slowest, time.process_time() - begin)
         worst = max(worst, (tracemalloc.get_traced_memory()[1] - held) / (len(data) + 4096))
         if out is not None:
             accepted += 1
-            assert sum(t.nbytes for t in out.values()) <= 32 * len(data), f"mutation {i}: more numbers than the file can hold"
+            assert sum(t.nbytes for t in out.values()) <= 32 * len(data), (
+                f"mutation {i}: more numbers than the file can hold"
+            )
         if fmt == "safetensors":          # the library is the judge: what we accept it accepts, with the same bytes
             try: theirs = safetensors.torch.load(data)
             except Exception: theirs = None
@@ -559,8 +626,11 @@ def test_a_thousand_mutations(tmp_path, fmt):
                     same = t.dtype == theirs[k].dtype and t.shape == theirs[k].shape and raw(t) == raw(theirs[k])
                     assert same, f"mutation {i}: {k} has other numbers"
     tracemalloc.stop()
-    print(f"{fmt}: {refused} refused, {accepted} read; at most {worst:.1f} bytes of memory for a byte of file, {slowest:.3f} s; "
+    print(f"{fmt}: {refused} refused, {accepted} read; at most {worst:.1f} bytes of memory for a byte of file, "
+          f"{slowest:.3f} s; "
           f"{stricter} refused here but not by the library")
-    assert refused + accepted == MUTATIONS and refused > MUTATIONS // 3 and accepted > MUTATIONS // 50, "the mutations test nothing"
+    assert refused + accepted == MUTATIONS and refused > MUTATIONS // 3 and accepted > MUTATIONS // 50, (
+        "the mutations test nothing"
+    )
     assert worst < 16 and slowest < 5
     assert stricter <= MUTATIONS // 50, "far stricter than the library"

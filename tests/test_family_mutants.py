@@ -42,14 +42,18 @@ def modules(change):
     return mutate
 
 
-def router(**options): return modules(lambda block: block.mlp.options.update(options) if hasattr(block.mlp, "experts") else None)
+def router(**options):
+    return modules(lambda block: block.mlp.options.update(options) if hasattr(block.mlp, "experts") else None)
 
 
 def norm_after_rope(d):
     class Late(Attention):
         "Turns first and norms then."
         def forward(self, x, step, ops):
-            heads = (proj(x, ops).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            heads = (
+                proj(x, ops).unflatten(-1, (-1, self.config.head_dim))
+                for proj in (self.q_proj, self.k_proj, self.v_proj)
+            )
             q, k, v = heads
             q, k = (ops.rotate(t, *step.tables[self.turns]) for t in (q, k))
             out = step.attend(self.layer, self.q_norm(q, ops), self.k_norm(k, ops), v, ops, **self.options)
@@ -76,8 +80,11 @@ def experts_not_interleaved(c):
     "gpt-oss: the first half taken for the gate."
     turned = lambda t: (t.transpose(1, 2),)
     same = lambda t: (t,)
-    return [Entry((f"{GATE_UP}.weight",), (GATE_UP,), turned, turned), Entry((f"{GATE_UP}.bias",), (f"{GATE_UP}_bias",), same, same),
-            Entry((f"{DOWN}.weight",), (DOWN,), turned, turned)]
+    return [
+        Entry((f"{GATE_UP}.weight",), (GATE_UP,), turned, turned),
+        Entry((f"{GATE_UP}.bias",), (f"{GATE_UP}_bias",), same, same),
+        Entry((f"{DOWN}.weight",), (DOWN,), turned, turned),
+    ]
 
 
 def zero_bias(block):
@@ -164,4 +171,7 @@ def test_mutant_is_rejected_where_it_first_matters(name):
 
 
 def test_there_are_as_many_as_the_chapter_says():
-    assert all(kind in SMALL and variant < len(SMALL[kind]) for kind, variant, *_ in MUTANTS.values()) and len(MUTANTS) > 40
+    assert (
+        all(kind in SMALL and variant < len(SMALL[kind]) for kind, variant, *_ in MUTANTS.values())
+        and len(MUTANTS) > 40
+    )

@@ -86,12 +86,19 @@ class Config(dict):
         "The error for a value: key, value, and what would be right."
         value = self.get(key) if value is None else value
         said = "null" if value is None else json_like(value)
-        return CheckpointError(f"The configuration of this {self.model_type} model cannot be: {self.called.get(key, key)} is {said}, and should be {right}.")
+        return CheckpointError(f"The configuration of this {self.model_type} model cannot be: "
+                               f"{self.called.get(key, key)} is {said}, and should be {right}.")
 
 
 def json_like(value) -> str:
     "A value as a file would write it, cut to a line."
-    text = {True: "true", False: "false"}[value] if type(value) is bool else f'"{value}"' if isinstance(value, str) else str(value)
+    text = (
+        {True: "true", False: "false"}[value]
+        if type(value) is bool
+        else f'"{value}"'
+        if isinstance(value, str)
+        else str(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../../nbs/06_families/01_configurations.ipynb #dd2a0b3f
@@ -120,7 +127,8 @@ def complete(config: Mapping,                     # as it lies in a file
                 break
     for key, value in x.items():
         rule = KEYS[key]
-        if not (rule.null if value is None else rule.good(value)): raise x.wrong(key, rule.right + (" or null" if rule.null else ""))
+        if not (rule.null if value is None else rule.good(value)):
+            raise x.wrong(key, rule.right + (" or null" if rule.null else ""))
     return x
 
 # %% ../../nbs/06_families/01_configurations.ipynb #a41dcbaa
@@ -145,18 +153,25 @@ def _complete_rope(given, x, theta, where):
     rope = {"rope_theta": theta, **{k: v for k, v in given.items() if v is not None and k != "type"}}
     rope_type = next((given[key] for key in ("rope_type", "type") if given.get(key) is not None), "default")
     if not isinstance(rope_type, str): raise x.wrong(f"{where}.rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
-    rope_type = rope["rope_type"] = "longrope" if rope_type == "yarn" and "long_factor" in rope else ROPE_NAMES.get(rope_type, rope_type)
+    rope_type = rope["rope_type"] = (
+        "longrope" if rope_type == "yarn" and "long_factor" in rope else ROPE_NAMES.get(rope_type, rope_type)
+    )
     if rope_type not in ROPE_TYPES:
         raise UnsupportedError(f"rope_type {rope_type!r} is not implemented; there are {', '.join(ROPE_TYPES)}."
                                f"{did_you_mean(rope_type, ROPE_TYPES)} Add it to ROPE_TYPES to run this model.")
     _check_rope(rope, x, where, ROPE_OPTIONS)
-    context, trained = x["max_position_embeddings"], x.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    context, trained = (
+        x["max_position_embeddings"],
+        x.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings"),
+    )
     if rope_type in ("yarn", "longrope", "llama3"): rope["original_max_position_embeddings"] = trained or context
     if rope_type == "dynamic": rope["original_max_position_embeddings"] = context
-    if rope_type == "longrope" or rope_type == "yarn" and trained: rope.setdefault("factor", context / rope["original_max_position_embeddings"])
+    if rope_type == "longrope" or rope_type == "yarn" and trained:
+        rope.setdefault("factor", context / rope["original_max_position_embeddings"])
     _check_rope(dict.fromkeys(ROPE_KEYS[rope_type]) | rope, x, where, ROPE_KEYS[rope_type])
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise x.wrong(f"{where}.high_freq_factor", f"above low_freq_factor, which is {rope['low_freq_factor']}", rope["high_freq_factor"])
+        raise x.wrong(f"{where}.high_freq_factor", "above low_freq_factor, which is "
+                                                   f"{rope['low_freq_factor']}", rope["high_freq_factor"])
     return rope
 
 
@@ -170,7 +185,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def rope_parameters(x: Config,  # complete but for this
                     ) -> dict:  # one complete ladder, or one for each layer type
-    "The RoPE of a configuration of any age, with everything that it implies; raises `CheckpointError`, `UnsupportedError`."
+    """The RoPE of a configuration of any age, with everything that it implies; raises `CheckpointError`,
+    `UnsupportedError`."""
     key = "rope_scaling" if x.get("rope_scaling") else "rope_parameters"
     where, given = x.called.get(key, key), x.get(key) or {}
     local, by_type = x.get("rope_local_base_freq"), any(name in given for name in LAYER_TYPES)
@@ -179,8 +195,15 @@ def rope_parameters(x: Config,  # complete but for this
     thetas = {"full_attention": x["rope_theta"], "sliding_attention": local or x["rope_theta"]}
     wanted = [name for name in LAYER_TYPES if ladders.get(name) is not None or local is not None]
     default = {"rope_type": "default"}
-    return {name: _complete_rope(default if ladders.get(name) is None else ladders[name], x, thetas[name], f"{where}.{name}" if by_type else where)
-            for name in wanted}
+    return {
+        name: _complete_rope(
+            default if ladders.get(name) is None else ladders[name],
+            x,
+            thetas[name],
+            f"{where}.{name}" if by_type else where,
+        )
+        for name in wanted
+    }
 
 # %% ../../nbs/06_families/01_configurations.ipynb #a785f2cb
 def check_fields(x: Config,       # the configuration
@@ -190,7 +213,8 @@ def check_fields(x: Config,       # the configuration
     f, L = fields, fields["num_hidden_layers"]
     H, K = f["num_attention_heads"], f["num_key_value_heads"]
     if H % K: raise x.wrong("num_key_value_heads", f"a divisor of the {H} query heads", K)
-    if f["layer_types"] and len(f["layer_types"]) != L: raise x.wrong("layer_types", f"one for each of {L} layers", f"{len(f['layer_types'])} entries")
+    if f["layer_types"] and len(f["layer_types"]) != L: raise x.wrong("layer_types", f"one for each of {L} "
+                                                                                     "layers", f"{len(f['layer_types'])} entries")
     if f.get("num_experts"): _check_experts(x, f)
     if not f.get("kv_lora_rank"): _check_rotation(x, f)
 
@@ -200,7 +224,8 @@ def _check_experts(x, f):
     G, open_groups = router.get("n_groups"), router.get("top_groups")
     if G:
         if E % G: raise x.wrong("n_group", f"a divisor of the {E} experts", G)
-        if not open_groups or open_groups > G: raise x.wrong("topk_group", f"a whole number from 1 to n_group, {G}", open_groups)
+        if not open_groups or open_groups > G: raise x.wrong("topk_group", "a whole number from 1 to n_group, "
+                                                                           f"{G}", open_groups)
         E = E // G * open_groups
     if chosen > E: raise x.wrong("num_experts_per_tok", f"at most {E}, the experts that can be chosen", chosen)
 
@@ -216,7 +241,9 @@ def _check_rotation(x, f):
         key = "partial_rotary_factor" if inner is None else "rope_parameters.partial_rotary_factor"
         raise x.wrong(key, f"large enough to turn a pair of {D} dimensions", inner)
     for one in [rope] if "rope_type" in rope else rope.values():
-        if one["rope_type"] == "dynamic" and turning < 4: raise x.wrong("head_dim", "at least 4 where rope_type is dynamic", D)
+        if one["rope_type"] == "dynamic" and turning < 4: raise x.wrong("head_dim", "at least 4 where rope_type is "
+                                                                                    "dynamic", D)
         for which in ("short_factor", "long_factor"):
             if one["rope_type"] == "longrope" and len(one[which]) != turning // 2:
-                raise x.wrong(f"rope_parameters.{which}", f"{turning // 2} numbers, one for each pair", f"{len(one[which])} numbers")
+                raise x.wrong(f"rope_parameters.{which}", f"{turning // 2} numbers, one for each "
+                                                          "pair", f"{len(one[which])} numbers")

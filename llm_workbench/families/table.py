@@ -27,9 +27,12 @@ class Family:
     title: str                                             # models that people know
     reader: Reader                                         # of its configuration
     gguf: GGUFArchitecture                                 # its names and layouts in a GGUF
-    names: dict | Callable = field(default_factory=dict)   # our name -> transformers', where it is not Llama's; or a function of the ModelConfig
-    layouts: tuple = ()                                    # functions of the ModelConfig that give an Entry (or several) within a block
-    on_disk: tuple = ()                                    # (what its files call it, what transformers 5 calls it); regular expressions
+    # our name -> transformers', where it is not Llama's; or a function of the ModelConfig
+    names: dict | Callable = field(default_factory=dict)
+    # functions of the ModelConfig that give an Entry (or several) within a block
+    layouts: tuple = ()
+    # (what its files call it, what transformers 5 calls it); regular expressions
+    on_disk: tuple = ()
     left_out: str = ""                                     # names in its files that nobody needs; a regular expression
 
     def names_for(self, c: ModelConfig) -> dict:
@@ -77,15 +80,19 @@ def supported() -> list[str]:
 def family_of(model_type: str) -> Family:
     "The record of a family; raises `UnsupportedError` that names the nearest one."
     if isinstance(model_type, str) and model_type in FAMILIES: return FAMILIES[model_type]
-    raise UnsupportedError(f"model_type {model_type!r} is not supported; there are {', '.join(FAMILIES)}.{_nearest(model_type, FAMILIES)} What is missing is a reader for its "
-                           "configuration and its tensor names: add a Family. A model that differs only in name loads with model_type edited in its config.json.")
+    raise UnsupportedError(f"model_type {model_type!r} is not supported; there are "
+                           f"{', '.join(FAMILIES)}.{_nearest(model_type, FAMILIES)} What is missing is a reader for "
+                           "its "
+                           "configuration and its tensor names: add a Family. A model that differs only in name loads "
+                           "with model_type edited in its config.json.")
 
 def architecture_of(architecture: str,  # general.architecture
                     where: str,         # how messages name the file
                     ) -> GGUFArchitecture:
     "The GGUF side of the families of an architecture; raises `UnsupportedError` that names the nearest one."
     if architecture in GGUF: return GGUF[architecture]
-    raise UnsupportedError(f"{where} has the architecture {architecture!r}, which is not supported; there are {', '.join(GGUF)}."
+    raise UnsupportedError(f"{where} has the architecture {architecture!r}, which is not supported; there are "
+                           f"{', '.join(GGUF)}."
                            f"{_nearest(architecture, GGUF)} Open another model, or add a Family.")
 
 def _nearest(name, known):
@@ -96,8 +103,10 @@ def _nearest(name, known):
 
 # %% ../../nbs/06_families/05_table.ipynb #7edff693
 def read_config(config: Mapping) -> ModelConfig:  # transformers' config.json as a dict
-    "The ModelConfig of a configuration. Raises `UnsupportedError` (family, rope_type, option), `CheckpointError` (a wrong value), `InputError`."
-    if not isinstance(config, Mapping): raise InputError(f"a {type(config).__name__} is no configuration: give config.json as a dict")
+    """The ModelConfig of a configuration. Raises `UnsupportedError` (family, rope_type, option), `CheckpointError` (a
+    wrong value), `InputError`."""
+    if not isinstance(config, Mapping): raise InputError(f"a {type(config).__name__} is no configuration: give "
+                                                         "config.json as a dict")
     return family_of(config.get("model_type")).reader(config)
 
 def transformers_name(name: str,                # our module or tensor
