@@ -11,7 +11,7 @@ from llm_workbench.inference.generation import LM
 from llm_workbench.kernels.cpu import fastest
 
 
-def load(source: str | Path | None = None,        # None: the embedded model; a folder, a .gguf file, or a hub id: "org/name"
+def load(source: str | Path | None = None,  # None: the embedded model; a folder, a .gguf file, or a hub id: "org/name"
          *, dtype: torch.dtype = torch.float32,   # what the weights are kept in
          device: str | torch.device = "cpu",
          weights: str | None = None,              # a format to keep the matrices in; None: as `dtype` says

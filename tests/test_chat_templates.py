@@ -1,4 +1,5 @@
-"Chat templates: equal to transformers, hostile ones refused; messages are checked, and special tokens that users write stay text."
+"""Chat templates: equal to transformers, hostile ones refused; messages are checked, and special tokens that users
+write stay text."""
 import copy
 import functools
 import re

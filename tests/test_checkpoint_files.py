@@ -1,4 +1,5 @@
-"Checkpoint files: equal to the libraries on random files, one named error for every kind of damage, bounded time and memory."
+"""Checkpoint files: equal to the libraries on random files, one named error for every kind of damage, bounded time
+and memory."""
 import json
 import random
 import struct
@@ -40,7 +41,7 @@ def random_tensors(seed):
     return {name: out[name] for name in names}
 
 
-# --- safetensors against its library ---------------------------------------------------------------------------------------
+# --- safetensors against its library --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(4))
 def test_safetensors_equals_library(tmp_path, seed):
@@ -75,7 +76,8 @@ def test_save_takes_any_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("tensors, metadata", [
-    ({"a": [1]}, None), ({3: torch.zeros(1)}, None), ({"__metadata__": torch.zeros(1)}, None), ({"a": torch.zeros(1)}, {"n": 3}),
+    ({"a": [1]}, None), ({3: torch.zeros(1)}, None), ({"__metadata__": torch.zeros(1)}, None),
+    ({"a": torch.zeros(1)}, {"n": 3}),
     ({"a": torch.zeros(1, dtype=torch.complex128)}, None), ({"a": torch.zeros(1, device="meta")}, None),
     ({"a": torch.eye(3).to_sparse()}, None)])
 def test_save_refuses(tmp_path, tensors, metadata):
@@ -132,7 +134,8 @@ def test_sharded(tmp_path):
                                                                        '"/etc/passwd"}}', "plain file name"),
     ('{"weight_map": {"a": ".."}}', "plain file name"), ('{"weight_map": {"a": ""}}', "plain file name"),
     ('{"weight_map": {"a": "gone"}}', "missing"),
-    ('{"weight_map": {"a": 3}}', "weight_map"), ('{"weight_map": []}', "weight_map"), ("{}", "weight_map"), ("[]", "list"), ("{", "JSON"),
+    ('{"weight_map": {"a": 3}}', "weight_map"), ('{"weight_map": []}', "weight_map"), ("{}", "weight_map"),
+    ("[]", "list"), ("{", "JSON"),
     ("", "empty"),
     ('{"weight_map": ' + "[" * 10_000, "JSON")])
 def test_bad_index(tmp_path, index, word):
@@ -154,7 +157,7 @@ def test_no_such_file(tmp_path, open_file):
     with pytest.raises(CheckpointError, match="empty"): open_file(tmp_path / "empty")
 
 
-# --- GGUF against its package ----------------------------------------------------------------------------------------------
+# --- GGUF against its package ---------------------------------------------------------------------------------------
 
 READABLE = [t for t in gguf.GGMLQuantizationType if t.name in G.PLAIN or t in gguf.quants._type_traits]
 
@@ -175,7 +178,8 @@ def test_every_type_is_unpacked_as_by_the_package():
             np.testing.assert_array_equal(ours.numpy(), theirs, err_msg=kind.name)  # NaN equals NaN
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4", "F16", "BF16",
+                                  "F32"])
 def test_packing_is_bit_exact(kind):
     rng = np.random.default_rng(1)
     for scale in [1e-45, 1e-40, 1e-38, 1e-9, 1e-7, 6e-5, 1e-3, 1, 1e3, 1e5, 6.6e6, 1e30, 1e38]:
@@ -200,13 +204,17 @@ def test_chunks_do_not_show(monkeypatch):
 
 
 @pytest.mark.parametrize("call, error", [
-    (lambda: G.quantize(torch.full((32,), float("nan")), "Q4_0"), CheckpointError), (lambda: G.quantize(torch.full((32,), -float("inf")),
+    (lambda: G.quantize(torch.full((32,), float("nan")), "Q4_0"), CheckpointError),
+    (lambda: G.quantize(torch.full((32,), -float("inf")),
     "Q8_0"), CheckpointError),
-    (lambda: G.quantize(torch.zeros(33), "Q4_1"), CheckpointError), (lambda: G.quantize(torch.tensor(1.0), "F32"), CheckpointError),
-    (lambda: G.quantize(torch.zeros(256), "Q4_K"), UnsupportedError), (lambda: G.quantize(torch.zeros(4), "Q9_9"), UnsupportedError),
+    (lambda: G.quantize(torch.zeros(33), "Q4_1"), CheckpointError),
+    (lambda: G.quantize(torch.tensor(1.0), "F32"), CheckpointError),
+    (lambda: G.quantize(torch.zeros(256), "Q4_K"), UnsupportedError),
+    (lambda: G.quantize(torch.zeros(4), "Q9_9"), UnsupportedError),
     (lambda: G.dequantize(torch.zeros(4, dtype=torch.uint8), "Q9_9"), UnsupportedError),
     (lambda: G.dequantize(torch.zeros(19, dtype=torch.uint8), "Q4_0"), CheckpointError),
-    (lambda: G.unpermute_qk(torch.zeros(16, 2), 3), CheckpointError), (lambda: G.permute_qk(torch.zeros(16, 2), 0), CheckpointError)])
+    (lambda: G.unpermute_qk(torch.zeros(16, 2), 3), CheckpointError),
+    (lambda: G.permute_qk(torch.zeros(16, 2), 0), CheckpointError)])
 def test_quantizers_refuse(call, error):
     with pytest.raises(error): call()
 
@@ -359,7 +367,7 @@ def test_loading_peaks_near_the_result(dtype):
     assert peak < 1.25 * kept, f"{peak / kept:.2f} times the weights"
 
 
-# --- named damage ----------------------------------------------------------------------------------------------------------
+# --- named damage ---------------------------------------------------------------------------------------------------
 
 def st(header, data=bytes(16), length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -374,35 +382,44 @@ GOOD_ST = st({"a": entry()})
 BAD_ST = {
     "empty": (b"", "empty"), "seven bytes": (b"1234567", "too few"), "cut in the header": (GOOD_ST[:20], "header"),
     "cut in the data": (GOOD_ST[:-1], "cut off"), "one byte too many": (GOOD_ST + b"x", "behind its last tensor"),
-    "header longer than the file": (st({"a": entry()}, length=10**6), "header"), "header of 2^60": (st({"a": entry()}, length=2**60),
+    "header longer than the file": (st({"a": entry()}, length=10**6), "header"),
+    "header of 2^60": (st({"a": entry()}, length=2**60),
     "header"),
-    "header of 2^64 - 1": (st({"a": entry()}, length=2**64 - 1), "header"), "header of 0": (st({"a": entry()}, length=0), "JSON|brace"),
+    "header of 2^64 - 1": (st({"a": entry()}, length=2**64 - 1), "header"),
+    "header of 0": (st({"a": entry()}, length=0), "JSON|brace"),
     "html": (b"<!DOCTYPE html><html></html>", "not a safetensors"),
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors"),
-    "pickle": (b"\x80\x02}q\x00." + bytes(40), "safetensors"), "not utf-8": (st(b'{"a\xff": 1}'), "JSON"), "bad json": (st(b'{"a": }'),
+    "pickle": (b"\x80\x02}q\x00." + bytes(40), "safetensors"), "not utf-8": (st(b'{"a\xff": 1}'), "JSON"),
+    "bad json": (st(b'{"a": }'),
     "JSON"),
     "list": (st(b"[1, 2]"), "brace"), "spaces first": (st(b"  {}", b""), "brace"), "NaN": (st(b'{"a": NaN}'), "NaN"),
     "Infinity": (st(b'{"a": -Infinity}'), "JSON"),
     "deep list": (st(b'{"a":' + b"[" * 100_000), "JSON"), "deep object": (st(b'{"a":' * 100_000), "JSON"),
     "huge number": (st(b'{"a": ' + b"9" * 10_000 + b"}"), "JSON"),
     "lone surrogate is no name": (st(b'{"a": {"dtype": "\\ud800", "shape": [], "data_offsets": [0, 4]}}'), "dtype"),
-    "duplicate name": (st(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"), "twice"),
+    "duplicate name": (st(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"),
+                       "twice"),
     "duplicate field": (st(b'{"a": {"dtype":"U8","dtype":"F32","shape":[4],"data_offsets":[0,16]}}'), "twice"),
     "entry is a number": (st({"a": 3}), "'a'"), "entry is a list": (st({"a": []}), "'a'"),
     "no shape": (st({"a": {"dtype": "F32", "data_offsets": [0, 16]}}), "shape"),
     "unknown dtype": (st({"a": entry("F31")}), "F31"), "dtype is a list": (st({"a": entry([])}), "dtype"),
     "dtype is null": (st({"a": entry(None)}), "dtype"),
-    "shape is a number": (st({"a": entry() | {"shape": 4}}), "shape"), "negative size": (st({"a": entry(shape=(-4,))}), "shape"),
-    "fractional size": (st({"a": entry(shape=(4.0,))}), "shape"), "size is true": (st({"a": entry(shape=(True, 4))}), "shape"),
-    "size is text": (st({"a": entry(shape=("4",))}), "shape"), "1000 dimensions": (st({"a": entry(shape=(1,) * 1000)}), "shape"),
-    "size 2^64": (st({"a": entry(shape=(2**64,))}), "shape"), "product overflows": (st({"a": entry(shape=(2**62, 2**62))}), "overflow"),
+    "shape is a number": (st({"a": entry() | {"shape": 4}}), "shape"),
+    "negative size": (st({"a": entry(shape=(-4,))}), "shape"),
+    "fractional size": (st({"a": entry(shape=(4.0,))}), "shape"),
+    "size is true": (st({"a": entry(shape=(True, 4))}), "shape"),
+    "size is text": (st({"a": entry(shape=("4",))}), "shape"),
+    "1000 dimensions": (st({"a": entry(shape=(1,) * 1000)}), "shape"),
+    "size 2^64": (st({"a": entry(shape=(2**64,))}), "shape"),
+    "product overflows": (st({"a": entry(shape=(2**62, 2**62))}), "overflow"),
     "empty but huge": (st({"a": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b""), "overflow"),
     "wrong product": (st({"a": entry(shape=(5,))}), "needs 20"),
     "wrong type": (st({"a": entry("F64")}), "needs 32"), "offsets reversed": (st({"a": entry(offsets=(16, 0))}), "'a'"),
     "negative offset": (st({"a": entry(offsets=(-16, 0))}), "data_offsets"),
     "three offsets": (st({"a": entry(offsets=(0, 16, 16))}), "data_offsets"),
     "offset 2^63": (st({"a": entry(offsets=(2**63, 2**63 + 16))}), "data_offsets"),
-    "out of range": (st({"a": entry(offsets=(16, 32))}), "gap"), "overlap": (st({"a": entry(), "b": entry(offsets=(0, 16))}), "overlap"),
+    "out of range": (st({"a": entry(offsets=(16, 32))}), "gap"),
+    "overlap": (st({"a": entry(), "b": entry(offsets=(0, 16))}), "overlap"),
     "partial overlap": (st({"a": entry(), "b": entry(offsets=(12, 28))}, bytes(28)), "overlap"),
     "gap": (st({"a": entry(), "b": entry(offsets=(20, 36))}, bytes(36)), "gap"), "last one missing": (st({"a": entry(),
     "b": entry(offsets=(16, 32))}), "cut off"),
@@ -426,17 +443,22 @@ def gg(entries=(), infos=(info(),), data=bytes(32), magic=b"GGUF", version=3, n_
 
 ALIGN = b"general.alignment"
 BAD_GGUF = {
-    "empty": (b"", "empty"), "two bytes": (b"GG", "GGUF"), "only the magic": (b"GGUF", "version"), "bad magic": (gg(magic=b"GGUX"),
+    "empty": (b"", "empty"), "two bytes": (b"GG", "GGUF"), "only the magic": (b"GGUF", "version"),
+    "bad magic": (gg(magic=b"GGUX"),
     "not a GGUF"),
-    "safetensors": (GOOD_ST, "not a GGUF"), "zip": (gg(magic=b"PK\3\4"), "not a GGUF"), "version 0": (gg(version=0), "version|endian"),
+    "safetensors": (GOOD_ST, "not a GGUF"), "zip": (gg(magic=b"PK\3\4"), "not a GGUF"),
+    "version 0": (gg(version=0), "version|endian"),
     "version 1": (gg(version=1), "version 1"),
-    "version 4": (gg(version=4), "version 4"), "big-endian": (gg(version=3 << 24), "big-endian"), "cut in the header": (gg()[:20],
+    "version 4": (gg(version=4), "version 4"), "big-endian": (gg(version=3 << 24), "big-endian"),
+    "cut in the header": (gg()[:20],
     "needed"), "cut in the table": (gg()[:40], "needed"),
-    "cut in the data": (gg(data=bytes(15)), "cut off"), "no data": (gg(data=b""), "cut off"), "2^60 tensors": (gg(n_tensors=2**60),
+    "cut in the data": (gg(data=bytes(15)), "cut off"), "no data": (gg(data=b""), "cut off"),
+    "2^60 tensors": (gg(n_tensors=2**60),
     "needed"), "2^64 - 1 tensors": (gg(n_tensors=2**64 - 1), "needed"),
     "2^60 entries": (gg(n_entries=2**60), "needed"), "one tensor too many": (gg(n_tensors=2), "needed|cut off"),
     "string of 2^60": (gg([kv(b"a", 8, struct.pack("<Q", 2**60))]), "needed"),
-    "key of 2^60": (gg([struct.pack("<Q", 2**60) + b"a"]), "needed"), "name of 2^63": (gg(infos=[struct.pack("<Q", 2**63) + bytes(40)]),
+    "key of 2^60": (gg([struct.pack("<Q", 2**60) + b"a"]), "needed"),
+    "name of 2^63": (gg(infos=[struct.pack("<Q", 2**63) + bytes(40)]),
     "needed"),
     "array of 2^40 bytes": (gg([kv(b"a", 9, struct.pack("<IQ", 0, 2**40))]), "needed"),
     "array of 2^40 strings": (gg([kv(b"a", 9, struct.pack("<IQ", 8, 2**40))]), "needed"),
@@ -448,21 +470,26 @@ BAD_GGUF = {
     "booleans 2": (gg([kv(b"a", 9, struct.pack("<IQB", 7, 1, 2))]), "boolean"),
     "duplicate key": (gg([kv(b"a", 0, b"\1")] * 2), "twice"), "key not utf-8": (gg([kv(b"\xff", 0, b"\1")]), "UTF-8"),
     "value not utf-8": (gg([kv(b"a", 8, text(b"\xff"))]), "UTF-8"),
-    "name not utf-8": (gg(infos=[info(b"\xff")]), "UTF-8"), "duplicate tensor": (gg(infos=[info(), info(offset=32)], data=bytes(64)),
+    "name not utf-8": (gg(infos=[info(b"\xff")]), "UTF-8"),
+    "duplicate tensor": (gg(infos=[info(), info(offset=32)], data=bytes(64)),
     "same name"),
     "1000 dimensions": (gg(infos=[info(dims=(1,) * 1000)]), "dimensions"),
     "2^32 - 1 dimensions": (gg(infos=[text(b"w") + b"\xff" * 4 + bytes(40)]), "dimensions"),
-    "product overflows": (gg(infos=[info(dims=(2**40, 2**40))]), "overflow"), "empty but huge": (gg(infos=[info(dims=(0, 2**63, 2**63))]),
+    "product overflows": (gg(infos=[info(dims=(2**40, 2**40))]), "overflow"),
+    "empty but huge": (gg(infos=[info(dims=(0, 2**63, 2**63))]),
     "overflow"), "out of range": (gg(infos=[info(dims=(2**40,))]), "cut off"),
-    "offset out of range": (gg(infos=[info(offset=2**40)]), "cut off"), "offset 2^64 - 32": (gg(infos=[info(offset=2**64 - 32)]),
+    "offset out of range": (gg(infos=[info(offset=2**40)]), "cut off"),
+    "offset 2^64 - 32": (gg(infos=[info(offset=2**64 - 32)]),
     "cut off"), "offset not aligned": (gg(infos=[info(offset=4)], data=bytes(64)), "multiple"),
     "overlap": (gg(infos=[info(), info(b"v")]), "overlap"),
     "inside": (gg(infos=[info(dims=(64,)), info(b"v", offset=128)], data=bytes(512)), "overlap"),
     "unknown type": (gg(infos=[info(kind=99)]), "99"), "removed type": (gg(infos=[info(kind=4)]), "type 4"),
     "half a block": (gg(infos=[info(dims=(33,), kind=2)]), "blocks of 32"),
-    "scalar block": (gg(infos=[info(dims=(), kind=2)]), "blocks of 32"), "alignment 0": (gg([kv(ALIGN, 4, bytes(4))]), "alignment"),
+    "scalar block": (gg(infos=[info(dims=(), kind=2)]), "blocks of 32"),
+    "alignment 0": (gg([kv(ALIGN, 4, bytes(4))]), "alignment"),
     "alignment 33": (gg([kv(ALIGN, 4, struct.pack("<I", 33))]), "alignment"),
-    "alignment is text": (gg([kv(ALIGN, 8, text(b"32"))]), "alignment"), "alignment is true": (gg([kv(ALIGN, 7, b"\1")]), "alignment"),
+    "alignment is text": (gg([kv(ALIGN, 8, text(b"32"))]), "alignment"),
+    "alignment is true": (gg([kv(ALIGN, 7, b"\1")]), "alignment"),
     "alignment 2^31": (gg([kv(ALIGN, 4, struct.pack("<I", 2**31))]), "cut off"),
 }
 
@@ -502,14 +529,16 @@ def test_types_without_a_reader(tmp_path, kind):
     with pytest.raises(CheckpointError, match=f"'w'.*{kind}"): read_gguf(tmp_path / "x")
 
 
-# --- files that ask for much -----------------------------------------------------------------------------------------------
+# --- files that ask for much ----------------------------------------------------------------------------------------
 
 GREEDY = {
     "brackets": (read_safetensors, st(b'{"a":[' + b"[]," * 100_000 + b"[]]}")),
     "objects": (read_safetensors, st(b'{"a":[' + b"{}," * 100_000 + b"{}]}")),
     "names": (read_safetensors, st(b"{" + b",".join(b'"%d":0' % i for i in range(30_000)) + b"}")),
-    "numbers": (read_safetensors, st(b'{"a":{"dtype":"F32","shape":[' + b"1," * 100_000 + b'1],"data_offsets":[0,4]}}')),
-    "small ints": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 2, 200_000) + np.arange(200_000, dtype=np.uint16).tobytes())])),
+    "numbers": (read_safetensors, st(b'{"a":{"dtype":"F32","shape":[' + b"1," * 100_000
+                                     + b'1],"data_offsets":[0,4]}}')),
+    "small ints": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 2, 200_000)
+                                     + np.arange(200_000, dtype=np.uint16).tobytes())])),
     "empty strings": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 8, 30_000) + bytes(240_000))])),
     "empty arrays": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 9, 20_000) + bytes(12 * 20_000))])),
     "empty tensors": (read_gguf, gg(infos=[info(b"%d" % i, dims=(0, 2**40)) for i in range(6_000)])),
@@ -530,7 +559,7 @@ def test_greedy_files_stay_within_bounds(tmp_path, name):
     assert seconds < 20, f"{seconds:.1f} s for {len(data):,} bytes"
 
 
-# --- a thousand mutations --------------------------------------------------------------------------------------------------
+# --- a thousand mutations -------------------------------------------------------------------------------------------
 
 LENGTHS = [0, 1, 7, 8, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
 

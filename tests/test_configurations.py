@@ -158,11 +158,14 @@ def test_wrong_entries_of_rope_parameters_are_named(family, variant):
 
 
 TOGETHER = [  # values that are right alone and wrong together: family, changes, the key that is named
-    ("llama", dict(num_key_value_heads=4), "num_key_value_heads"), ("llama", dict(hidden_size=50, head_dim=None), "hidden_size"),
+    ("llama", dict(num_key_value_heads=4), "num_key_value_heads"),
+    ("llama", dict(hidden_size=50, head_dim=None), "hidden_size"),
     ("llama", dict(head_dim=7), "head_dim"), ("mixtral", dict(num_experts_per_tok=6), "num_experts_per_tok"),
     ("deepseek_v3", dict(n_group=3), "n_group"), ("deepseek_v3", dict(topk_group=5), "topk_group"),
-    ("deepseek_v3", dict(num_experts_per_tok=7), "num_experts_per_tok"), ("gemma2", dict(layer_types=["full_attention"]), "layer_types"),
-    ("gpt_neox", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.01)), "partial_rotary"),
+    ("deepseek_v3", dict(num_experts_per_tok=7), "num_experts_per_tok"),
+    ("gemma2", dict(layer_types=["full_attention"]), "layer_types"),
+    ("gpt_neox", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.01)),
+     "partial_rotary"),
 ]
 
 
@@ -193,7 +196,8 @@ def test_layers_that_the_file_does_not_hold_are_refused_at_once(layers, tmp_path
     assert time.perf_counter() - start < 1
 
 
-@pytest.mark.parametrize("key,value", [("vocab_size", 98), ("hidden_size", 96), ("num_hidden_layers", 2), ("num_hidden_layers", 9_000)])
+@pytest.mark.parametrize("key,value", [("vocab_size", 98), ("hidden_size", 96), ("num_hidden_layers", 2),
+                                       ("num_hidden_layers", 9_000)])
 def test_counts_must_be_those_of_the_tensors(key, value):
     from models import small_model
     hf = small_model("llama")

@@ -1,4 +1,5 @@
-"The C kernels: random shapes against float64, memory next to what they write, fallbacks, the compiler's moods, and whole models."
+"""The C kernels: random shapes against float64, memory next to what they write, fallbacks, the compiler's moods,
+and whole models."""
 import os
 import random
 import subprocess

@@ -1,8 +1,7 @@
 """The parity matrix: every family against transformers, on small models that keep what hurts.
 
-Logits and gradients, cached = uncached at every split, ragged = single, tensors in and out unchanged, and every combination
-of ops and cache. The worst difference of each family is printed with `pytest -s`.
-"""
+Logits and gradients, cached = uncached at every split, ragged = single, tensors in and out unchanged, and every
+combination of ops and cache. The worst difference of each family is printed with `pytest -s`."""
 from dataclasses import asdict
 from functools import cache
 
@@ -20,8 +19,9 @@ from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import CheckpointError, InputError, UnsupportedError
 from llm_workbench.kernels.cpu import CPU
 
-REQUIRED = """llama mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 phi phi3 phimoe cohere cohere2 falcon
-              gpt_neox olmo olmo2 olmo3 dbrx stablelm granite smollm3 gpt_oss""".split()
+REQUIRED = """llama mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 qwen2_moe qwen3_moe deepseek_v2
+deepseek_v3 phi phi3 phimoe cohere cohere2 falcon gpt_neox olmo olmo2 olmo3 dbrx stablelm granite
+smollm3 gpt_oss""".split()
 MODELS = [(kind, variant) for kind in SMALL for variant in range(len(SMALL[kind]))]
 TOKENS = torch.randint(0, 97, (3, 14), generator=torch.Generator().manual_seed(1))
 each_model = pytest.mark.parametrize("kind, variant", MODELS, ids=lambda v: str(v))
@@ -159,10 +159,11 @@ def test_without_a_declared_length_the_first_call_decides():
         assert worst(a[:, :4], ours(TOKENS[:, :4])) <= 1e-4 and worst(b, ours(TOKENS)) <= 1e-4 and worst(a, b) > 1e-2
 
 
-# --- Snowflake Arctic, which transformers does not have ---------------------------------------------------------------------
+# --- Snowflake Arctic, which transformers does not have -------------------------------------------------------------
 
 ARCTIC = dict(model_type="arctic", vocab_size=32000, hidden_size=7168, intermediate_size=4864, num_hidden_layers=35,
-              num_attention_heads=56, num_key_value_heads=8, num_local_experts=128, num_experts_per_tok=2, moe_layer_frequency=1,
+              num_attention_heads=56, num_key_value_heads=8, num_local_experts=128, num_experts_per_tok=2,
+              moe_layer_frequency=1,
               max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0)
 SMALL_ARCTIC = dict(
     hidden_size=48,
@@ -246,7 +247,7 @@ def test_arctic_tensors_by_their_names():
     assert worst(again(TOKENS), model(TOKENS)) == 0
 
 
-# --- what cannot be read ----------------------------------------------------------------------------------------------------
+# --- what cannot be read --------------------------------------------------------------------------------------------
 
 LLAMA = dict(
     model_type="llama", vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8
@@ -282,10 +283,11 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(kind):
     }
     with pytest.raises(CheckpointError) as e: Decoder.from_checkpoint(hf.config.to_dict(), broken)
     for words in (f"missing: {names[0]}", "extra.weight", f"{names[1]} (3, 5) instead of "
-                                                          f"{tuple(state[names[1]].shape)}"): assert words in str(e.value), str(e.value)
+                                                          f"{tuple(state[names[1]].shape)}"):
+        assert words in str(e.value), str(e.value)
 
 
-# --- config.json as it lies in repositories: short, and of any age -------------------------------------------------------------
+# --- config.json as it lies in repositories: short, and of any age --------------------------------------------------
 
 def bare_configs():
     for kind, variant in MODELS: yield f"{kind} {variant}", small_config(kind, variant)
@@ -333,7 +335,7 @@ def test_a_short_config_is_read_as_transformers_reads_it():
     assert not wrong
 
 
-# --- the released models of the landscape -------------------------------------------------------------------------------------
+# --- the released models of the landscape ---------------------------------------------------------------------------
 
 def released():
     from llm_workbench.landscape.models import catalogue

@@ -1,8 +1,8 @@
-"""The generation loop, stop strings and streaming: equal to transformers, to the row alone, and to the definition; wrong variants are rejected.
+"""The generation loop, stop strings and streaming: equal to transformers, to the row alone, and to the definition;
+wrong variants are rejected.
 
-Two small models: a random Llama (close scores, an oracle in transformers), and a scripted one that writes a given text with a tokenizer whose
-tokens cut characters and stop strings at awkward places.
-"""
+Two small models: a random Llama (close scores, an oracle in transformers), and a scripted one that writes a given
+text with a tokenizer whose tokens cut characters and stop strings at awkward places."""
 import random
 
 import pytest
@@ -52,7 +52,7 @@ def oracle():
     )
 
 
-# --- the loop against transformers ------------------------------------------------------------------------------------
+# --- the loop against transformers ----------------------------------------------------------------------------------
 
 def greedy_equals_transformers(oracle, batch=Batch):
     decoder, eos, free, stopped, penalised = oracle
@@ -174,7 +174,7 @@ def test_wrong_loop_is_rejected(oracle, wrong):
         greedy_equals_transformers(oracle, wrong)
 
 
-# --- what a later engine asks of a step ---------------------------------------------------------------------------------
+# --- what a later engine asks of a step -----------------------------------------------------------------------------
 
 def test_a_mask_decides_what_is_possible(oracle):
     allowed = torch.tensor([3, 50, 96])
@@ -290,10 +290,13 @@ def test_one_token_per_row_and_step_reaches_the_decoder(oracle, monkeypatch):
 
 
 @pytest.mark.parametrize("prompts, n, error, words", [
-    ([[1, 2], []], 5, ContextLengthError, "Prompt 1 is empty"), ([], 5, ContextLengthError, "no prompt"), ([[1] * 60], 10, ContextLengthError, "at most 4"),
-    ([[1] * 64], 1, ContextLengthError, "by at least 1 token"), ([[1] * 90], 1, ContextLengthError, "by at least 27"), ([[1]], 0, InputError, "at least 1"),
+    ([[1, 2], []], 5, ContextLengthError, "Prompt 1 is empty"), ([], 5, ContextLengthError, "no prompt"),
+    ([[1] * 60], 10, ContextLengthError, "at most 4"),
+    ([[1] * 64], 1, ContextLengthError, "by at least 1 token"), ([[1] * 90], 1, ContextLengthError, "by at least 27"),
+    ([[1]], 0, InputError, "at least 1"),
     ([[1, 97]], 5, InputError, "outside"), ([[-1]], 5, InputError, "outside"), (["a text"], 5, InputError, "encode it"),
-    ([["a"]], 5, InputError, "outside"), ([[1]], 2.5, InputError, "max_new_tokens is 2.5"), ([[1]], "9", InputError, "'9'")])
+    ([["a"]], 5, InputError, "outside"), ([[1]], 2.5, InputError, "max_new_tokens is 2.5"),
+    ([[1]], "9", InputError, "'9'")])
 def test_bad_input_raises_at_the_call(oracle, monkeypatch, prompts, n, error, words):
     monkeypatch.setattr(type(oracle[0]), "hidden", lambda *a: pytest.fail("work started before the input was checked"))
     with pytest.raises(error, match=words): generate_tokens(oracle[0], prompts, max_new_tokens=n)
@@ -314,7 +317,7 @@ def test_nan_weights_are_named(oracle):
     with pytest.raises(WorkbenchError, match="NaN"): tokens_of(broken, PROMPTS[:2])
 
 
-# --- text: a scripted model and a tokenizer that cuts where it hurts ------------------------------------------------------
+# --- text: a scripted model and a tokenizer that cuts where it hurts ------------------------------------------------
 
 class Pieces:
     "A tokenizer over given byte strings; id 0 is the end token."
@@ -429,7 +432,8 @@ class FirstInTheList(StopStrings):
         return super().push(text)
 
 
-@pytest.mark.parametrize("mutant", [OnlyAtTheEnd, KeepsTheStopString, HoldsTooLittle, ForgetsWhatItHeld, FirstInTheList])
+@pytest.mark.parametrize("mutant", [OnlyAtTheEnd, KeepsTheStopString, HoldsTooLittle, ForgetsWhatItHeld,
+                                    FirstInTheList])
 def test_wrong_stop_condition_is_rejected(monkeypatch, mutant):
     monkeypatch.setattr(generation, "StopStrings", mutant)
     with pytest.raises(AssertionError): text_is_the_definition()
@@ -471,7 +475,7 @@ def test_abandoned_stream_leaves_nothing_behind(oracle):
     assert tokens_of(decoder, PROMPTS) == free
 
 
-# --- the real model -------------------------------------------------------------------------------------------------------
+# --- the real model -------------------------------------------------------------------------------------------------
 
 def test_real_model_batch_equals_alone_and_stream_equals_chat(lm):
     questions = ["Why is the sky blue?", "안녕하세요! 한국어로 인사해 주세요.", "Write one emoji.", "What is the capital of Peru?"]

@@ -1,5 +1,6 @@
-"""Every architecture of GGUF that the workbench reads: a tiny random model of transformers, written in the layout of llama.cpp's converter, must come
-back with the logits of transformers, and llama.cpp, reading the same file, must agree: so the layout is llama.cpp's and not only our idea of it."""
+"""Every architecture of GGUF that the workbench reads: a tiny random model of transformers, written in the layout
+of llama.cpp's converter, must come back with the logits of transformers, and llama.cpp, reading the same file,
+must agree: so the layout is llama.cpp's and not only our idea of it."""
 import json
 import math
 import re
@@ -74,7 +75,9 @@ def converted(name, t, c, architecture):
         cut = (lambda x: (x[..., ::2], x[..., 1::2])) if architecture == "gpt-oss" else (lambda x: x.chunk(2, 1))
         for part, piece in zip(("gate", "up"), cut(t)):
             if "bias" in name: yield f"{layer}mlp.experts.{part}_proj.bias", piece
-            else: yield f"{layer}mlp.experts.{part}_proj.weight", piece.transpose(1, 2) if architecture == "gpt-oss" else piece
+            else:
+                turned = piece.transpose(1, 2) if architecture == "gpt-oss" else piece
+                yield f"{layer}mlp.experts.{part}_proj.weight", turned
     elif name.endswith("experts.down_proj_bias"): yield f"{layer}mlp.experts.down_proj.bias", t
     elif name.endswith("experts.down_proj"):
         yield f"{layer}mlp.experts.down_proj.weight", t.transpose(1, 2) if architecture == "gpt-oss" else t
@@ -149,18 +152,25 @@ def metadata_of(c):
     # no head_dim in their configuration
     old_heads = kind in ("phi", "phi3", "phimoe", "stablelm", "granite", "gpt_neox", "falcon", "dbrx", "cohere")
     keys = {
-        "block_count": get("num_hidden_layers"), "context_length": get("max_position_embeddings"), "embedding_length": get("hidden_size"),
-        "feed_forward_length": first("ffn_hidden_size", "intermediate_size"), "attention.head_count": get("num_attention_heads"),
-        "attention.head_count_kv": first("num_kv_heads", "num_key_value_heads"), "attention.layer_norm_rms_epsilon": get("rms_norm_eps"),
+        "block_count": get("num_hidden_layers"), "context_length": get("max_position_embeddings"),
+        "embedding_length": get("hidden_size"),
+        "feed_forward_length": first("ffn_hidden_size", "intermediate_size"),
+        "attention.head_count": get("num_attention_heads"),
+        "attention.head_count_kv": first("num_kv_heads", "num_key_value_heads"),
+        "attention.layer_norm_rms_epsilon": get("rms_norm_eps"),
         "attention.layer_norm_epsilon": first("layer_norm_eps", "layer_norm_epsilon"), "vocab_size": get("vocab_size"),
         "attention.key_length": None if old_heads else D, "attention.value_length": None if old_heads else D,
         "rope.freq_base": rope.get("rope_theta"), "rope.freq_base_swa": local and local["rope_theta"],
-        "expert_count": first("num_local_experts", "num_experts", "n_routed_experts"), "expert_used_count": get("num_experts_per_tok"),
+        "expert_count": first("num_local_experts", "num_experts", "n_routed_experts"),
+        "expert_used_count": get("num_experts_per_tok"),
         "expert_feed_forward_length": get("intermediate_size" if kind == "gpt_oss" else "moe_intermediate_size"),
         "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
-        "logit_scale": first("logit_scale", "logits_scaling"), "embedding_scale": get("embedding_multiplier"), "residual_scale": get("residual_multiplier"),
-        "attention.scale": get("attention_multiplier"), "attention.clamp_kqv": get("clip_qkv"), "use_parallel_residual": get("use_parallel_residual"),
-        "attn_logit_softcapping": get("attn_logit_softcapping"), "final_logit_softcapping": get("final_logit_softcapping")}
+        "logit_scale": first("logit_scale", "logits_scaling"), "embedding_scale": get("embedding_multiplier"),
+        "residual_scale": get("residual_multiplier"),
+        "attention.scale": get("attention_multiplier"), "attention.clamp_kqv": get("clip_qkv"),
+        "use_parallel_residual": get("use_parallel_residual"),
+        "attn_logit_softcapping": get("attn_logit_softcapping"),
+        "final_logit_softcapping": get("final_logit_softcapping")}
     if rope.get("rope_type") in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
         if rope["rope_type"] == "yarn":
@@ -259,7 +269,8 @@ _LONG_PHI = dict(
     sliding_window=None,
     rope_parameters=dict(LONG, original_max_position_embeddings=8),
 )
-CASES = {  # id -> (family, changes to its small configuration, llama.cpp computes the same); llama.cpp tells DeepSeek-V2-Lite by its
+# id -> (family, changes to its small configuration, llama.cpp computes the same); llama.cpp tells DeepSeek-V2-Lite by its
+CASES = {
     # 27 layers and looks for Command R+'s norms of queries and keys from 64 layers on
     "llama, rope_freqs": ("llama", SMALL["llama"][0], True),
     "llama, biases, linear": ("llama", SMALL["llama"][1], True),
@@ -657,9 +668,12 @@ def expert_by_expert(tensors, config):
     return out, {}
 
 
-@pytest.mark.parametrize("case,change", [("deepseek_v3, YaRN", one_kv_b), ("deepseek_v2", one_kv_b), ("phi2", one_qkv), ("llama, biases, linear", one_qkv), ("qwen2", one_qkv),
-                                         ("phi3, longrope", three_qkv), ("mixtral", one_gate_up), ("dbrx", one_gate_up), ("gpt_oss", as_is), ("qwen2_moe", flat_gate),
-                                         ("qwen3_moe", one_gate_up), ("mixtral", expert_by_expert), ("phimoe", expert_by_expert)])
+@pytest.mark.parametrize("case,change", [("deepseek_v3, YaRN", one_kv_b), ("deepseek_v2", one_kv_b), ("phi2", one_qkv),
+                                         ("llama, biases, linear", one_qkv), ("qwen2", one_qkv),
+                                         ("phi3, longrope", three_qkv), ("mixtral", one_gate_up),
+                                         ("dbrx", one_gate_up), ("gpt_oss", as_is), ("qwen2_moe", flat_gate),
+                                         ("qwen3_moe", one_gate_up), ("mixtral", expert_by_expert),
+                                         ("phimoe", expert_by_expert)])
 @torch.no_grad()
 def test_other_layouts(case, change, tmp_path):
     model, config = make(*CASES[case][:2])
@@ -668,7 +682,8 @@ def test_other_layouts(case, change, tmp_path):
     assert (decoder_of(path)(TOKENS) - model(TOKENS).logits).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("case,key,value", [("phi3, longrope", "rope__scaling__attn_factor", 1.5), ("mistral, YaRN", "rope__scaling__yarn_attn_factor", 1.3)])
+@pytest.mark.parametrize("case,key,value", [("phi3, longrope", "rope__scaling__attn_factor", 1.5),
+                                            ("mistral, YaRN", "rope__scaling__yarn_attn_factor", 1.3)])
 def test_attention_factor_of_the_file_is_used(case, key, value, tmp_path):
     model, config = make(*CASES[case][:2])
     read = open_checkpoint(to_gguf(model.state_dict(), config, tmp_path / "m.gguf", **{key: value})).config[
@@ -763,7 +778,8 @@ def test_names_are_those_of_the_gguf_package(architecture):
     assert checked >= 3 + 2 * 4
 
 
-@pytest.mark.parametrize("name,near", [("qwen3next", "qwen3"), ("gemma4", "gemma"), ("deepseek3", "deepseek2"), ("mamba", ""), ("gptj", "gpt")])
+@pytest.mark.parametrize("name,near", [("qwen3next", "qwen3"), ("gemma4", "gemma"), ("deepseek3", "deepseek2"),
+                                       ("mamba", ""), ("gptj", "gpt")])
 def test_unknown_architecture_names_the_nearest(name, near, tmp_path):
     write_gguf(tmp_path / "m.gguf", {"general.architecture": name}, {"token_embd.weight": torch.ones(3, 2)})
     with pytest.raises(UnsupportedError, match=f"{name!r}.*(Did you mean|nearest are).*{near}" if near else repr(name)):
@@ -771,13 +787,18 @@ def test_unknown_architecture_names_the_nearest(name, near, tmp_path):
 
 
 @pytest.mark.parametrize("case,keys,kind,word", [
-    ("deepseek_v2", dict(attention__kv_lora_rank=None), CheckpointError, "kv_lora_rank"), ("deepseek_v2", dict(rope__dimension_count=1000), CheckpointError, "1000 of 20 dimensions"),
-    ("deepseek_v2", dict(attention__value_length_mla=3), CheckpointError, "shape|fit"), ("olmo3", dict(attention__sliding_window_pattern=[True]), CheckpointError, "4 layers"),
-    ("gpt_neox", dict(use_parallel_residual=3), CheckpointError, "use_parallel_residual"), ("falcon 40B", dict(attention__head_count_kv=3), CheckpointError, "shape|fit"),
+    ("deepseek_v2", dict(attention__kv_lora_rank=None), CheckpointError, "kv_lora_rank"),
+    ("deepseek_v2", dict(rope__dimension_count=1000), CheckpointError, "1000 of 20 dimensions"),
+    ("deepseek_v2", dict(attention__value_length_mla=3), CheckpointError, "shape|fit"),
+    ("olmo3", dict(attention__sliding_window_pattern=[True]), CheckpointError, "4 layers"),
+    ("gpt_neox", dict(use_parallel_residual=3), CheckpointError, "use_parallel_residual"),
+    ("falcon 40B", dict(attention__head_count_kv=3), CheckpointError, "shape|fit"),
     ("falcon 40B", dict(attention__head_count_kv=5), CheckpointError, "num_kv_heads is 5"),
     ("stablelm, per-head norms", dict(attention__head_count=5), CheckpointError, "divisor of the 5 query heads"),
-    ("gemma3", dict(attention__sliding_window="x"), CheckpointError, "sliding_window"), ("dbrx", dict(expert_count="x"), CheckpointError, "expert_count"),
-    ("phi3, longrope", dict(rope__dimension_count=6), CheckpointError, "rope_factors"), ("granite", dict(logit_scale=float("inf")), CheckpointError, "logit_scale")])
+    ("gemma3", dict(attention__sliding_window="x"), CheckpointError, "sliding_window"),
+    ("dbrx", dict(expert_count="x"), CheckpointError, "expert_count"),
+    ("phi3, longrope", dict(rope__dimension_count=6), CheckpointError, "rope_factors"),
+    ("granite", dict(logit_scale=float("inf")), CheckpointError, "logit_scale")])
 def test_damaged(case, keys, kind, word, tmp_path):
     model, config = make(*CASES[case][:2])
     path = to_gguf(model.state_dict(), config, tmp_path / "m.gguf", **keys)

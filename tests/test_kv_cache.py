@@ -1,4 +1,5 @@
-"Every cache answers like no cache: at every split, in ragged batches, after rewinds and reorderings; broken caches are rejected."
+"""Every cache answers like no cache: at every split, in ragged batches, after rewinds and reorderings; broken
+caches are rejected."""
 import inspect
 import random
 

@@ -1,7 +1,7 @@
-"""A file's blocks can be had packed: rows that a layout only moves are moved as bytes, and everything else says why not.
+"""A file's blocks can be had packed: rows that a layout only moves are moved as bytes, and everything else says why
+not.
 
-The oracle never moves a byte: the same numbers, unpacked first and then rearranged by the family's layout.
-"""
+The oracle never moves a byte: the same numbers, unpacked first and then rearranged by the family's layout."""
 from collections import Counter
 
 import pytest

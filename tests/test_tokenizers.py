@@ -1,4 +1,5 @@
-"Tokenizers: equal to llama.cpp, tokenizers and transformers on nasty text; streams, damage, and mutants that must be noticed."
+"""Tokenizers: equal to llama.cpp, tokenizers and transformers on nasty text; streams, damage, and mutants that must
+be noticed."""
 import ctypes
 import functools
 import json

@@ -161,7 +161,7 @@ def begin(self: Cache,
     batch: int,                         # B
     n_tokens: int,                      # T, new tokens of each row
     device: torch.device | str | None = None,
-    *, counts: Sequence[int] | Tensor | None = None,   # (B,) real tokens of each row, where rows are padded on the right
+    *, counts: Sequence[int] | Tensor | None = None,  # (B,) real tokens of each row, where rows are padded on the right
     positions: Tensor | None = None,    # (B, T) or (3, B, T) where the tokens stand; None: behind what the cache holds
     spans: Tensor | None = None,        # (B, T) tokens of one number >= 0 see each other in both directions
 ) -> Step:
@@ -330,7 +330,8 @@ def kv_bytes(
     n_tokens: int,                                     # context length, tokens per row
     batch: int = 1,
     bits: float = 16,                                  # per stored value, scales included (see `kv_bits`)
-    window: int | Sequence[int | None] | None = None,  # tokens kept: in every layer, or one number per layer (None: all)
+    # tokens kept: in every layer, or one number per layer (None: all)
+    window: int | Sequence[int | None] | None = None,
     v_head_dim: int | None = None,                     # of values, if not head_dim; 0 where the value is in the key
 ) -> int:                                              # bytes
     "Bytes that the keys and values of `n_tokens` tokens take."

@@ -39,7 +39,7 @@ class QuantizedCache(Cache):
     def __init__(self,
         n_layers: int,
         bits: int = 8,             # 8 or 4
-        keys: str = "channel",     # keys share a scale per "channel" of a group, or per "token"; values always per token
+        keys: str = "channel",  # keys share a scale per "channel" of a group, or per "token"; values always per token
         group: int = 32,           # tokens that are quantized together
         residual: int = 32,        # newest tokens that always stay in full precision
         capacity: int = 64,        # tokens to reserve codes for at first

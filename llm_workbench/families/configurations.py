@@ -47,31 +47,43 @@ _WIDTH, _COUNT, _TOKENS, _FACTOR = 2**18, 2**14, 2**40, 1e6
 
 KEYS: dict[str, Key] = {
     **dict.fromkeys(("hidden_size", "kv_lora_rank", "shared_expert_intermediate_size"), whole(1, _WIDTH)),
-    "vocab_size": whole(1, 2**24), "intermediate_size": whole(1, 2**22, null=True), "moe_intermediate_size": whole(1, 2**22),
-    "num_hidden_layers": whole(1, 10_000), "num_attention_heads": whole(1, _COUNT), "num_key_value_heads": whole(1, _COUNT, null=True),
-    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), whole(1, _COUNT)), "head_dim": whole(1, _COUNT, null=True),
+    "vocab_size": whole(1, 2**24), "intermediate_size": whole(1, 2**22, null=True),
+    "moe_intermediate_size": whole(1, 2**22),
+    "num_hidden_layers": whole(1, 10_000), "num_attention_heads": whole(1, _COUNT),
+    "num_key_value_heads": whole(1, _COUNT, null=True),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), whole(1, _COUNT)),
+    "head_dim": whole(1, _COUNT, null=True),
     "q_lora_rank": whole(1, _WIDTH, null=True), "max_position_embeddings": whole(1, _TOKENS),
     "original_max_position_embeddings": whole(1, _TOKENS, null=True), "sliding_window": whole(0, _TOKENS, null=True),
     "norm_eps": Key(lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"), "hidden_act": word(),
     # which layers are what
     "layer_types": listed(_types, '"full_attention" and "sliding_attention"'), "max_window_layers": whole(0, _TOKENS),
     "sliding_window_pattern": whole(1, 10_000, null=True), "no_rope_layer_interval": whole(1, 10_000),
-    "no_rope_layers": listed(Key(lambda v: v in (0, 1), ""), "0 and 1"), "mlp_only_layers": listed(whole(0, 10_000), "layer numbers"),
-    **dict.fromkeys(("decoder_sparse_step", "moe_layer_frequency"), whole(1, 10_000)), "first_k_dense_replace": whole(0, 10_000, null=True),
+    "no_rope_layers": listed(Key(lambda v: v in (0, 1), ""), "0 and 1"),
+    "mlp_only_layers": listed(whole(0, 10_000), "layer numbers"),
+    **dict.fromkeys(("decoder_sparse_step", "moe_layer_frequency"), whole(1, 10_000)),
+    "first_k_dense_replace": whole(0, 10_000, null=True),
     # experts
-    **dict.fromkeys(("num_experts", "num_experts_per_tok"), whole(1, _COUNT)), "n_shared_experts": whole(0, 1024, null=True),
-    **dict.fromkeys(("n_group", "topk_group"), whole(1, _COUNT, null=True)), "topk_method": Key(word().good, "a word in quotes", null=True),
-    "moe_normalize_expert_weights": number(0, _FACTOR, null=True), "router_jitter_noise": Key(lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0, below 1"),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok"), whole(1, _COUNT)),
+    "n_shared_experts": whole(0, 1024, null=True),
+    **dict.fromkeys(("n_group", "topk_group"), whole(1, _COUNT, null=True)),
+    "topk_method": Key(word().good, "a word in quotes", null=True),
+    "moe_normalize_expert_weights": number(0, _FACTOR, null=True),
+    "router_jitter_noise": Key(lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0, below 1"),
     # multipliers and bounds
-    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "query_pre_attn_scalar",
+    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+                     "logit_scale", "query_pre_attn_scalar",
                      "routed_scaling_factor", "swiglu_alpha", "swiglu_limit"), number(0, _FACTOR)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), number(0, _FACTOR, null=True)),
     # positions
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), number(1, 1e15)), **dict.fromkeys(("rope_parameters", "rope_scaling"), table()),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), number(1, 1e15)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), table()),
     "partial_rotary_factor": number(0, 1), "num_ln_in_parallel_attn": whole(1, 2, null=True),
     # yes and no
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "qk_layernorm", "use_qkv_bias", "use_parallel_residual", "use_qk_norm",
-                     "lm_head_bias", "qkv_bias", "norm_topk_prob", "alibi", "new_decoder_architecture", "multi_query", "parallel_attn", "bias", "rope_interleave",
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "qk_layernorm",
+                     "use_qkv_bias", "use_parallel_residual", "use_qk_norm",
+                     "lm_head_bias", "qkv_bias", "norm_topk_prob", "alibi", "new_decoder_architecture", "multi_query",
+                     "parallel_attn", "bias", "rope_interleave",
                      "use_bidirectional_attention"), flag()),
 }
 
@@ -115,7 +127,8 @@ def _find(config: Mapping, name: str, x: Config):
 def complete(config: Mapping,                     # as it lies in a file
              model_type: str,                     # for messages
              defaults: dict,                      # key -> what it means where the file says nothing
-             names: dict[str, tuple] = {},        # key -> what files call it, the usual name first; without an entry the key itself
+             # key -> what files call it, the usual name first; without an entry the key itself
+             names: dict[str, tuple] = {},
              ) -> Config:
     "Every key that a family reads, from the file or by default, each checked by its rule; raises `CheckpointError`."
     x = Config(defaults, model_type, {key: names[key][0] for key in names})
@@ -141,8 +154,10 @@ ROPE_KEYS: dict[str, dict[str, Key]] = {   # what each rope_type needs
 }
 ROPE_OPTIONS: dict[str, Key] = {           # what may be there besides
     **dict.fromkeys(("factor", "attention_factor", "beta_fast", "beta_slow", "short_mscale", "long_mscale"), _factor),
-    **dict.fromkeys(("mscale", "mscale_all_dim"), Key(lambda v: type(v) in (int, float) and 0 <= v <= _FACTOR, "a number from 0")), "truncate": flag(),
-    "original_max_position_embeddings": whole(2, _TOKENS), "rope_theta": KEYS["rope_theta"], "partial_rotary_factor": KEYS["partial_rotary_factor"],
+    **dict.fromkeys(("mscale", "mscale_all_dim"), Key(lambda v: type(v) in (int, float) and 0 <= v <= _FACTOR,
+                                                      "a number from 0")), "truncate": flag(),
+    "original_max_position_embeddings": whole(2, _TOKENS), "rope_theta": KEYS["rope_theta"],
+    "partial_rotary_factor": KEYS["partial_rotary_factor"],
 }
 ROPE_NAMES = {"su": "longrope"}            # what Phi-3's first files called it
 

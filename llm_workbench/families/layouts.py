@@ -73,7 +73,8 @@ def norms_per_head(which: str) -> Callable:
 def dbrx_experts(c):
     three = lambda t: t.unflatten(0, (c.num_experts, -1))                            # (E * F, C) -> (E, F, C)
     gate_up = Entry((f"{GATE_UP}.weight",), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
-                    lambda w, v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)])
+                    lambda w, v: (torch.cat([three(w), three(v)], 1),),
+                    lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)])
     down = Entry(
         (f"{DOWN}.weight",),
         ("ffn.experts.mlp.w2",),
@@ -87,7 +88,8 @@ def latent_halves(c):
     # rows of a head for its key (D) and its value (Dv)
     sizes = [c.head_dim - c.qk_rope_head_dim, c.v_head_dim]
     return Entry(("self_attn.k_b.weight", "self_attn.v_b.weight"), ("self_attn.kv_b_proj.weight",),
-                 lambda t: t.unflatten(0, (c.num_attention_heads, -1)).split(sizes, 1), lambda k, v: (torch.cat([k, v], 1).flatten(0, 1),))
+                 lambda t: t.unflatten(0, (c.num_attention_heads, -1)).split(sizes, 1), lambda k,
+                 v: (torch.cat([k, v], 1).flatten(0, 1),))
 
 def gpt_oss_experts(c):
     # gate and up, interleaved -> one after the other
@@ -107,8 +109,10 @@ def gpt_oss_experts(c):
 
 # %% ../../nbs/06_families/03_layouts.ipynb #462cd632
 LLAMA_NAMES = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
-               "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
-               **{f"{part}.experts.{stack}.{leaf}": f"{part}.experts.{stack}{end}" for part in ("mlp", "moe")      # stacks are no modules there
+               "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+               "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+               # stacks are no modules there
+               **{f"{part}.experts.{stack}.{leaf}": f"{part}.experts.{stack}{end}" for part in ("mlp", "moe")
                   for stack in ("gate_up_proj", "down_proj") for leaf, end in (("weight", ""), ("bias", "_bias"))}}
 POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 SANDWICH = {**POST, "mlp_norm": "pre_feedforward_layernorm"}
@@ -147,7 +151,8 @@ PHI_NAMES = {
     "self_attn.k_norm": "self_attn.k_layernorm",
 }
 DBRX_NAMES = {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.norm_f",
-              "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2", "mlp.gate": "ffn.router.layer", "mlp": "ffn",
+              "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2",
+              "mlp.gate": "ffn.router.layer", "mlp": "ffn",
               "self_attn": "norm_attn_norm.attn", "self_attn.o_proj": "norm_attn_norm.attn.out_proj"}
 ARCTIC_NAMES = {
     "mlp": "residual_mlp",
@@ -228,7 +233,7 @@ IMPLIED = r".*(rotary_emb\.inv_freq|attention\.bias|masked_bias)"
 def in_memory_names(parts: dict[str, Part],   # by the names of the files
                     where: str,               # how messages name the checkpoint
                     on_disk: tuple = (),      # of the family
-                    left_out: str = "",       # names that this family's files have and nobody needs; a regular expression
+                    left_out: str = "",  # names that this family's files have and nobody needs; a regular expression
                     ) -> dict[str, Part]:
     """The same parts as transformers 5 holds them: experts stacked and fused (its `conversion_mapping.py`), what it
     ignores left out."""

@@ -62,7 +62,8 @@ def check_tensors(shapes: dict[str, tuple],  # what the configuration asks for: 
     some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     lists = {"missing": [n for n in shapes if n not in tensors],
              "not used by this configuration": [n for n in tensors if n not in shapes and not re.fullmatch(ignored, n)],
-             "of another shape": [f"{n} {_shape(tensors, n)} instead of {want}" for n, want in shapes.items() if n in tensors and _shape(tensors, n) != want]}
+             "of another shape": [f"{n} {_shape(tensors, n)} instead of {want}" for n,
+                                  want in shapes.items() if n in tensors and _shape(tensors, n) != want]}
     problems = [f"{what}: {some(names)}" for what, names in lists.items() if names]
     if problems:
         raise CheckpointError(

@@ -46,7 +46,8 @@ def card_from_readme(readme: Path,          # need not exist
     claims = readme_claims(readme)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return ModelCard(**claims | dict(
-        name=claims["name"] or Path(source).name, source=source, architecture=config["model_type"], parameters=tensors.parameters,
+        name=claims["name"] or Path(source).name, source=source, architecture=config["model_type"],
+        parameters=tensors.parameters,
         nbytes=tensors.nbytes, file_type=_main_type(tensors), context_length=text.get("max_position_embeddings")))
 
 # %% ../../nbs/06_families/06_opening.ipynb #c9517e67
@@ -137,8 +138,10 @@ def card_from_gguf(fields: Fields, config: dict, tensors: LazyTensors, source: s
     "The card of a GGUF: claims from `general.*`, counts from the tensors."
     claims = gguf_claims(fields)
     return ModelCard(**claims | dict(
-        name=claims["name"] or Path(source).stem, source=source, architecture=config["model_type"], parameters=tensors.parameters,
-        nbytes=tensors.nbytes, file_type=claims["file_type"] or _main_type(tensors), context_length=config["max_position_embeddings"]))
+        name=claims["name"] or Path(source).stem, source=source, architecture=config["model_type"],
+        parameters=tensors.parameters,
+        nbytes=tensors.nbytes, file_type=claims["file_type"] or _main_type(tensors),
+        context_length=config["max_position_embeddings"]))
 
 # %% ../../nbs/06_families/06_opening.ipynb #456b364d
 def parameter_groups(tensors: LazyTensors) -> dict[str, int]:

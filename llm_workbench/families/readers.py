@@ -113,7 +113,8 @@ def llama(x): return {}
 @reads(**_MISTRAL, sliding_window=4096)
 def mistral(x): return {}
 
-@reads(vocab_size=32_064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096, original_max_position_embeddings=4096, norm_eps=1e-5, sliding_window=None)
+@reads(vocab_size=32_064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096,
+       original_max_position_embeddings=4096, norm_eps=1e-5, sliding_window=None)
 def phi3(x): return {}
 
 # %% ../../nbs/06_families/02_readers.ipynb #6bcab13c
@@ -145,8 +146,10 @@ def qwen3(x): return dict(qwen_windows(x, lambda i: i >= x["max_window_layers"])
 def granite(x): return dict(attention_scale=x["attention_multiplier"], embedding_multiplier=x["embedding_multiplier"],
                             residual_multiplier=x["residual_multiplier"], logit_multiplier=1 / x["logits_scaling"])
 
-@reads(**_BIASES, vocab_size=128_256, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=32_768, rope_theta=2e6,
-       tie_word_embeddings=True, use_sliding_window=False, sliding_window=None, layer_types=None, no_rope_layers=None, no_rope_layer_interval=4)
+@reads(**_BIASES, vocab_size=128_256, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+       num_key_value_heads=4, max_position_embeddings=32_768, rope_theta=2e6,
+       tie_word_embeddings=True, use_sliding_window=False, sliding_window=None, layer_types=None, no_rope_layers=None,
+       no_rope_layer_interval=4)
 def smollm3(x):
     L, every = x["num_hidden_layers"], x["no_rope_layer_interval"]
     turns = x["no_rope_layers"] or [(i + 1) % every != 0 for i in range(L)]        # true: this layer has RoPE
@@ -178,7 +181,8 @@ _GEMMA2 = dict(
     final_logit_softcapping=30.0,
 )
 
-@reads(**_GEMMA, hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16)
+@reads(**_GEMMA, hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28, num_attention_heads=16,
+       num_key_value_heads=16)
 def gemma(x):
     if x["use_bidirectional_attention"]: raise UnsupportedError("this Gemma sees tokens in both directions (an "
                                                                 "embedding model), which the decoder does not")
@@ -204,8 +208,10 @@ def gemma2(x):
         logit_softcap=x["final_logit_softcapping"],
     )
 
-@reads(**_GEMMA2 | dict(vocab_size=262_208, max_position_embeddings=131_072, attn_logit_softcapping=None, final_logit_softcapping=None, use_bidirectional_attention=False,
-                        sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10_000.0), _names=dict(hidden_act=("hidden_activation",)))
+@reads(**_GEMMA2 | dict(vocab_size=262_208, max_position_embeddings=131_072, attn_logit_softcapping=None,
+                        final_logit_softcapping=None, use_bidirectional_attention=False,
+                        sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10_000.0),
+                        _names=dict(hidden_act=("hidden_activation",)))
 def gemma3_text(x):
     return dict(gemma2.fields(x), qk_norm="head", layer_types=full_every(x, x["sliding_window_pattern"] or 6))
 
@@ -224,13 +230,15 @@ def olmo3(x): return dict(olmo2.fields(x), layer_types=full_every(x, 4))
 # %% ../../nbs/06_families/02_readers.ipynb #f1b8dbc3
 LAYER_NORM = dict(norm="layer", norm_bias=True)
 
-@reads(vocab_size=50_432, hidden_size=6144, intermediate_size=24_576, num_hidden_layers=44, num_attention_heads=64, hidden_act="gelu", norm_eps=1e-5,
+@reads(vocab_size=50_432, hidden_size=6144, intermediate_size=24_576, num_hidden_layers=44, num_attention_heads=64,
+       hidden_act="gelu", norm_eps=1e-5,
        partial_rotary_factor=0.25, attention_bias=True, use_parallel_residual=True, _eps=LAYER_EPS,
        _names=dict(rope_theta=("rotary_emb_base",), partial_rotary_factor=("rotary_pct",)))
 def gpt_neox(x): return dict(LAYER_NORM, num_key_value_heads=x["num_attention_heads"], mlp="plain", mlp_bias=True,
                              block="parallel_two_norms" if x["use_parallel_residual"] else "pre")
 
-@reads(vocab_size=51_200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, hidden_act="gelu_new", norm_eps=1e-5, partial_rotary_factor=0.5,
+@reads(vocab_size=51_200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, hidden_act="gelu_new",
+       norm_eps=1e-5, partial_rotary_factor=0.5,
        qk_layernorm=False, _eps=LAYER_EPS)
 def phi(x):
     return dict(
@@ -244,7 +252,8 @@ def phi(x):
         qk_norm="head" if x["qk_layernorm"] else None,
     )
 
-@reads(vocab_size=50_304, hidden_size=2560, intermediate_size=6912, num_key_value_heads=32, max_position_embeddings=4096, norm_eps=1e-5, partial_rotary_factor=0.25,
+@reads(vocab_size=50_304, hidden_size=2560, intermediate_size=6912, num_key_value_heads=32,
+       max_position_embeddings=4096, norm_eps=1e-5, partial_rotary_factor=0.25,
        use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False, _eps=LAYER_EPS)
 def stablelm(x):
     return dict(
@@ -263,8 +272,10 @@ _FALCON_NAMES = dict(
     hidden_act=("activation",),
 )
 
-@reads(vocab_size=65_024, hidden_size=4544, intermediate_size=None, num_attention_heads=71, hidden_act="gelu", norm_eps=1e-5, tie_word_embeddings=True, alibi=False, bias=False,
-       new_decoder_architecture=False, multi_query=True, parallel_attn=True, num_ln_in_parallel_attn=None, _names=_FALCON_NAMES)
+@reads(vocab_size=65_024, hidden_size=4544, intermediate_size=None, num_attention_heads=71, hidden_act="gelu",
+       norm_eps=1e-5, tie_word_embeddings=True, alibi=False, bias=False,
+       new_decoder_architecture=False, multi_query=True, parallel_attn=True, num_ln_in_parallel_attn=None,
+       _names=_FALCON_NAMES)
 def falcon(x):
     if x["alibi"]:
         raise UnsupportedError("this Falcon uses ALiBi positions, which are not built; the Falcons with RoPE (7B, 40B, "
@@ -332,16 +343,20 @@ _QWEN_MOE = dict(
     _QWEN, hidden_size=2048, num_hidden_layers=24, decoder_sparse_step=1, norm_topk_prob=False, mlp_only_layers=None
 )
 
-@reads(**_MISTRAL, norm_eps=1e-5, sliding_window=None, num_experts=8, num_experts_per_tok=2, rope_theta=1e6, _names=_LOCAL)
+@reads(**_MISTRAL, norm_eps=1e-5, sliding_window=None, num_experts=8, num_experts_per_tok=2, rope_theta=1e6,
+       _names=_LOCAL)
 def mixtral(x): return mixture_fields(x, x["intermediate_size"])
 
-@reads(vocab_size=32_064, intermediate_size=6400, num_key_value_heads=8, max_position_embeddings=131_072, norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
-       num_experts=16, num_experts_per_tok=2, router_jitter_noise=0.01, attention_bias=False, lm_head_bias=False, _names=dict(num_experts=("num_local_experts",)))
+@reads(vocab_size=32_064, intermediate_size=6400, num_key_value_heads=8, max_position_embeddings=131_072,
+       norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
+       num_experts=16, num_experts_per_tok=2, router_jitter_noise=0.01, attention_bias=False, lm_head_bias=False,
+       _names=dict(num_experts=("num_local_experts",)))
 def phimoe(x):
     router = dict(score="sparsemixer", jitter=x["router_jitter_noise"])
     return dict(LAYER_NORM, head_bias=bool(x["lm_head_bias"]), **mixture_fields(x, x["intermediate_size"], **router))
 
-@reads(**_QWEN_MOE, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16, max_window_layers=28, moe_intermediate_size=1408,
+@reads(**_QWEN_MOE, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16, max_window_layers=28,
+       moe_intermediate_size=1408,
        shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4, qkv_bias=True)
 def qwen2_moe(x):
     slides = lambda i: i % 2 == 0 and i < x["max_window_layers"]
@@ -353,7 +368,8 @@ def qwen2_moe(x):
         **mixture_fields(x, layers=sparse_layers(x), normalise=bool(x["norm_topk_prob"])),
     )
 
-@reads(**_QWEN_MOE, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+@reads(**_QWEN_MOE, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768,
+       num_experts=128, num_experts_per_tok=8,
        attention_bias=False, _names=dict(num_experts=("num_experts", "num_local_experts")))
 def qwen3_moe(x): return dict(qwen_windows(x, lambda i: True), qk_norm="head",
                               **mixture_fields(x, layers=sparse_layers(x), normalise=bool(x["norm_topk_prob"])))
@@ -373,18 +389,22 @@ _DBRX_NAMES = dict(
     hidden_act=("ffn_config.ffn_act_fn.name",),
 )
 
-@reads(hidden_size=2048, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=1, clip_qkv=None, num_experts=4, num_experts_per_tok=1,
+@reads(hidden_size=2048, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=1,
+       clip_qkv=None, num_experts=4, num_experts_per_tok=1,
        moe_normalize_expert_weights=1.0, _names=_DBRX_NAMES)
 def dbrx(x): return dict(norm="layer", norm_eps=1e-5, clip_qkv=x["clip_qkv"],
-                         **mixture_fields(x, x["intermediate_size"], normalise=x["moe_normalize_expert_weights"] is not None))
+                         **mixture_fields(x, x["intermediate_size"],
+                                          normalise=x["moe_normalize_expert_weights"] is not None))
 
 # %% ../../nbs/06_families/02_readers.ipynb #f045bf1c
 _YARN = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
 
-@reads(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64, num_key_value_heads=8, head_dim=64, attention_bias=True,
-       max_position_embeddings=131_072, norm_eps=1e-5, rope_theta=150_000.0, rope_parameters=_YARN, sliding_window=128, layer_types=None, num_experts=128, num_experts_per_tok=4,
+@reads(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64,
+       num_key_value_heads=8, head_dim=64, attention_bias=True,
+       max_position_embeddings=131_072, norm_eps=1e-5, rope_theta=150_000.0, rope_parameters=_YARN, sliding_window=128,
+       layer_types=None, num_experts=128, num_experts_per_tok=4,
        swiglu_alpha=1.702, swiglu_limit=7.0, _names=_LOCAL)
 def gpt_oss(x):
     for key, built in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
@@ -398,7 +418,8 @@ def gpt_oss(x):
         **mixture_fields(x, x["intermediate_size"]),
     )
 
-@reads(intermediate_size=14_336, max_position_embeddings=4096, norm_eps=1e-5, rope_theta=1e6, num_experts=8, num_experts_per_tok=1, moe_layer_frequency=2, _names=_LOCAL)
+@reads(intermediate_size=14_336, max_position_embeddings=4096, norm_eps=1e-5, rope_theta=1e6, num_experts=8,
+       num_experts_per_tok=1, moe_layer_frequency=2, _names=_LOCAL)
 def arctic(x):
     layers = [i for i in range(x["num_hidden_layers"]) if (i + 1) % x["moe_layer_frequency"] == 0]
     mixture = mixture_fields(x, x["intermediate_size"], layers, normalise=x["num_experts_per_tok"] > 1)
@@ -423,21 +444,27 @@ def deepseek_fields(x, **router):
         **router,
     )
     return dict(head_dim=head, num_key_value_heads=x["num_attention_heads"], attention_scale=head ** -0.5 * mscale ** 2,
-                kv_lora_rank=x["kv_lora_rank"], q_lora_rank=x["q_lora_rank"], qk_rope_head_dim=x["qk_rope_head_dim"], v_head_dim=x["v_head_dim"],
+                kv_lora_rank=x["kv_lora_rank"], q_lora_rank=x["q_lora_rank"], qk_rope_head_dim=x["qk_rope_head_dim"],
+                v_head_dim=x["v_head_dim"],
                 rotary_dim=None, rope_interleaved=bool(x.get("rope_interleave", True)),
                 shared_intermediate_size=x["moe_intermediate_size"] * (x["n_shared_experts"] or 0) or None, **mixture)
 
-@reads(**_LATENT, vocab_size=102_400, first_k_dense_replace=0, moe_intermediate_size=1407, num_experts=64, num_experts_per_tok=None, n_shared_experts=2,
-       routed_scaling_factor=1.0, topk_method="greedy", n_group=None, topk_group=None, mlp_bias=False, _names=dict(num_experts=("n_routed_experts", "num_experts", "num_local_experts")))
+@reads(**_LATENT, vocab_size=102_400, first_k_dense_replace=0, moe_intermediate_size=1407, num_experts=64,
+       num_experts_per_tok=None, n_shared_experts=2,
+       routed_scaling_factor=1.0, topk_method="greedy", n_group=None, topk_group=None, mlp_bias=False,
+       _names=dict(num_experts=("n_routed_experts", "num_experts", "num_local_experts")))
 def deepseek_v2(x):
     limited = x["topk_method"] == "group_limited_greedy"
     return deepseek_fields(
         x, normalise=False, **(dict(n_groups=x["n_group"], top_groups=x["topk_group"]) if limited else {})
     )
 
-@reads(**_LATENT, vocab_size=129_280, hidden_size=7168, intermediate_size=18_432, num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128,
-       max_position_embeddings=4096, first_k_dense_replace=3, moe_intermediate_size=2048, num_experts=256, num_experts_per_tok=8, n_shared_experts=1, routed_scaling_factor=2.5,
-       n_group=8, topk_group=4, norm_topk_prob=True, rope_interleave=True, _names=dict(num_experts=("n_routed_experts", "num_local_experts", "num_experts")))
+@reads(**_LATENT, vocab_size=129_280, hidden_size=7168, intermediate_size=18_432, num_hidden_layers=61,
+       num_attention_heads=128, num_key_value_heads=128,
+       max_position_embeddings=4096, first_k_dense_replace=3, moe_intermediate_size=2048, num_experts=256,
+       num_experts_per_tok=8, n_shared_experts=1, routed_scaling_factor=2.5,
+       n_group=8, topk_group=4, norm_topk_prob=True, rope_interleave=True,
+       _names=dict(num_experts=("n_routed_experts", "num_local_experts", "num_experts")))
 def deepseek_v3(x):
     return deepseek_fields(
         x,

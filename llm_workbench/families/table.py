@@ -14,7 +14,8 @@ from ..architecture.layers import ModelConfig
 from . import readers
 from .gguf_layouts import GGUF, GGUFArchitecture
 from .layouts import (
-    ARCTIC_DISK, ARCTIC_NAMES, DBRX_NAMES, MIXTRAL_DISK, NEOX_DISK, NEOX_NAMES, PHI_NAMES, PHIMOE_DISK, POST, ROUTER, SANDWICH, Entry, dbrx_experts,
+    ARCTIC_DISK, ARCTIC_NAMES, DBRX_NAMES, MIXTRAL_DISK, NEOX_DISK, NEOX_NAMES, PHI_NAMES, PHIMOE_DISK, POST, ROUTER,
+    SANDWICH, Entry, dbrx_experts,
     falcon_names, gate_up_rows, gpt_oss_experts, latent_halves, latent_names, norms_per_head, qkv_groups, qkv_rows)
 from . import layouts
 from .readers import Reader
@@ -55,17 +56,22 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepSeek-V3, R1", readers.deepseek_v3, GGUF["deepseek2"], latent_names, (latent_halves,),
                           left_out=r"model\.layers\.61\..*"),          # predicts the token after next, for training
     "phi": Family("Phi-1, Phi-2", readers.phi, GGUF["phi2"], PHI_NAMES),
-    "phi3": Family("Phi-3, Phi-4", readers.phi3, GGUF["phi3"], layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows("mlp.gate_up_proj"))),
+    "phi3": Family("Phi-3, Phi-4", readers.phi3, GGUF["phi3"],
+                   layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows("mlp.gate_up_proj"))),
     "phimoe": Family("Phi-3.5-MoE", readers.phimoe, GGUF["phimoe"], ROUTER, on_disk=PHIMOE_DISK),
     "cohere": Family("Command R, R+", readers.cohere, GGUF["command-r"]),
     "cohere2": Family("Command R7B, A", readers.cohere2, GGUF["cohere2"]),
-    "falcon": Family("Falcon 7B, 40B, 180B, Falcon 2", readers.falcon, GGUF["falcon"], falcon_names, (qkv_groups("self_attention.query_key_value"),)),
-    "gpt_neox": Family("GPT-NeoX, Pythia, Dolly 2", readers.gpt_neox, GGUF["gptneox"], NEOX_NAMES, (qkv_groups("attention.query_key_value"),), NEOX_DISK),
+    "falcon": Family("Falcon 7B, 40B, 180B, Falcon 2", readers.falcon, GGUF["falcon"], falcon_names,
+                     (qkv_groups("self_attention.query_key_value"),)),
+    "gpt_neox": Family("GPT-NeoX, Pythia, Dolly 2", readers.gpt_neox, GGUF["gptneox"], NEOX_NAMES,
+                       (qkv_groups("attention.query_key_value"),), NEOX_DISK),
     "olmo": Family("OLMo", readers.olmo, GGUF["olmo"]),
     "olmo2": Family("OLMo 2", readers.olmo2, GGUF["olmo2"], POST),
     "olmo3": Family("OLMo 3", readers.olmo3, GGUF["olmo2"], POST),
-    "dbrx": Family("DBRX", readers.dbrx, GGUF["dbrx"], DBRX_NAMES, (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts)),
-    "stablelm": Family("StableLM 2", readers.stablelm, GGUF["stablelm"], layouts=(norms_per_head("q"), norms_per_head("k"))),
+    "dbrx": Family("DBRX", readers.dbrx, GGUF["dbrx"], DBRX_NAMES,
+                   (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts)),
+    "stablelm": Family("StableLM 2", readers.stablelm, GGUF["stablelm"],
+                       layouts=(norms_per_head("q"), norms_per_head("k"))),
     "granite": Family("Granite 3", readers.granite, GGUF["granite"]),
     "smollm3": Family("SmolLM3", readers.smollm3, GGUF["smollm3"]),
     "gpt_oss": Family("gpt-oss", readers.gpt_oss, GGUF["gpt-oss"], ROUTER, (gpt_oss_experts,)),

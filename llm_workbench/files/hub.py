@@ -118,5 +118,6 @@ def nothing_there(path: Path) -> str:
     "Why a path is not a file or folder, as the rest of a sentence that begins with the path."
     if what := special_file(path): return f" is {what}, neither a file nor a folder."
     try: names = [p.name for p in path.parent.iterdir()][:10_000]
-    except OSError: return f" does not exist. (There is no folder {str(path.parent)!r} either.)" if path.parent != path else " does not exist."
+    except OSError:
+        return f" does not exist. (There is no folder {str(path.parent)!r} either.)" if path.parent != path else " does not exist."
     return " does not exist." + did_you_mean(path.name, names)

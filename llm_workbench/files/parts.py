@@ -128,7 +128,8 @@ class LazyTensors(Mapping):
 def derived(parts: list[Part],   # what is stored
             make: Callable,      # their tensors -> other tensors
             where: str,          # how messages name the file
-            moves: str = "rows", # what `make` moves: whole "rows", single "numbers" (it transposes), or "" (it computes, in float32)
+            # what `make` moves: whole "rows", single "numbers" (it transposes), or "" (it computes, in float32)
+            moves: str = "rows",
             ) -> list[Part]:
     "What `make` makes of the tensors of `parts`, still unread; raises `CheckpointError` where the shapes do not fit."
     try: shapes = [tuple(t.shape) for t in make(*(torch.empty(p.shape, device="meta") for p in parts))]

@@ -91,7 +91,8 @@ class Batch:
                  max_new_tokens: int,
                  eos_ids: Sequence[int] = (),           # tokens that end a row
                  generators: list[torch.Generator] | None = None,  # one per row
-                 mask: Callable[[list[Row], Tensor], Tensor] | None = None):  # (rows, logits (B, V)) -> logits, -inf: not now
+                 # (rows, logits (B, V)) -> logits, -inf: not now
+                 mask: Callable[[list[Row], Tensor], Tensor] | None = None):
         self.decoder, self.rows, self.sampler, self.cache, self.mask = decoder, list(rows), sampler, cache, mask
         self.max_new_tokens, self.eos, self.generators = max_new_tokens, set(eos_ids), generators
         lengths, device = [len(row.prompt) for row in self.rows], decoder.device
@@ -330,6 +331,7 @@ def generate_ids(self: LM, prompts: Sequence[Sequence[int]],  # token ids, one b
                  **sampling,                              # fields of Sampler; greedy by default
                  ) -> list[list[int]]:                    # the tokens written, end tokens included
     "Tokens in, tokens out; `stop_at_eos=False` writes exactly `max_new_tokens`, as measurements need it."
-    for rows in generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
+    for rows in generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens,
+                                sampler=Sampler(**{"temperature": 0.0, **sampling}),
                                 eos_ids=self.tokenizer.eos_ids if stop_at_eos else (), seed=seed): pass
     return [row.tokens for row in rows]
