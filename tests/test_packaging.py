@@ -22,6 +22,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
+BROUGHT = {"pip", "setuptools"}  # by the environment, and by torch, which is installed with what it requires
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,24 @@ def test_every_requirement_has_one_exact_pin_that_satisfies_it(settings, pins, p
         if len(here) != 1 or not exact[0]: wrong.append(f"{text}: {list(map(str, here)) or 'no pin'}")
         elif exact[0][1] not in wanted.specifier: wrong.append(f"{text}: the pin {exact[0][1]} does not satisfy it")
     assert not wrong, f"constraints.txt on Python {python}: " + "; ".join(wrong)
+
+
+def test_the_pins_are_complete(settings, pins):
+    "On Linux they are installed as they stand, without a look at what they require: all of that must be among them."
+    asked, seen, absent = [], set(), set()
+    for text in (settings["requirements"] + " " + settings["dev_requirements"]).split(): asked.append(Requirement(text))
+    while asked:
+        wanted = asked.pop()
+        name = canonicalize_name(wanted.name)
+        if (name, frozenset(wanted.extras)) in seen: continue
+        seen.add((name, frozenset(wanted.extras)))
+        if name not in pins and name not in BROUGHT: absent.add(name)
+        try: requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError: continue
+        for more in map(Requirement, requires):
+            if more.marker is None or any(more.marker.evaluate(dict(extra=extra)) for extra in {"", *wanted.extras}):
+                asked.append(more)
+    assert not absent, f"constraints.txt lacks {sorted(absent)}"
 
 
 def test_torch_is_pinned_and_triton_follows_it(pins):

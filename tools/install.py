@@ -12,7 +12,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
 
@@ -96,14 +95,11 @@ def packages():
         if not whole(metadata.Distribution.at(found)): shutil.rmtree(found)  # an interrupted pip left it
     exact = pins()
     run("installing torch", *PIP, exact["torch"])
-    if sys.platform == "linux":  # the pins are complete there: no search, and a version that is gone is named at once
+    if sys.platform == "linux":  # the pins are complete there: no search, and nothing brings llama.cpp with it
         others = [pin for name, pin in exact.items() if name != LLAMA_CPP]
         run("installing the pinned versions", *PIP, "--no-deps", *others)
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    wanted = (settings["DEFAULT"]["requirements"] + " " + settings["DEFAULT"]["dev_requirements"]).split()
-    run("checking the requirements of llm_workbench", *PIP, *(r for r in wanted if not r.startswith(LLAMA_CPP)))
-    run("installing llm_workbench", *PIP, "--no-deps", "-e", ".")
+        run("installing llm_workbench", *PIP, "--no-deps", "-e", ".")
+    else: run("installing llm_workbench and its requirements (several minutes)", *PIP, "-e", ".[dev]")
     run("registering the Jupyter kernel", sys.executable, "-m", "ipykernel", "install", "--sys-prefix",
         "--name", "llm-workbench", "--display-name", "llm_workbench")
 
