@@ -55,7 +55,8 @@ def worst_split(new_cache, stack, T=21):
 
 
 def fuzz(new_cache, stack, seed, n_steps=24, check_lengths=True):
-    "Random steps, ragged counts, rewinds and row selections; the largest difference from each row's whole text without a cache."
+    """Random steps, ragged counts, rewinds and row selections; the largest difference from each row's whole text
+    without a cache."""
     rnd = random.Random(seed)
     torch.manual_seed(seed)
     rows, cache, worst = [text(0, stack.C) for _ in range(3)], new_cache(), 0.0

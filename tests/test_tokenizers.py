@@ -14,7 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_workbench.text import tokenizers as ours
 from llm_workbench.files.gguf import GGUFFile
-from llm_workbench.text.tokenizers import ByteBPE, Tokenizer, byte_chars, merge, pre_tokenize, spell, train_bpe, unspell, well_formed
+from llm_workbench.text.tokenizers import (
+    ByteBPE,
+    Tokenizer,
+    byte_chars,
+    merge,
+    pre_tokenize,
+    spell,
+    train_bpe,
+    unspell,
+    well_formed,
+)
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
@@ -24,12 +34,15 @@ T = "tokenizer.ggml."
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
 
-NASTY = [*" \t\n\r\v\f'ab stmdSTlRELéß½²①٣7 0019,.!?-_$+<=>^~|`()[]{}\\\"#@&*:;/%\x00\x01\x04\x1b\x1c\x1f\x7f\x85\xa0\xad",
+NASTY = [*" \t\n\r\v\f'ab stmdSTlRELéß½²①٣7 "
+          "0019,.!?-_$+<=>^~|`()[]{}\\\"#@&*:;/%\x00\x01\x04\x1b\x1c\x1f\x7f\x85\xa0\xad",
          "  ", "\n\n", "\r\n", "\n\n1", " ½", "'s", "'RE", "'ll", " the", "ing", "return", "한", "국어", "ᄒ", "漢", "字", "か", "カ", "ー", "ﬁ", "ſ", "K", "\u0301", "\u200d", "\ufe0f",
          "👩", "🚀", "👩‍🚀", "🇰🇷", "👍🏽", "Ж", "ж", "Α", "ǅ", "ʕ", "ƻ", "\u3000", "\u1680", "\u2028", "\u2029", "\u200b", "\u202e", "\u0378", "\ue000", "\uf8ff", "\U000e0041", "\U0010ffff", "\uffff",
          "\ufeff", "\ufffd", "𝐀", "𐐀", "،", "١", "क", "ि", "สวัสดี", "Ⅷ", "५", "〇", "々", "゠", "一", "龥", "龦", "ࠀ", "퟿", "가", "！", "～", "“", "。", "、", "ა", "Ა", "∀", "€", "©",
          "<|im_start|>", "<|im_end|>", "<|im_", "start|>", "<|endoftext|>", "<repo_name>", "<s>", "</s>", "<0x0A>", "▁"]
-HARD = ["", "\n\n1", "½", " ½", "\x00", "a\x00b", "안녕하세요 세상! ㅎㅎ", "👩‍🚀👨‍👩‍👧‍👦 🏳️‍🌈", "def f(x):\n\treturn x ** 2  # 제곱\n", "3.14 1,234,567 0x7fff 1e-5 ½ ² Ⅷ", "\r\n\r\n x \t\t y", " " * 300 + "x",
+HARD = ["", "\n\n1", "½", " ½", "\x00", "a\x00b", "안녕하세요 세상! ㅎㅎ", "👩‍🚀👨‍👩‍👧‍👦 🏳️‍🌈", "def f(x):\n\treturn x ** 2  # "
+                                                                                     "제곱\n", "3.14 1,234,567 0x7fff "
+                                                                                             "1e-5 ½ ² Ⅷ", "\r\n\r\n x \t\t y", " " * 300 + "x",
         "a" * 2000, "!" * 500 + "\n" * 100, "<|im_start|>system\nhi<|im_end|>", "<|im_start|><|im_start|", "e\u0301 가\u11a8 Z\u0351\u036b", "\u202eשלום\u202c", "𝑥² ≠ −⌊x⌋", "\ufeffx\ufffd",
         "It's WE'LL i'd 'tis", "can'Tell I'Mad you'LLama", "١٢٣ १२३ ๑๒๓ 12３４", "https://a.b/?q=%20#1", "\x01\x02\x04\x1b[0m\x7f\x85"]
 
@@ -54,7 +67,12 @@ def llama(path=str(MODEL)): return llama_cpp.Llama(path, vocab_only=True, verbos
 def write_vocab(path, model, tokens, types, merges=None, scores=None, pre=None, **more):
     "A GGUF file that holds nothing but a tokenizer."
     w = gguf.GGUFWriter(str(path), "llama")
-    w.add_context_length(64); w.add_embedding_length(8); w.add_block_count(1); w.add_feed_forward_length(8); w.add_head_count(1); w.add_layer_norm_rms_eps(1e-5)
+    w.add_context_length(64)
+    w.add_embedding_length(8)
+    w.add_block_count(1)
+    w.add_feed_forward_length(8)
+    w.add_head_count(1)
+    w.add_layer_norm_rms_eps(1e-5)
     w.add_tokenizer_model(model); w.add_token_list(tokens); w.add_token_types(types)
     if pre: w.add_tokenizer_pre(pre)
     if merges: w.add_token_merges(merges)
@@ -83,14 +101,26 @@ def test_every_old_character_is_classified_as_in_llama_cpp():
     chars = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"]
     for i in range(0, len(chars), 4000):
         text = "".join(f"x{c} \n\n{c}1" for c in chars[i:i + 4000])
-        assert tok().encode(text) == llama().tokenize(text.encode(), add_bos=False), f"a character near U+{ord(chars[i]):04X} is cut differently"
+        assert tok().encode(text) == llama().tokenize(text.encode(), add_bos=False), (
+            f"a character near U+{ord(chars[i]):04X} is cut differently"
+        )
 
 
 def test_ids_and_roundtrip():
     t = tok()
-    assert (t.bos_id, t.eos_id, t.pad_id, t.unk_id, t.eos_ids, t.add_bos, t.vocab_size) == (1, 2, 2, 0, [0, 2], False, 49152)
+    assert (t.bos_id, t.eos_id, t.pad_id, t.unk_id, t.eos_ids, t.add_bos, t.vocab_size) == (
+        1,
+        2,
+        2,
+        0,
+        [0, 2],
+        False,
+        49152,
+    )
     assert t.encode("") == [] and t.decode([]) == "" and t.encode("x", add_bos=True)[0] == 1
-    assert t.encode("<|im_start|>x", special=True, add_bos=True).count(1) == 1, "a beginning-of-sequence token was added twice"
+    assert t.encode("<|im_start|>x", special=True, add_bos=True).count(1) == 1, (
+        "a beginning-of-sequence token was added twice"
+    )
     absent = {b for b, c in byte_chars().items() if c not in t.vocabulary.model.vocab}
     for text in HARD + nasty(1, 300):
         for special in (False, True):
@@ -121,19 +151,30 @@ def test_the_conversion_trap():
     right = llama().tokenize(b"\n\n1", add_bos=False)
     assert tok().encode("\n\n1") == right == [1116, 33]
     assert converted.encode("\n\n1", add_special_tokens=False) != right
-    assert tok().chat([{"role": "user", "content": "한"}]) == converted.apply_chat_template([{"role": "user", "content": "한"}], tokenize=False, add_generation_prompt=True)
+    assert tok().chat([{"role": "user", "content": "한"}]) == converted.apply_chat_template(
+        [{"role": "user", "content": "한"}], tokenize=False, add_generation_prompt=True
+    )
 
 
 # --- other vocabularies against llama.cpp ---
 
 @functools.cache
 def crossing_vocabulary():
-    "Merges learnt without any cuts, so that most of them cross the cuts of every pre-tokenizer: a wrong cut shows in the ids."
+    """Merges learnt without any cuts, so that most of them cross the cuts of every pre-tokenizer: a wrong cut shows in
+    the ids."""
     library = tokenizers.Tokenizer(models.BPE())
-    library.train_from_iterator([spell(t) for t in nasty(3, 3000)], trainers.BpeTrainer(vocab_size=1400, initial_alphabet=list(byte_chars().values()), show_progress=False))
+    library.train_from_iterator(
+        [spell(t) for t in nasty(3, 3000)],
+        trainers.BpeTrainer(vocab_size=1400, initial_alphabet=list(byte_chars().values()), show_progress=False),
+    )
     model = json.loads(library.to_str())["model"]
     tokens = ["<UNK>", "<BOS>", "<EOS>", "<think>"] + sorted(model["vocab"], key=model["vocab"].get)
-    return tokens, [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED] + [1] * len(model["vocab"]), [" ".join(m) for m in model["merges"]]
+    return (
+        tokens,
+        [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
+        + [1] * len(model["vocab"]),
+        [" ".join(m) for m in model["merges"]],
+    )
 
 
 @pytest.mark.parametrize("pre", [*sorted(ours._PATTERNS), "llama3", "glm4", "starcoder", "olmo", "dbrx", "deepseek-r1-qwen", "llama4"])
@@ -144,7 +185,9 @@ def test_pre_tokenizers_equal_llama_cpp(pre, tmp_path):
     texts = [t for t in HARD if len(t) < 400] + nasty(4, 500) + ["a<think>b<EOS> <BOS>c", "<think><think>"]
     wrong = differing(mine, reference, texts)
     assert not wrong, f"{pre}: {len(wrong)} texts differ, first {wrong[0]}"
-    assert mine.encode("x") == reference.tokenize(b"x", add_bos=True), "another opinion on whether this family begins with a BOS token"
+    assert mine.encode("x") == reference.tokenize(b"x", add_bos=True), (
+        "another opinion on whether this family begins with a BOS token"
+    )
 
 
 def test_every_name_is_known_to_llama_cpp(tmp_path):
@@ -152,7 +195,8 @@ def test_every_name_is_known_to_llama_cpp(tmp_path):
     for name in ours.pre_tokenizers():
         read, reference = write_vocab(tmp_path / f"{name}.gguf", "gpt2", tokens, types, merges, pre=name)
         mine = Tokenizer.from_gguf(read)
-        assert not (wrong := differing(mine, reference, ["CamelCase It'S 12345½,\n\n 한국어 漢字カ x\u0301", " don’t\r\n\t7th"], (False,))), (name, wrong)
+        assert not (wrong := differing(mine, reference, ["CamelCase It'S 12345½,\n\n 한국어 漢字カ "
+                                                         "x\u0301", " don’t\r\n\t7th"], (False,))), (name, wrong)
         assert mine.encode("x") == reference.tokenize(b"x", add_bos=True), name
 
 
@@ -161,11 +205,17 @@ def sentencepiece_vocabulary():
     "Pieces with scores: characters, frequent strings, bytes; random scores with ties."
     rng = random.Random(5)
     pieces = set(" ".join(nasty(6, 50)).replace(" ", "▁")) - {"<", ">"}
-    for t in nasty(7, 400): t = ("▁" + t.replace(" ", "▁"))[:40]; pieces |= {t[i:i + n] for i in range(0, len(t), 3) for n in (2, 3, 4)}
-    pieces = [p for p in sorted(pieces) if "\0" not in p and (p == "▁" or rng.random() < 0.8)]   # llama.cpp ends a token at a NUL; without ▁ no space survives
+    for t in nasty(7, 400):
+        t = ("▁" + t.replace(" ", "▁"))[:40]; pieces |= {t[i:i + n] for i in range(0, len(t), 3) for n in (2, 3, 4)}
+    # llama.cpp ends a token at a NUL; without ▁ no space survives
+    pieces = [p for p in sorted(pieces) if "\0" not in p and (p == "▁" or rng.random() < 0.8)]
     tokens = ["<unk>", "<s>", "</s>", "<think>"] + [f"<0x{b:02X}>" for b in range(256)]
     pieces = [p for p in pieces if p not in set(tokens)]
-    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED] + [gguf.TokenType.BYTE] * 256 + [1] * len(pieces)
+    types = (
+        [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
+        + [gguf.TokenType.BYTE] * 256
+        + [1] * len(pieces)
+    )
     return tokens + pieces, types, [0.0] * 260 + [-float(rng.randint(0, 200)) for _ in pieces]
 
 
@@ -179,7 +229,8 @@ def test_sentencepiece_equals_llama_cpp(prefix, tmp_path):
     assert not wrong, f"{len(wrong)} texts differ, first {wrong[0]}"
     assert mine.encode("x") == reference.tokenize(b"x", add_bos=True)
     for t in texts:
-        if "<" not in t and "▁" not in t: assert mine.decode(mine.encode(t, add_bos=False)) == t, f"{t!r} does not survive the round trip"
+        if "<" not in t and "▁" not in t:
+            assert mine.decode(mine.encode(t, add_bos=False)) == t, f"{t!r} does not survive the round trip"
 
 
 # --- training against the tokenizers library ---
@@ -187,9 +238,19 @@ def test_sentencepiece_equals_llama_cpp(prefix, tmp_path):
 def library_bpe(text, vocab_size, digits=False, special=("<|end|>",)):
     library = tokenizers.Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]) if digits else byte_level
+    library.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]) if digits else byte_level
+    )
     library.decoder = decoders.ByteLevel()
-    library.train_from_iterator([text], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    library.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return library
 
 
@@ -198,7 +259,8 @@ def merges_of(library): return [tuple(m) for m in json.loads(library.to_str())["
 
 @pytest.mark.parametrize("seed", range(6))
 def test_training_equals_the_library(seed):
-    text = "\n".join(nasty(100 + seed, 300)) + " aaaa aaaaa aaa abab" * seed   # few repetitions: nearly every choice is a tie
+    # few repetitions: nearly every choice is a tie
+    text = "\n".join(nasty(100 + seed, 300)) + " aaaa aaaaa aaa abab" * seed
     for pre, digits in (("gpt-2", False), ("smollm", True)):
         library = library_bpe(text, 600, digits)
         vocab, merges = train_bpe(text, 600, pre, ["<|end|>"])
@@ -228,7 +290,10 @@ def test_stream_adds_up_and_shows_whole_characters():
         assert "".join(parts) == t.decode(ids)
         if "\ufffd" not in text: assert not any("\ufffd" in p for p in parts), "a piece of a character was shown"
     for _ in range(500):
-        ids = [rng.randrange(t.vocab_size) if rng.random() < 0.5 else rng.randrange(130, 260) for _ in range(rng.randint(0, 20))]
+        ids = [
+            rng.randrange(t.vocab_size) if rng.random() < 0.5 else rng.randrange(130, 260)
+            for _ in range(rng.randint(0, 20))
+        ]
         raw = b"".join(map(t.vocabulary.token_bytes, ids))
         assert "".join(streamed(t, ids)) == t.decode(ids) == raw.decode("utf-8", "replace")
         assert "".join(streamed(t, ids, skip_special=True)) == t.decode(ids, skip_special=True)
@@ -246,22 +311,41 @@ def llama_like():
     "A SentencePiece-like tokenizer.json: BPE over characters with byte fallback, ▁ and a BOS token by post-processing."
     library = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    library.train_from_iterator(["the cat sat on the mat 한국 return x"] * 9, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    library.train_from_iterator(
+        ["the cat sat on the mat 한국 return x"] * 9,
+        trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False),
+    )
     data = json.loads(library.to_str())
     data["added_tokens"] = data["added_tokens"][:3]
     library = tokenizers.Tokenizer.from_str(json.dumps(data))
-    library.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     return library
 
 
 def test_folder_of_a_byte_level_model(tmp_path):
-    wrapped = folder_of(tmp_path, library_bpe("".join(nasty(11, 200)), 500, True, ["<|end|>", "<|im_start|>", "<|im_end|>", "<pad>"]),
-                        eos_token="<|im_end|>", pad_token="<pad>", chat_template="{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    wrapped = folder_of(
+        tmp_path,
+        library_bpe("".join(nasty(11, 200)), 500, True, ["<|end|>", "<|im_start|>", "<|im_end|>", "<pad>"]),
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        chat_template="{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    )
     (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[0, 2])))
     t = Tokenizer.from_file(tmp_path)
-    assert (t.eos_id, t.pad_id, t.bos_id, t.eos_ids, t.add_bos, t.vocab_size) == (2, 3, None, [0, 2], False, len(wrapped))
+    assert (t.eos_id, t.pad_id, t.bos_id, t.eos_ids, t.add_bos, t.vocab_size) == (
+        2,
+        3,
+        None,
+        [0, 2],
+        False,
+        len(wrapped),
+    )
     for text in HARD + nasty(12, 200):
         assert t.encode(text, special=True) == wrapped.encode(text, add_special_tokens=False)
         assert t.encode(text) == wrapped.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -281,10 +365,12 @@ def test_folder_of_a_llama_like_model(tmp_path):
     t = Tokenizer.from_file(tmp_path / "tokenizer.json")
     assert t.add_bos and (t.bos_id, t.eos_id, t.unk_id) == (1, 2, 0)
     for text in [x for x in HARD if x] + nasty(14, 150):
-        if not text.startswith("<s>"): assert t.encode(text, special=True) == wrapped.encode(text)   # we do not begin twice
+        if not text.startswith("<s>"):
+            assert t.encode(text, special=True) == wrapped.encode(text)   # we do not begin twice
         ids = t.encode(text)
         assert "".join(streamed(t, ids, skip_special=True)) == t.decode(ids, skip_special=True)
-        if not text.startswith("\ufeff") and "▁" not in text and "<" not in text: assert t.decode(ids, skip_special=True) == text
+        if not text.startswith("\ufeff") and "▁" not in text and "<" not in text:
+            assert t.decode(ids, skip_special=True) == text
     with pytest.raises(UnsupportedError, match="no chat template"): t.chat([{"role": "user", "content": "x"}])
 
 
@@ -308,7 +394,18 @@ def test_damaged_tokenizer_json(tmp_path):
     file = tmp_path / "tokenizer.json"
     good = library_bpe("hello hello world", 270).to_str()
     rng = random.Random(15)
-    for bad in ["", "{", "[]", "null", "{}", '{"model": null}', "\x00" * 50, good[:-20], good.replace('"BPE"', '"XYZ"'), '{"a":' * 5000]:
+    for bad in [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"model": null}',
+        "\x00" * 50,
+        good[:-20],
+        good.replace('"BPE"', '"XYZ"'),
+        '{"a":' * 5000,
+    ]:
         file.write_text(bad, encoding="utf-8")
         with pytest.raises(CheckpointError): Tokenizer.from_file(tmp_path)
     file.write_bytes(b"\xff\xfe{}")
@@ -333,10 +430,43 @@ def test_damaged_tokenizer_json(tmp_path):
 
 def test_damaged_metadata():
     "Any value of any key replaced by something else: a named error, or a tokenizer that works."
-    small = {T + "model": "gpt2", T + "pre": "smollm", T + "tokens": ["a", "b", "ab", "<s>"], T + "token_type": [1, 1, 1, 3], T + "merges": ["a b"], T + "bos_token_id": 3,
-             T + "eos_token_id": 3, T + "add_bos_token": True, "tokenizer.chat_template": "{{ messages }}"}
+    small = {
+        T + "model": "gpt2",
+        T + "pre": "smollm",
+        T + "tokens": ["a", "b", "ab", "<s>"],
+        T + "token_type": [1, 1, 1, 3],
+        T + "merges": ["a b"],
+        T + "bos_token_id": 3,
+        T + "eos_token_id": 3,
+        T + "add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
     spm = {**small, T + "model": "llama", T + "scores": [0.0, 1.0, 2.0, 3.0]}
-    junk = [None, 0, -1, 4, 2**63, 1.5, float("nan"), "", "x", "a b", [], [1], [None] * 4, ["a"] * 4, ["a", "b"], [0.5] * 4, ["", "", "", ""], [" "] * 4, {}, True, b"x", [[1]] * 4, [2**70] * 4]
+    junk = [
+        None,
+        0,
+        -1,
+        4,
+        2**63,
+        1.5,
+        float("nan"),
+        "",
+        "x",
+        "a b",
+        [],
+        [1],
+        [None] * 4,
+        ["a"] * 4,
+        ["a", "b"],
+        [0.5] * 4,
+        ["", "", "", ""],
+        [" "] * 4,
+        {},
+        True,
+        b"x",
+        [[1]] * 4,
+        [2**70] * 4,
+    ]
     for whole in (small, spm):
         assert Tokenizer.from_gguf(whole).encode("ab")[0] == 3
         for key in whole:
@@ -346,7 +476,8 @@ def test_damaged_metadata():
                 ids = t.encode("ab <s> ½", special=True)
                 t.decode(ids)
             if key in (T + "tokens", T + "model"):
-                with pytest.raises((CheckpointError, UnsupportedError)): Tokenizer.from_gguf({k: v for k, v in whole.items() if k != key})
+                with pytest.raises((CheckpointError, UnsupportedError)):
+                    Tokenizer.from_gguf({k: v for k, v in whole.items() if k != key})
     with pytest.raises(UnsupportedError, match="qwen2"): Tokenizer.from_gguf({**small, T + "pre": "qwen22"})
 
 
@@ -364,7 +495,11 @@ def mutant(**changes):
 @functools.cache
 def other_ranks(reverse):
     ranks = tok().vocabulary.model.ranks
-    return {(b[::-1], a[::-1]): r for (a, b), r in ranks.items()} if reverse else {pair: -len(pair[0] + pair[1]) for pair in ranks}
+    return (
+        {(b[::-1], a[::-1]): r for (a, b), r in ranks.items()}
+        if reverse
+        else {pair: -len(pair[0] + pair[1]) for pair in ranks}
+    )
 
 
 def longest_first(symbols, ranks): return merge(symbols, other_ranks(False))

@@ -119,5 +119,6 @@ def nothing_there(path: Path) -> str:
     if what := special_file(path): return f" is {what}, neither a file nor a folder."
     try: names = [p.name for p in path.parent.iterdir()][:10_000]
     except OSError:
-        return f" does not exist. (There is no folder {str(path.parent)!r} either.)" if path.parent != path else " does not exist."
+        either = f" (There is no folder {str(path.parent)!r} either.)" if path.parent != path else ""
+        return f" does not exist.{either}"
     return " does not exist." + did_you_mean(path.name, names)
