@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import pytest
 import tokenizers
 import torch
@@ -28,6 +27,7 @@ from llm_workbench.errors import CheckpointError, InputError, SourceError, Unsup
 
 MODEL = embedded_model()
 T = "tokenizer.ggml."
+llama_cpp = pytest.importorskip("llama_cpp")  # it may still be being compiled
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
 
