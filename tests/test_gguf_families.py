@@ -269,7 +269,7 @@ _LONG_PHI = dict(
     sliding_window=None,
     rope_parameters=dict(LONG, original_max_position_embeddings=8),
 )
-# id -> (family, changes to its small configuration, llama.cpp computes the same); llama.cpp tells DeepSeek-V2-Lite by its
+# id -> (family, changes to its small configuration, llama.cpp computes the same); it tells DeepSeek-V2-Lite by its
 CASES = {
     # 27 layers and looks for Command R+'s norms of queries and keys from 64 layers on
     "llama, rope_freqs": ("llama", SMALL["llama"][0], True),

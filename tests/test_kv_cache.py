@@ -332,7 +332,8 @@ def test_a_layer_may_keep_a_state_instead_of_keys():
     assert step.state(0, lambda: {"sum": torch.ones(1)})["sum"] == 1, "without a past the state is always new"
 
 
-@pytest.mark.parametrize("make", [lambda: ContiguousCache(1), lambda: SlidingCache([None]), lambda: QuantizedCache(1, residual=99)])
+@pytest.mark.parametrize(
+    "make", [lambda: ContiguousCache(1), lambda: SlidingCache([None]), lambda: QuantizedCache(1, residual=99)])
 def test_a_value_inside_the_key_is_kept_once(make):
     "Latent attention: the first numbers of a key are its value."
     q, k = torch.randn(2, 9, 4, 12), torch.randn(2, 9, 1, 12)

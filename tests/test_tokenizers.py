@@ -92,7 +92,8 @@ def test_every_old_character_is_classified_as_in_llama_cpp():
     chars = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"]
     for i in range(0, len(chars), 4000):
         text = "".join(f"x{c} \n\n{c}1" for c in chars[i:i + 4000])
-        assert tok().encode(text) == llama().tokenize(text.encode(), add_bos=False), f"a character near U+{ord(chars[i]):04X} is cut differently"
+        assert tok().encode(text) == llama().tokenize(text.encode(), add_bos=False), (
+            f"a character near U+{ord(chars[i]):04X} is cut differently")
 
 
 def test_ids_and_roundtrip():
@@ -100,7 +101,7 @@ def test_ids_and_roundtrip():
     assert (t.bos_id, t.eos_id, t.pad_id, t.unk_id, t.eos_ids, t.add_bos) == (1, 2, 2, 0, [0, 2], False)
     assert t.vocab_size == 49152
     assert t.encode("") == [] and t.decode([]) == "" and t.encode("x", add_bos=True)[0] == 1
-    assert t.encode("<|im_start|>x", special=True, add_bos=True).count(1) == 1, "a beginning-of-sequence token was added twice"
+    assert t.encode("<|im_start|>x", special=True, add_bos=True).count(1) == 1, "a second beginning was added"
     absent = {b for b, c in byte_chars().items() if c not in t.vocabulary.model.vocab}
     for text in HARD + nasty(1, 300):
         for special in (False, True):
@@ -173,7 +174,7 @@ def test_the_conversion_trap():
 
 @functools.cache
 def crossing_vocabulary():
-    "Merges learnt without any cuts, so that most of them cross the cuts of every pre-tokenizer: a wrong cut shows in the ids."
+    "Merges learnt without any cuts: most of them cross the cuts of every pre-tokenizer, and a wrong cut shows in the ids."
     library = tokenizers.Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=1400, initial_alphabet=list(byte_chars().values()), show_progress=False)
     library.train_from_iterator([spell(t) for t in nasty(3, 3000)], trainer)
@@ -256,7 +257,7 @@ def merges_of(library): return [tuple(m) for m in json.loads(library.to_str())["
 
 @pytest.mark.parametrize("seed", range(6))
 def test_training_equals_the_library(seed):
-    text = "\n".join(nasty(100 + seed, 300)) + " aaaa aaaaa aaa abab" * seed   # few repetitions: nearly every choice is a tie
+    text = "\n".join(nasty(100 + seed, 300)) + " aaaa aaaaa aaa abab" * seed   # nearly every choice is a tie
     for pre, digits in (("gpt-2", False), ("smollm", True)):
         library = library_bpe(text, 600, digits)
         vocab, merges = train_bpe(text, 600, pre, ["<|end|>"])
@@ -345,7 +346,8 @@ def test_folder_of_a_llama_like_model(tmp_path):
     t = Tokenizer.from_file(tmp_path / "tokenizer.json")
     assert t.add_bos and (t.bos_id, t.eos_id, t.unk_id) == (1, 2, 0)
     for text in [x for x in HARD if x] + nasty(14, 150):
-        if not text.startswith("<s>"): assert t.encode(text, special=True) == wrapped.encode(text)   # never two beginnings
+        if not text.startswith("<s>"):                                       # never two beginnings
+            assert t.encode(text, special=True) == wrapped.encode(text)
         ids = t.encode(text)
         assert "".join(streamed(t, ids, skip_special=True)) == t.decode(ids, skip_special=True)
         if text.startswith("\ufeff") or "▁" in text or "<" in text: continue
@@ -416,7 +418,8 @@ def test_damaged_metadata():
             if key in (T + "tokens", T + "model"):
                 without = {k: v for k, v in whole.items() if k != key}
                 with pytest.raises((CheckpointError, UnsupportedError)): Tokenizer.from_gguf(without)
-    with pytest.raises(UnsupportedError, match="Did you mean 'qwen2'"): Tokenizer.from_gguf({**small, T + "pre": "qwen22"})
+    with pytest.raises(UnsupportedError, match="Did you mean 'qwen2'"):
+        Tokenizer.from_gguf({**small, T + "pre": "qwen22"})
 
 
 # --- mutants: each is a mistake that the comparisons above must notice ---
@@ -453,7 +456,8 @@ MUTANTS = {   # what is put in another's place
     "merges across cuts": lambda m: m.setattr(bpe, "pre_tokenize", lambda text, name: [text]),
     "matches only, gaps lost": lambda m: m.setattr(cuts, "isolate", lambda pattern, text: [
         match.group() for match in cuts.compiled(pattern).finditer(text)]),
-    "special tokens not cut out": lambda m: m.setattr(Vocabulary, "split", lambda self, text, special: [text] if text else []),
+    "special tokens not cut out": lambda m: m.setattr(
+        Vocabulary, "split", lambda self, text, special: [text] if text else []),
 }
 
 

@@ -228,8 +228,8 @@ def check_fields(x: Config,       # the configuration
     f, L = fields, fields["num_hidden_layers"]
     H, K = f["num_attention_heads"], f["num_key_value_heads"]
     if H % K: raise x.wrong("num_key_value_heads", f"a divisor of the {H} query heads", K)
-    if f["layer_types"] and len(f["layer_types"]) != L: raise x.wrong("layer_types", f"one for each of {L} "
-                                                                                     "layers", f"{len(f['layer_types'])} entries")
+    if f["layer_types"] and len(f["layer_types"]) != L:
+        raise x.wrong("layer_types", f"one for each of {L} layers", f"{len(f['layer_types'])} entries")
     if f.get("num_experts"): _check_experts(x, f)
     if not f.get("kv_lora_rank"): _check_rotation(x, f)
 

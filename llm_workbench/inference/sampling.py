@@ -7,6 +7,7 @@ __all__ = ['RULES', 'entropy', 'surprise', 'gumbel', 'draw', 'checked', 'tempera
            'token_counts', 'penalize', 'Sampler']
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #116ee0e0
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -106,7 +107,7 @@ def min_p(logits: Tensor,            # (B, V)
           ) -> Tensor:               # (B, V), -inf outside
     """Keep tokens at least p times as likely as the best one (arXiv 2407.01082): a threshold on the logits, without a
     softmax."""
-    gap = torch.as_tensor(_per_row(p, logits), dtype=logits.dtype, device=logits.device).log()
+    gap = _per_row(p, logits).to(logits.dtype).log() if isinstance(p, Tensor) else math.log(p) if p > 0 else -math.inf
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + gap, float("-inf"))
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #b159498f
