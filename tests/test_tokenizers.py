@@ -174,7 +174,7 @@ def test_the_conversion_trap():
 
 @functools.cache
 def crossing_vocabulary():
-    "Merges learnt without any cuts: most of them cross the cuts of every pre-tokenizer, and a wrong cut shows in the ids."
+    "Merges learnt without any cuts: most cross the cuts of every pre-tokenizer, and a wrong cut shows in the ids."
     library = tokenizers.Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=1400, initial_alphabet=list(byte_chars().values()), show_progress=False)
     library.train_from_iterator([spell(t) for t in nasty(3, 3000)], trainer)
