@@ -1,13 +1,14 @@
-"""How fast does the decoder read a prompt and write tokens, against transformers and llama.cpp, and against this machine's memory?
+"""How fast does the decoder read a prompt and write tokens, against transformers and llama.cpp, and against this
+machine's memory?
 
-    python -m benchmarks.decode                  # the embedded model on the CPU (ops: our C kernels, and TORCH), all peers in one run, same threads
+    python -m benchmarks.decode                  # the embedded model on the CPU, all peers in one run, same threads
     python -m benchmarks.decode --prompt 2048    # after a longer text, where reading the cache takes its share
     python -m benchmarks.decode --device cuda    # random weights in the shapes of real models (no llama.cpp)
 
-Every peer has a process of its own: torch and llama.cpp bring different thread pools, which wait for work by spinning, and in one process they
-take the cores from each other. The processes take turns, one at a time, in many short rounds, so that a slow moment of the machine hits all of them, and
-a ratio is the median of the ratios of the rounds.
-"""
+Every peer has a process of its own: torch and llama.cpp bring different thread pools, which wait for work by
+spinning, and in one process they take the cores from each other. The processes take turns, one at a time, in many
+short rounds, so that a slow moment of the machine hits all of them, and a ratio is the median of the ratios of the
+rounds."""
 import argparse
 import json
 import os
@@ -27,15 +28,19 @@ from llm_workbench.embedded import embedded_model
 from llm_workbench.hardware.machine import read_bandwidth
 
 SHAPES = {  # sizes of released configurations, for devices that do not hold the embedded file
-    "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, head_dim=64, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
-    "Llama-3.2-1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+    "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9,
+                         num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e5)),
+    "Llama-3.2-1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                         num_attention_heads=32,
+                         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+                         rope_parameters=dict(rope_type="default", rope_theta=5e5)),
 }
 MORE = dict(model_type="llama", max_position_embeddings=8192, rms_norm_eps=1e-5)
 
 
-# --- one peer, in its own process -------------------------------------------------------------------------------------------
+# --- one peer, in its own process -----------------------------------------------------------------------------------
 
 def transformers_model(config, dtype, device, state=None):
     "transformers' Llama with sdpa attention: random weights, or those of `state`."
@@ -135,7 +140,7 @@ def serve(args):
         for _ in sys.stdin: print(json.dumps(measure(model, prompt, args.new, args.device)), flush=True)
 
 
-# --- all peers ----------------------------------------------------------------------------------------------------------------
+# --- all peers ------------------------------------------------------------------------------------------------------
 
 class Peer:
     "A process that measures one round when asked."

@@ -135,29 +135,37 @@ def test_every_wrong_value_of_every_key_is_named(family):
 def test_wrong_entries_of_rope_parameters_are_named(family, variant):
     config = small(family, variant)
     rope = config.get("rope_parameters") or {}
-    ladders = {f"rope_parameters.{name}": one for name, one in rope.items() if isinstance(one, dict)} or {"rope_parameters": rope}
+    ladders = {f"rope_parameters.{name}": one for name, one in rope.items() if isinstance(one, dict)} or {
+        "rope_parameters": rope
+    }
     for where, ladder in ladders.items():
         for entry in ladder:
             for value in ("x", -1, math.nan, [], {"a": 1}):
                 if entry == "rope_type" and value == "x": continue                        # valid, but not built
                 if entry in ("short_factor", "long_factor") and value == []: value = [1.0]
                 error, _ = refused(with_value(config, f"{where}.{entry}", value))
-                assert isinstance(error, CheckpointError) and entry in str(error), f"{where}.{entry} = {value!r}: {error}"
+                assert isinstance(error, CheckpointError) and entry in str(error), (
+                    f"{where}.{entry} = {value!r}: {error}"
+                )
     if rope.get("rope_type", "default") != "default":
         for entry in set(rope) & {"factor", "low_freq_factor", "short_factor", "long_factor"}:
             gone = json.loads(json.dumps(config))
             del gone["rope_parameters"][entry]
             error, _ = refused(gone)
-            if not (entry == "factor" and rope["rope_type"] in ("yarn", "longrope")):     # those follow from the contexts
+            # those follow from the contexts
+            if not (entry == "factor" and rope["rope_type"] in ("yarn", "longrope")):
                 assert isinstance(error, CheckpointError) and entry in str(error), f"without {entry}: {error}"
 
 
 TOGETHER = [  # values that are right alone and wrong together: family, changes, the key that is named
-    ("llama", dict(num_key_value_heads=4), "num_key_value_heads"), ("llama", dict(hidden_size=50, head_dim=None), "hidden_size"),
+    ("llama", dict(num_key_value_heads=4), "num_key_value_heads"),
+    ("llama", dict(hidden_size=50, head_dim=None), "hidden_size"),
     ("llama", dict(head_dim=7), "head_dim"), ("mixtral", dict(num_experts_per_tok=6), "num_experts_per_tok"),
     ("deepseek_v3", dict(n_group=3), "n_group"), ("deepseek_v3", dict(topk_group=5), "topk_group"),
-    ("deepseek_v3", dict(num_experts_per_tok=7), "num_experts_per_tok"), ("gemma2", dict(layer_types=["full_attention"]), "layer_types"),
-    ("gpt_neox", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.01)), "partial_rotary"),
+    ("deepseek_v3", dict(num_experts_per_tok=7), "num_experts_per_tok"),
+    ("gemma2", dict(layer_types=["full_attention"]), "layer_types"),
+    ("gpt_neox", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.01)),
+     "partial_rotary"),
 ]
 
 
@@ -178,7 +186,9 @@ def a_folder(tmp_path, config, tensors):
 @pytest.mark.parametrize("layers", ["2", 0, -1, 20_000, 100_000_000, 2.5, None, [3]])
 def test_layers_that_the_file_does_not_hold_are_refused_at_once(layers, tmp_path):
     "A wrong number of layers ended in a TypeError, took 17 seconds, or never ended."
-    folder = a_folder(tmp_path, {**small("llama", 0), "num_hidden_layers": layers}, {"model.norm.weight": torch.ones(48)})
+    folder = a_folder(
+        tmp_path, {**small("llama", 0), "num_hidden_layers": layers}, {"model.norm.weight": torch.ones(48)}
+    )
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match="num_hidden_layers"):
         checkpoint = open_checkpoint(folder)
@@ -186,12 +196,14 @@ def test_layers_that_the_file_does_not_hold_are_refused_at_once(layers, tmp_path
     assert time.perf_counter() - start < 1
 
 
-@pytest.mark.parametrize("key,value", [("vocab_size", 98), ("hidden_size", 96), ("num_hidden_layers", 2), ("num_hidden_layers", 9_000)])
+@pytest.mark.parametrize("key,value", [("vocab_size", 98), ("hidden_size", 96), ("num_hidden_layers", 2),
+                                       ("num_hidden_layers", 9_000)])
 def test_counts_must_be_those_of_the_tensors(key, value):
     from models import small_model
     hf = small_model("llama")
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match=key): Decoder.from_checkpoint({**hf.config.to_dict(), key: value}, hf.state_dict())
+    with pytest.raises(CheckpointError, match=key):
+        Decoder.from_checkpoint({**hf.config.to_dict(), key: value}, hf.state_dict())
     assert time.perf_counter() - start < 1
 
 

@@ -1,8 +1,8 @@
-"""The generation loop, stop strings and streaming: equal to transformers, to the row alone, and to the definition; wrong variants are rejected.
+"""The generation loop, stop strings and streaming: equal to transformers, to the row alone, and to the definition;
+wrong variants are rejected.
 
-Two small models: a random Llama (close scores, an oracle in transformers), and a scripted one that writes a given text with a tokenizer whose
-tokens cut characters and stop strings at awkward places.
-"""
+Two small models: a random Llama (close scores, an oracle in transformers), and a scripted one that writes a given
+text with a tokenizer whose tokens cut characters and stop strings at awkward places."""
 import random
 
 import pytest
@@ -27,17 +27,32 @@ def tokens_of(decoder, prompts, **settings):
 
 @pytest.fixture(scope="module")
 def oracle():
-    "Our tiny decoder, an end token that some rows meet, and what transformers writes for each prompt alone: freely, with the end token, with a penalty."
+    """Our tiny decoder, an end token that some rows meet, and what transformers writes for each prompt alone: freely,
+    with the end token, with a penalty."""
     hf = tiny(seed=2, vocab_size=97)
     def write(prompt, eos=None, **settings):
         ids = torch.tensor([prompt])
-        return hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=N, do_sample=False, eos_token_id=eos, pad_token_id=0, **settings)[0, len(prompt):].tolist()
+        return hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=N,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            **settings,
+        )[0, len(prompt) :].tolist()
     free = [write(p) for p in PROMPTS]
     eos = next(t for t in free[0][5:15] if t not in free[0][:5])
-    return Decoder.from_transformers(hf), eos, free, [write(p, eos) for p in PROMPTS], [write(p, repetition_penalty=1.4) for p in PROMPTS]
+    return (
+        Decoder.from_transformers(hf),
+        eos,
+        free,
+        [write(p, eos) for p in PROMPTS],
+        [write(p, repetition_penalty=1.4) for p in PROMPTS],
+    )
 
 
-# --- the loop against transformers ------------------------------------------------------------------------------------
+# --- the loop against transformers ----------------------------------------------------------------------------------
 
 def greedy_equals_transformers(oracle, batch=Batch):
     decoder, eos, free, stopped, penalised = oracle
@@ -57,7 +72,10 @@ def greedy_equals_transformers(oracle, batch=Batch):
     assert of(PROMPTS, seed=3, **warm) == lonely, "draws depend on the batch"
     settings = Sampler(temperature=torch.linspace(0.4, 1.6, len(PROMPTS)), top_k=torch.arange(3, 3 + len(PROMPTS)),
                        repetition_penalty=torch.linspace(1.0, 1.5, len(PROMPTS)))
-    lonely = [tokens_of(decoder, [p], seed=3 + i, eos_ids=[eos], sampler=settings.select([i]))[0] for i, p in enumerate(PROMPTS)]
+    lonely = [
+        tokens_of(decoder, [p], seed=3 + i, eos_ids=[eos], sampler=settings.select([i]))[0]
+        for i, p in enumerate(PROMPTS)
+    ]
     assert of(PROMPTS, seed=3, eos_ids=[eos], sampler=settings) == lonely, "a row's settings did not stay with it"
 
 
@@ -111,7 +129,8 @@ class KeepsTheFirst(Batch):
         before = getattr(self, self.what)
         super().leave(gone)
         n = len(self.rows)
-        if before is not None and n: setattr(self, self.what, before.select(range(n)) if self.what == "sampler" else before[:n])
+        if before is not None and n:
+            setattr(self, self.what, before.select(range(n)) if self.what == "sampler" else before[:n])
 
 
 class MixesGenerators(KeepsTheFirst): what = "generators"
@@ -133,16 +152,29 @@ class CountsThePromptOnly(Batch):
         return chosen
 
 
-MISTAKES = [NoticesTheEndLate, IgnoresTheEnd, AsksTheFirstRow, OneTooMany, ForgetsTheCounts, MixesTokens, KeepsTheFirstCaches,
-            MixesGenerators, MixesSettings, MixesCounts, CountsPads, CountsThePromptOnly]
+MISTAKES = [
+    NoticesTheEndLate,
+    IgnoresTheEnd,
+    AsksTheFirstRow,
+    OneTooMany,
+    ForgetsTheCounts,
+    MixesTokens,
+    KeepsTheFirstCaches,
+    MixesGenerators,
+    MixesSettings,
+    MixesCounts,
+    CountsPads,
+    CountsThePromptOnly,
+]
 
 
 @pytest.mark.parametrize("wrong", MISTAKES)
 def test_wrong_loop_is_rejected(oracle, wrong):
-    with pytest.raises((AssertionError, InputError, RuntimeError, IndexError)): greedy_equals_transformers(oracle, wrong)
+    with pytest.raises((AssertionError, InputError, RuntimeError, IndexError)):
+        greedy_equals_transformers(oracle, wrong)
 
 
-# --- what a later engine asks of a step ---------------------------------------------------------------------------------
+# --- what a later engine asks of a step -----------------------------------------------------------------------------
 
 def test_a_mask_decides_what_is_possible(oracle):
     allowed = torch.tensor([3, 50, 96])
@@ -178,8 +210,12 @@ def test_a_step_may_write_several_tokens(oracle, store):
     for prompt, text, ended in zip(PROMPTS, free, stopped):
         KnowsTheFuture.future, KnowsTheFuture.calls = text, 0
         cache = decoder.new_cache(store, **({"slots": 64} if store == "static" else {}))
-        assert tokens_of(decoder, [prompt], batch=KnowsTheFuture, cache=cache) == [text] and KnowsTheFuture.calls < N - 4
-        assert tokens_of(decoder, [prompt], batch=KnowsTheFuture, eos_ids=[eos]) == [ended], "tokens behind the end were kept"
+        assert (
+            tokens_of(decoder, [prompt], batch=KnowsTheFuture, cache=cache) == [text] and KnowsTheFuture.calls < N - 4
+        )
+        assert tokens_of(decoder, [prompt], batch=KnowsTheFuture, eos_ids=[eos]) == [ended], (
+            "tokens behind the end were kept"
+        )
 
 
 def test_rows_that_are_not_there_cannot_leave(oracle):
@@ -198,7 +234,12 @@ def test_ragged_logits_equal_the_row_alone(oracle):
     batch, alone = decoder.new_cache(), [decoder.new_cache() for _ in PROMPTS]
     new = next_logits(decoder, padded(PROMPTS, 0), batch, counts)
     for step in range(10):
-        single = torch.cat([next_logits(decoder, torch.tensor([p]) if step == 0 else t[None], c) for p, t, c in zip(PROMPTS, tokens if step else counts, alone)])
+        single = torch.cat(
+            [
+                next_logits(decoder, torch.tensor([p]) if step == 0 else t[None], c)
+                for p, t, c in zip(PROMPTS, tokens if step else counts, alone)
+            ]
+        )
         worst = max(worst, (new - single).abs().max().item())
         assert torch.equal(new.argmax(-1), single.argmax(-1))
         tokens = new.argmax(-1, keepdim=True)
@@ -233,20 +274,29 @@ def test_one_token_per_row_and_step_reaches_the_decoder(oracle, monkeypatch):
     "After the prompt every step sends one token per running row, and rows that are over are not computed."
     decoder, eos, _, stopped, _ = oracle
     shapes, hidden, head = [], type(decoder).hidden, []
-    monkeypatch.setattr(type(decoder), "hidden", lambda self, tokens, *a, **kw: (shapes.append(tuple(tokens.shape)), hidden(self, tokens, *a, **kw))[1])
+    monkeypatch.setattr(
+        type(decoder),
+        "hidden",
+        lambda self, tokens, *a, **kw: (shapes.append(tuple(tokens.shape)), hidden(self, tokens, *a, **kw))[1],
+    )
     handle = decoder.lm_head.register_forward_hook(lambda m, args, out: head.append(tuple(args[0].shape[:-1])))
     tokens_of(decoder, PROMPTS, eos_ids=[eos])
     handle.remove()
     running = [sum(len(w) > step for w in stopped) for step in range(max(map(len, stopped)))]
-    assert shapes == [(len(PROMPTS), max(map(len, PROMPTS)))] + [(n, 1) for n in running[1:]], "more work than one token per running row"
+    assert shapes == [(len(PROMPTS), max(map(len, PROMPTS)))] + [(n, 1) for n in running[1:]], (
+        "more work than one token per running row"
+    )
     assert head == [(n,) for n in running], "the output matrix must see one position per row"
 
 
 @pytest.mark.parametrize("prompts, n, error, words", [
-    ([[1, 2], []], 5, ContextLengthError, "Prompt 1 is empty"), ([], 5, ContextLengthError, "no prompt"), ([[1] * 60], 10, ContextLengthError, "at most 4"),
-    ([[1] * 64], 1, ContextLengthError, "by at least 1 token"), ([[1] * 90], 1, ContextLengthError, "by at least 27"), ([[1]], 0, InputError, "at least 1"),
+    ([[1, 2], []], 5, ContextLengthError, "Prompt 1 is empty"), ([], 5, ContextLengthError, "no prompt"),
+    ([[1] * 60], 10, ContextLengthError, "at most 4"),
+    ([[1] * 64], 1, ContextLengthError, "by at least 1 token"), ([[1] * 90], 1, ContextLengthError, "by at least 27"),
+    ([[1]], 0, InputError, "at least 1"),
     ([[1, 97]], 5, InputError, "outside"), ([[-1]], 5, InputError, "outside"), (["a text"], 5, InputError, "encode it"),
-    ([["a"]], 5, InputError, "outside"), ([[1]], 2.5, InputError, "max_new_tokens is 2.5"), ([[1]], "9", InputError, "'9'")])
+    ([["a"]], 5, InputError, "outside"), ([[1]], 2.5, InputError, "max_new_tokens is 2.5"),
+    ([[1]], "9", InputError, "'9'")])
 def test_bad_input_raises_at_the_call(oracle, monkeypatch, prompts, n, error, words):
     monkeypatch.setattr(type(oracle[0]), "hidden", lambda *a: pytest.fail("work started before the input was checked"))
     with pytest.raises(error, match=words): generate_tokens(oracle[0], prompts, max_new_tokens=n)
@@ -267,13 +317,14 @@ def test_nan_weights_are_named(oracle):
     with pytest.raises(WorkbenchError, match="NaN"): tokens_of(broken, PROMPTS[:2])
 
 
-# --- text: a scripted model and a tokenizer that cuts where it hurts ------------------------------------------------------
+# --- text: a scripted model and a tokenizer that cuts where it hurts ------------------------------------------------
 
 class Pieces:
     "A tokenizer over given byte strings; id 0 is the end token."
     eos_ids, eos_id = [0], 0
     def __init__(self, pieces): self.pieces = [b"<end>", *pieces]
-    def encode(self, text, special=False): return [1 + self.pieces[1:].index(text[i:i + 1].encode()) for i in range(len(text))]
+    def encode(self, text, special=False):
+        return [1 + self.pieces[1:].index(text[i:i + 1].encode()) for i in range(len(text))]
     def encode_chat(self, messages, **kw): return self.encode("".join(m["content"] for m in messages))
     def decode(self, ids): return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
@@ -340,7 +391,9 @@ def text_is_the_definition(rounds=300):
         assert done.reason == ("stop" if ended else "length"), f"{text!r} with stops {stops}: reason {done.reason}"
         pieces = list(lm.stream([{"role": "user", "content": "a"}], max_new_tokens=n, stop=stops))
         assert "".join(pieces) == want == lm.chat("a", max_new_tokens=n, stop=stops), "streamed pieces are not the text"
-        assert all(pieces) and not any("\ufffd" in p for p in pieces), "a character was split, or an empty piece was streamed"
+        assert all(pieces) and not any("\ufffd" in p for p in pieces), (
+            "a character was split, or an empty piece was streamed"
+        )
 
 
 def test_text_is_the_definition(): text_is_the_definition()
@@ -379,7 +432,8 @@ class FirstInTheList(StopStrings):
         return super().push(text)
 
 
-@pytest.mark.parametrize("mutant", [OnlyAtTheEnd, KeepsTheStopString, HoldsTooLittle, ForgetsWhatItHeld, FirstInTheList])
+@pytest.mark.parametrize("mutant", [OnlyAtTheEnd, KeepsTheStopString, HoldsTooLittle, ForgetsWhatItHeld,
+                                    FirstInTheList])
 def test_wrong_stop_condition_is_rejected(monkeypatch, mutant):
     monkeypatch.setattr(generation, "StopStrings", mutant)
     with pytest.raises(AssertionError): text_is_the_definition()
@@ -421,7 +475,7 @@ def test_abandoned_stream_leaves_nothing_behind(oracle):
     assert tokens_of(decoder, PROMPTS) == free
 
 
-# --- the real model -------------------------------------------------------------------------------------------------------
+# --- the real model -------------------------------------------------------------------------------------------------
 
 def test_real_model_batch_equals_alone_and_stream_equals_chat(lm):
     questions = ["Why is the sky blue?", "안녕하세요! 한국어로 인사해 주세요.", "Write one emoji.", "What is the capital of Peru?"]
@@ -434,7 +488,9 @@ def test_real_model_batch_equals_alone_and_stream_equals_chat(lm):
         if not row.text.endswith("\ufffd"): assert not any("\ufffd" in p for p in pieces), "a character was split"
     assert lm.chat(questions[0], max_new_tokens=16) == batch[0].text
     drawn = lm.generate(ids[:2], max_new_tokens=8, temperature=0.8, top_p=0.9, seed=5)
-    assert drawn == [lm.generate(p, max_new_tokens=8, temperature=0.8, top_p=0.9, seed=5 + i) for i, p in enumerate(ids[:2])]
+    assert drawn == [
+        lm.generate(p, max_new_tokens=8, temperature=0.8, top_p=0.9, seed=5 + i) for i, p in enumerate(ids[:2])
+    ]
 
 
 def test_real_model_refuses_a_prompt_beyond_its_context(lm):

@@ -1,7 +1,7 @@
-"""A file's blocks can be had packed: rows that a layout only moves are moved as bytes, and everything else says why not.
+"""A file's blocks can be had packed: rows that a layout only moves are moved as bytes, and everything else says why
+not.
 
-The oracle never moves a byte: the same numbers, unpacked first and then rearranged by the family's layout.
-"""
+The oracle never moves a byte: the same numbers, unpacked first and then rearranged by the family's layout."""
 from collections import Counter
 
 import pytest
@@ -17,15 +17,24 @@ from llm_workbench.files.parts import LazyTensors, Part, is_blocks
 
 # sizes that are whole blocks of 32 everywhere
 WIDE = dict(hidden_size=96, intermediate_size=96, head_dim=16)
-LATENT = dict(kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=24, v_head_dim=16, moe_intermediate_size=32, intermediate_size=96)
+LATENT = dict(
+    kv_lora_rank=32,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=24,
+    v_head_dim=16,
+    moe_intermediate_size=32,
+    intermediate_size=96,
+)
 TYPES = ("Q4_0", "Q4_1", "Q8_0")
 
 
 def widened(family, changes):
     "The same choices at sizes that are whole blocks."
     wide = dict(WIDE)
-    if family in ("falcon", "gpt_neox", "phi", "stablelm", "granite", "olmo", "phi3", "phimoe", "qwen2", "qwen2_moe"): del wide["head_dim"]
-    if family.startswith("deepseek"): wide = LATENT | dict(hidden_size=96) | (dict(q_lora_rank=32) if changes.get("q_lora_rank") else {})
+    if family in ("falcon", "gpt_neox", "phi", "stablelm", "granite", "olmo", "phi3", "phimoe", "qwen2", "qwen2_moe"):
+        del wide["head_dim"]
+    if family.startswith("deepseek"):
+        wide = LATENT | dict(hidden_size=96) | (dict(q_lora_rank=32) if changes.get("q_lora_rank") else {})
     if family == "dbrx":
         ffn = dict(changes["ffn_config"], ffn_hidden_size=32, hidden_size=96)
         return dict(changes, d_model=96, ffn_config=ffn)
@@ -81,7 +90,9 @@ def test_the_layouts_of_gguf_move_packed_rows(case, type, tmp_path, record_prope
     packed = {n: quantize(t, type) if blocks(t.shape) else t for n, t in tensors.items()}
     types = {n: type for n, t in tensors.items() if blocks(t.shape)}
     write_gguf(tmp_path / "packed.gguf", metadata, packed, types)
-    write_gguf(tmp_path / "numbers.gguf", metadata, {n: dequantize(p, type) if n in types else p for n, p in packed.items()})
+    write_gguf(
+        tmp_path / "numbers.gguf", metadata, {n: dequantize(p, type) if n in types else p for n, p in packed.items()}
+    )
     own, oracle = (open_checkpoint(tmp_path / f"{which}.gguf").tensors.own for which in ("packed", "numbers"))
     compare(own, oracle, seen)
     for what, n in seen.items(): record_property(what, n)

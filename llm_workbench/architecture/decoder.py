@@ -134,7 +134,8 @@ def with_config(self: Decoder,
             raise InputError(f"the weights do not fit a decoder with {changes}: it has a {name}, which this one lacks")
         _check_fit(name, module, there, changes)
         if isinstance(module, (Matrix, Stack)): return there
-        module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)     # of norms, sinks, routers
+        # of norms, sinks, routers
+        module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)
         return module
     other = swapped(empty, own)
     other.source = self.source

@@ -27,15 +27,24 @@ def divergence(decoder: Decoder,
 
 # %% ../../nbs/06_families/08_comparing.ipynb #9187349d
 BLOCKS = {"pre": "norms before", "post": "norms behind", "sandwich": "norms before and behind",
-          "parallel": "attention and MLP in parallel", "parallel_two_norms": "attention and MLP in parallel, a norm each",
+          "parallel": "attention and MLP in parallel", "parallel_two_norms": "attention and MLP in parallel, a norm "
+                                                                             "each",
           "dense_moe": "experts beside a dense block"}
 
 def _phrases(first, *others): return ", ".join([first, *(text for holds, text in others if holds)])
 
 def _describe_norm(c):
     kind = "LayerNorm" if c.norm == "layer" else "RMSNorm"
-    return {"norm": _phrases(kind, (c.norm_bias, "with bias"), (not c.norm_weight, "without weight"), (c.norm_offset, "weight 1 + w"),
-                             (c.norm_weigh_first, "weighed before rounding"), (True, f"epsilon {c.norm_eps:g}"))}
+    return {
+        "norm": _phrases(
+            kind,
+            (c.norm_bias, "with bias"),
+            (not c.norm_weight, "without weight"),
+            (c.norm_offset, "weight 1 + w"),
+            (c.norm_weigh_first, "weighed before rounding"),
+            (True, f"epsilon {c.norm_eps:g}"),
+        )
+    }
 
 # %% ../../nbs/06_families/08_comparing.ipynb #f0c21230
 def _describe_heads(c):
@@ -43,7 +52,10 @@ def _describe_heads(c):
     kind = f"{'MHA' if H == K else 'MQA' if K == 1 else 'GQA'}, {H} query heads over {K} KV heads of {D}"
     if c.kv_lora_rank: kind = f"latent of {c.kv_lora_rank} + {c.qk_rope_head_dim}, {H} heads of {D}"
     out = {"attention": _phrases(kind, (c.attention_bias, "QKV bias"), (c.output_bias, "output bias"))}
-    if c.qk_norm: out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head", "all": "across all heads"}[c.qk_norm]
+    if c.qk_norm:
+        out["QK-norm"] = {"head": "one weight for all heads", "heads": "a weight per head", "all": "across all heads"}[
+            c.qk_norm
+        ]
     return out
 
 # %% ../../nbs/06_families/08_comparing.ipynb #fe6ef148
@@ -64,24 +76,47 @@ def _describe_positions(c):
         stretch = rope["rope_type"] + (f" x{rope['factor']:g}" if "factor" in rope else "")
         return _phrases(f"theta {rope['rope_theta']:,.0f}", (rope["rope_type"] != "default", stretch))
     ropes = {one(c.rope(i)): c.layer_type(i) for i in range(c.num_hidden_layers) if c.rope(i)}
-    text = "; ".join(ropes if len(ropes) == 1 else (f"{kind.split('_')[0]} blocks: {rope}" for rope, kind in ropes.items()))
-    return {"RoPE": _phrases(text, (c.rotary_dim, f"{c.rotary_dim} of {c.head_dim} dimensions"), (c.rope_interleaved, "interleaved pairs"),
-                             (c.no_rope_layers, f"none in {len(c.no_rope_layers)} blocks"))}
+    text = "; ".join(
+        ropes if len(ropes) == 1 else (f"{kind.split('_')[0]} blocks: {rope}" for rope, kind in ropes.items())
+    )
+    return {
+        "RoPE": _phrases(
+            text,
+            (c.rotary_dim, f"{c.rotary_dim} of {c.head_dim} dimensions"),
+            (c.rope_interleaved, "interleaved pairs"),
+            (c.no_rope_layers, f"none in {len(c.no_rope_layers)} blocks"),
+        )
+    }
 
 # %% ../../nbs/06_families/08_comparing.ipynb #962c89af
-def _describe_router(score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False, **rest):
-    return _phrases(score, (not normalise and score != "sparsemixer", "not renormalised"), (scale != 1, f"times {scale:g}"),
-                    (n_groups, f"{top_groups} of {n_groups} groups open"), (correction_bias, "a bias balances the load"))
+def _describe_router(
+    score="softmax", normalise=True, scale=1.0, n_groups=None, top_groups=None, correction_bias=False, **rest
+):
+    return _phrases(
+        score,
+        (not normalise and score != "sparsemixer", "not renormalised"),
+        (scale != 1, f"times {scale:g}"),
+        (n_groups, f"{top_groups} of {n_groups} groups open"),
+        (correction_bias, "a bias balances the load"),
+    )
 
 def _describe_feed_forward(c):
-    act = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act, c.hidden_act) if c.mlp == "gated" else f"plain, {c.hidden_act}"
+    act = (
+        {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}.get(c.hidden_act, c.hidden_act)
+        if c.mlp == "gated"
+        else f"plain, {c.hidden_act}"
+    )
     out = {}
     if len(c.moe_layers) < c.num_hidden_layers or c.block == "dense_moe":
         out["MLP"] = _phrases(f"{act} of {c.intermediate_size:,}", (c.mlp_bias, "biases"))
     if c.moe_layers:
-        out["experts"] = f"{c.num_experts_per_tok} of {c.num_experts}, each {c.moe_intermediate_size:,} wide, in {len(c.moe_layers)} blocks"
+        out["experts"] = (
+            f"{c.num_experts_per_tok} of {c.num_experts}, each {c.moe_intermediate_size:,} wide, in "
+            f"{len(c.moe_layers)} blocks"
+        )
         out["router"] = _describe_router(**c.router)
-    if c.shared_intermediate_size: out["shared expert"] = _phrases(f"{c.shared_intermediate_size:,} wide", (c.shared_gate, "gated"))
+    if c.shared_intermediate_size: out["shared expert"] = _phrases(f"{c.shared_intermediate_size:,} "
+                                                                   "wide", (c.shared_gate, "gated"))
     return out
 
 # %% ../../nbs/06_families/08_comparing.ipynb #c8d7b1af
@@ -110,6 +145,9 @@ def diff(a: "ModelConfig | dict | nn.Module", b: "ModelConfig | dict | nn.Module
     "Two models side by side, only what differs."
     import pandas as pd
     a, b = describe(a), describe(b)
-    both = {aspect: (a.get(aspect, "-"), b.get(aspect, "-")) for aspect in [*a, *(aspect for aspect in b if aspect not in a)]}
+    both = {
+        aspect: (a.get(aspect, "-"), b.get(aspect, "-"))
+        for aspect in [*a, *(aspect for aspect in b if aspect not in a)]
+    }
     differ = {aspect: pair for aspect, pair in both.items() if pair[0] != pair[1]}
     return pd.DataFrame(list(differ.values()), index=list(differ), columns=list(names))
