@@ -1,4 +1,5 @@
-"""Write the measured figures of README.md from the committed results: python -m benchmarks.readme [folder under results/]"""
+"""Write the measured figures of README.md from the committed results: python -m benchmarks.readme [folder under
+results/]"""
 import re
 import sys
 from pathlib import Path
@@ -8,14 +9,16 @@ from benchmarks.record import RESULTS, recorded
 README = Path(__file__).parents[1] / "README.md"
 MARKS = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
 PEERS = {f"{who} {dtype}": f"{label}, {short}" for dtype, short in {"float32": "fp32", "bfloat16": "bf16"}.items()
-         for who, label in {"ours": "this decoder, ops `CPU`", "ours with TORCH": "this decoder, ops `TORCH`", "transformers": "transformers"}.items()} | {"llama.cpp Q4_1": "llama.cpp, the file's Q4_1"}
+         for who, label in {"ours": "this decoder, ops `CPU`", "ours with TORCH": "this decoder, ops `TORCH`",
+                            "transformers": "transformers"}.items()} | {"llama.cpp Q4_1": "llama.cpp, the file's Q4_1"}
 GOAL = 1.5   # decode against transformers.generate
 
 
 def rows(result):
     for peer, label in PEERS.items():
         share = result["limits"][f"decode, {peer}: share of bandwidth / weight bytes"]
-        yield f"| {result['prompt_tokens']:,} | {label} | {result['medians'][f'prefill, {peer}']:.0f} | {result['medians'][f'decode, {peer}']:.1f} | {share:.2f} |"
+        prefill, decode = (result["medians"][f"{phase}, {peer}"] for phase in ("prefill", "decode"))
+        yield f"| {result['prompt_tokens']:,} | {label} | {prefill:.0f} | {decode:.1f} | {share:.2f} |"
 
 
 def ratios(result):

@@ -11,7 +11,7 @@ from llm_workbench.inference.generation import LM
 from llm_workbench.kernels.cpu import fastest
 
 
-def load(source: str | Path | None = None,        # None: the embedded model; a folder, a .gguf file, or a hub id: "org/name"
+def load(source: str | Path | None = None,  # None: the embedded model; a folder, a .gguf file, or a hub id: "org/name"
          *, dtype: torch.dtype = torch.float32,   # what the weights are kept in
          device: str | torch.device = "cpu",
          weights: str | None = None,              # a format to keep the matrices in; None: as `dtype` says
@@ -33,5 +33,6 @@ def _device(device) -> torch.device:
     try: device = torch.device(device)
     except (RuntimeError, TypeError): raise InputError(f"{device!r} is no device: give 'cpu' or 'cuda'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no NVIDIA GPU: leave device out, or see `llm-workbench doctor` for what is missing")
+        raise InputError("torch sees no NVIDIA GPU: leave device out, or see `llm-workbench doctor` for what is "
+                         "missing")
     return device

@@ -63,4 +63,5 @@ def lm():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-schedules", action="store_true", help="200 random schedules of packed rows for every variant of every family")
+    parser.addoption("--all-schedules", action="store_true",
+                     help="200 random schedules of packed rows for every variant of every family")

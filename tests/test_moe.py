@@ -132,7 +132,7 @@ def random_layer(N, E, k, seed, dtype=torch.float32, C=C, width=WIDTH):
     return x, gate_up, down, *route(draw(N, E), k)
 
 
-# --- against transformers --------------------------------------------------------------------------------------------
+# --- against transformers -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("shape", [(1, 1, C), (1, 37, C), (4, 16, C)])
@@ -210,7 +210,7 @@ def test_mixtral_layer_has_the_released_size():
         "experts.down_proj.weight": (8, 4096, 14336)}
 
 
-# --- the op ----------------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------------------------
 
 def test_op_on_200_random_layers():
     g = torch.Generator().manual_seed(7)
@@ -292,7 +292,7 @@ def test_act_of_the_ops_table_is_used():
     assert seen == [(5, 2)], "the layer must go through ops.moe"
 
 
-# --- the layer asks its matrices -------------------------------------------------------------------------------------
+# --- the layer asks its matrices ------------------------------------------------------------------------------------
 
 class Sum(nn.Module):
     "Stands in for a matrix or a stack that is the sum of two."
@@ -348,7 +348,7 @@ def test_a_step_is_one_graph():
         assert torch.allclose(step(x), layer(x, OPS), atol=1e-6)
 
 
-# --- the router ------------------------------------------------------------------------------------------------------
+# --- the router -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [{}, dict(normalise=False), dict(score="sigmoid"),
                                      dict(score="sigmoid", n_groups=4, top_groups=2),
@@ -415,7 +415,7 @@ def test_correction_bias_is_state_but_no_parameter():
     assert "e_score_correction_bias" not in MoE(C, WIDTH, 8, 2).state_dict()
 
 
-# --- mutants: a check that passes them is no check -------------------------------------------------------------------
+# --- mutants: a check that passes them is no check ------------------------------------------------------------------
 
 def plain_route(logits, top_k, *, score="softmax", normalise=True, bias=None, scale=1.0, n_groups=None, top_groups=None,
                 group_best=None, bias_in_weights=False, bias_in_choice=True, scale_first=False, always_softmax=False,

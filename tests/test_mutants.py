@@ -20,7 +20,7 @@ from checks import cached_is_uncached, matches_transformers, ragged_is_single, t
 def with_ops(**ops): return lambda decoder: decoder.with_ops(**ops)
 
 
-# --- wrong primitives -------------------------------------------------------------------------------------------------
+# --- wrong primitives -----------------------------------------------------------------------------------------------
 
 def rope_layout_swapped(x, cos, sin): return rotate(half_from_interleaved(x), cos, sin)
 def rope_turned_backwards(x, cos, sin):
@@ -92,7 +92,7 @@ def test_wrong_model_is_rejected(name):
     with pytest.raises(AssertionError, match="differ from transformers"): matches_transformers(hf, mistake)
 
 
-# --- wrong caches -----------------------------------------------------------------------------------------------------
+# --- wrong caches ---------------------------------------------------------------------------------------------------
 
 class PositionsReset(ContiguousCache):
     "Every call counts positions from zero again."

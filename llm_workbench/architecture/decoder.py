@@ -7,7 +7,7 @@ __all__ = ['STORES', 'Decoder', 'named_tensors', 'record_outputs', 'steps_of', '
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #fe958e81
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from fastcore.basics import patch
@@ -113,13 +113,8 @@ def with_ops(self: Decoder,
              **functions,             # single replacements, e.g. rms_norm=mine
             ) -> Decoder:
     "This decoder over the same weights, with other functions for its primitives. Raises InputError for an unknown op."
-    known = asdict(self.ops)
-    if unknown := functions.keys() - known.keys():
-        raise InputError(
-            f"no such op: {', '.join(unknown)}; there are {', '.join(known)}.{did_you_mean(min(unknown), known)}"
-        )
     other = swapped(self, lambda name, module: module)
-    other.ops = replace(ops or self.ops, **functions)
+    other.ops = (ops or self.ops).but(**functions)
     return other
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #85c2d369
@@ -137,22 +132,20 @@ def with_config(self: Decoder,
         there = mine.get(name)
         if there is None:
             raise InputError(f"the weights do not fit a decoder with {changes}: it has a {name}, which this one lacks")
-        if isinstance(module, (Matrix, Stack)) or not any(module.children()):
-            return _fitting(name, module, there, changes)
-        # what stands beside the children
+        _check_fit(name, module, there, changes)
+        if isinstance(module, (Matrix, Stack)): return there
+        # of norms, sinks, routers
         module._parameters, module._buffers = dict(there._parameters), dict(there._buffers)
         return module
     other = swapped(empty, own)
     other.source = self.source
     return other.eval()
 
-def _fitting(name, module, there, changes):
-    shapes = [{n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (module, there)]
-    if type(module) is type(there) and shapes[0] != shapes[1]:
-        raise InputError(
-            f"the weights do not fit a decoder with {changes}: {name} would need {shapes[0]} and has {shapes[1]}"
-        )
-    return there
+def _check_fit(name, module, there, changes):
+    own = lambda m: {n: tuple(p.shape) for n, p in m.named_parameters(recurse=False)}
+    if type(module) is type(there) and own(module) != own(there):
+        raise InputError(f"the weights do not fit a decoder with {changes}: {name} would need {own(module)} "
+                         f"and has {own(there)}")
 
 # %% ../../nbs/05_architecture/13_decoder.ipynb #f3408af5
 def named_tensors(decoder: Decoder) -> dict[str, Tensor]:

@@ -137,7 +137,8 @@ class MoE(nn.Module):
 @patch
 def choose(self: MoE, tokens: Tensor, ops) -> tuple[Tensor, Tensor, Tensor]:   # (N, C) -> (N, E), (N, k), (N, k)
     "The router's logits, the chosen experts and their weights."
-    logits = self.gate(tokens.float() if self.fp32 else tokens, ops)
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) if self.fp32 else tokens
+    logits = self.gate(wide, ops)
     return logits, *route(logits, self.top_k, bias=self.e_score_correction_bias, **self.options)
 
 @patch

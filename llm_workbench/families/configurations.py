@@ -47,31 +47,43 @@ _WIDTH, _COUNT, _TOKENS, _FACTOR = 2**18, 2**14, 2**40, 1e6
 
 KEYS: dict[str, Key] = {
     **dict.fromkeys(("hidden_size", "kv_lora_rank", "shared_expert_intermediate_size"), whole(1, _WIDTH)),
-    "vocab_size": whole(1, 2**24), "intermediate_size": whole(1, 2**22, null=True), "moe_intermediate_size": whole(1, 2**22),
-    "num_hidden_layers": whole(1, 10_000), "num_attention_heads": whole(1, _COUNT), "num_key_value_heads": whole(1, _COUNT, null=True),
-    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), whole(1, _COUNT)), "head_dim": whole(1, _COUNT, null=True),
+    "vocab_size": whole(1, 2**24), "intermediate_size": whole(1, 2**22, null=True),
+    "moe_intermediate_size": whole(1, 2**22),
+    "num_hidden_layers": whole(1, 10_000), "num_attention_heads": whole(1, _COUNT),
+    "num_key_value_heads": whole(1, _COUNT, null=True),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), whole(1, _COUNT)),
+    "head_dim": whole(1, _COUNT, null=True),
     "q_lora_rank": whole(1, _WIDTH, null=True), "max_position_embeddings": whole(1, _TOKENS),
     "original_max_position_embeddings": whole(1, _TOKENS, null=True), "sliding_window": whole(0, _TOKENS, null=True),
     "norm_eps": Key(lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"), "hidden_act": word(),
     # which layers are what
     "layer_types": listed(_types, '"full_attention" and "sliding_attention"'), "max_window_layers": whole(0, _TOKENS),
     "sliding_window_pattern": whole(1, 10_000, null=True), "no_rope_layer_interval": whole(1, 10_000),
-    "no_rope_layers": listed(Key(lambda v: v in (0, 1), ""), "0 and 1"), "mlp_only_layers": listed(whole(0, 10_000), "layer numbers"),
-    **dict.fromkeys(("decoder_sparse_step", "moe_layer_frequency"), whole(1, 10_000)), "first_k_dense_replace": whole(0, 10_000, null=True),
+    "no_rope_layers": listed(Key(lambda v: v in (0, 1), ""), "0 and 1"),
+    "mlp_only_layers": listed(whole(0, 10_000), "layer numbers"),
+    **dict.fromkeys(("decoder_sparse_step", "moe_layer_frequency"), whole(1, 10_000)),
+    "first_k_dense_replace": whole(0, 10_000, null=True),
     # experts
-    **dict.fromkeys(("num_experts", "num_experts_per_tok"), whole(1, _COUNT)), "n_shared_experts": whole(0, 1024, null=True),
-    **dict.fromkeys(("n_group", "topk_group"), whole(1, _COUNT, null=True)), "topk_method": Key(word().good, "a word in quotes", null=True),
-    "moe_normalize_expert_weights": number(0, _FACTOR, null=True), "router_jitter_noise": Key(lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0, below 1"),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok"), whole(1, _COUNT)),
+    "n_shared_experts": whole(0, 1024, null=True),
+    **dict.fromkeys(("n_group", "topk_group"), whole(1, _COUNT, null=True)),
+    "topk_method": Key(word().good, "a word in quotes", null=True),
+    "moe_normalize_expert_weights": number(0, _FACTOR, null=True),
+    "router_jitter_noise": Key(lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0, below 1"),
     # multipliers and bounds
-    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "query_pre_attn_scalar",
+    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+                     "logit_scale", "query_pre_attn_scalar",
                      "routed_scaling_factor", "swiglu_alpha", "swiglu_limit"), number(0, _FACTOR)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), number(0, _FACTOR, null=True)),
     # positions
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), number(1, 1e15)), **dict.fromkeys(("rope_parameters", "rope_scaling"), table()),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), number(1, 1e15)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), table()),
     "partial_rotary_factor": number(0, 1), "num_ln_in_parallel_attn": whole(1, 2, null=True),
     # yes and no
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "qk_layernorm", "use_qkv_bias", "use_parallel_residual", "use_qk_norm",
-                     "lm_head_bias", "qkv_bias", "norm_topk_prob", "alibi", "new_decoder_architecture", "multi_query", "parallel_attn", "bias", "rope_interleave",
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "qk_layernorm",
+                     "use_qkv_bias", "use_parallel_residual", "use_qk_norm",
+                     "lm_head_bias", "qkv_bias", "norm_topk_prob", "alibi", "new_decoder_architecture", "multi_query",
+                     "parallel_attn", "bias", "rope_interleave",
                      "use_bidirectional_attention"), flag()),
 }
 
@@ -86,12 +98,19 @@ class Config(dict):
         "The error for a value: key, value, and what would be right."
         value = self.get(key) if value is None else value
         said = "null" if value is None else json_like(value)
-        return CheckpointError(f"The configuration of this {self.model_type} model cannot be: {self.called.get(key, key)} is {said}, and should be {right}.")
+        return CheckpointError(f"The configuration of this {self.model_type} model cannot be: "
+                               f"{self.called.get(key, key)} is {said}, and should be {right}.")
 
 
 def json_like(value) -> str:
     "A value as a file would write it, cut to a line."
-    text = {True: "true", False: "false"}[value] if type(value) is bool else f'"{value}"' if isinstance(value, str) else str(value)
+    text = (
+        {True: "true", False: "false"}[value]
+        if type(value) is bool
+        else f'"{value}"'
+        if isinstance(value, str)
+        else str(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../../nbs/06_families/01_configurations.ipynb #dd2a0b3f
@@ -108,7 +127,8 @@ def _find(config: Mapping, name: str, x: Config):
 def complete(config: Mapping,                     # as it lies in a file
              model_type: str,                     # for messages
              defaults: dict,                      # key -> what it means where the file says nothing
-             names: dict[str, tuple] = {},        # key -> what files call it, the usual name first; without an entry the key itself
+             # key -> what files call it, the usual name first; without an entry the key itself
+             names: dict[str, tuple] = {},
              ) -> Config:
     "Every key that a family reads, from the file or by default, each checked by its rule; raises `CheckpointError`."
     x = Config(defaults, model_type, {key: names[key][0] for key in names})
@@ -120,7 +140,8 @@ def complete(config: Mapping,                     # as it lies in a file
                 break
     for key, value in x.items():
         rule = KEYS[key]
-        if not (rule.null if value is None else rule.good(value)): raise x.wrong(key, rule.right + (" or null" if rule.null else ""))
+        if not (rule.null if value is None else rule.good(value)):
+            raise x.wrong(key, rule.right + (" or null" if rule.null else ""))
     return x
 
 # %% ../../nbs/06_families/01_configurations.ipynb #a41dcbaa
@@ -133,8 +154,10 @@ ROPE_KEYS: dict[str, dict[str, Key]] = {   # what each rope_type needs
 }
 ROPE_OPTIONS: dict[str, Key] = {           # what may be there besides
     **dict.fromkeys(("factor", "attention_factor", "beta_fast", "beta_slow", "short_mscale", "long_mscale"), _factor),
-    **dict.fromkeys(("mscale", "mscale_all_dim"), Key(lambda v: type(v) in (int, float) and 0 <= v <= _FACTOR, "a number from 0")), "truncate": flag(),
-    "original_max_position_embeddings": whole(2, _TOKENS), "rope_theta": KEYS["rope_theta"], "partial_rotary_factor": KEYS["partial_rotary_factor"],
+    **dict.fromkeys(("mscale", "mscale_all_dim"), Key(lambda v: type(v) in (int, float) and 0 <= v <= _FACTOR,
+                                                      "a number from 0")), "truncate": flag(),
+    "original_max_position_embeddings": whole(2, _TOKENS), "rope_theta": KEYS["rope_theta"],
+    "partial_rotary_factor": KEYS["partial_rotary_factor"],
 }
 ROPE_NAMES = {"su": "longrope"}            # what Phi-3's first files called it
 
@@ -143,20 +166,27 @@ def _complete_rope(given, x, theta, where):
     "One ladder of frequencies with all its entries; `where` is its name in the file."
     if not isinstance(given, Mapping): raise x.wrong(where, table().right, given)
     rope = {"rope_theta": theta, **{k: v for k, v in given.items() if v is not None and k != "type"}}
-    rope_type = given.get("rope_type") or given.get("type") or "default"
+    rope_type = next((given[key] for key in ("rope_type", "type") if given.get(key) is not None), "default")
     if not isinstance(rope_type, str): raise x.wrong(f"{where}.rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
-    rope_type = rope["rope_type"] = "longrope" if rope_type == "yarn" and "long_factor" in rope else ROPE_NAMES.get(rope_type, rope_type)
+    rope_type = rope["rope_type"] = (
+        "longrope" if rope_type == "yarn" and "long_factor" in rope else ROPE_NAMES.get(rope_type, rope_type)
+    )
     if rope_type not in ROPE_TYPES:
         raise UnsupportedError(f"rope_type {rope_type!r} is not implemented; there are {', '.join(ROPE_TYPES)}."
                                f"{did_you_mean(rope_type, ROPE_TYPES)} Add it to ROPE_TYPES to run this model.")
-    context, trained = x["max_position_embeddings"], x.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    _check_rope(rope, x, where, ROPE_OPTIONS)
+    context, trained = (
+        x["max_position_embeddings"],
+        x.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings"),
+    )
     if rope_type in ("yarn", "longrope", "llama3"): rope["original_max_position_embeddings"] = trained or context
     if rope_type == "dynamic": rope["original_max_position_embeddings"] = context
-    _check_rope(rope, x, where, ROPE_OPTIONS)
-    if rope_type == "longrope" or rope_type == "yarn" and trained: rope.setdefault("factor", context / rope["original_max_position_embeddings"])
+    if rope_type == "longrope" or rope_type == "yarn" and trained:
+        rope.setdefault("factor", context / rope["original_max_position_embeddings"])
     _check_rope(dict.fromkeys(ROPE_KEYS[rope_type]) | rope, x, where, ROPE_KEYS[rope_type])
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise x.wrong(f"{where}.high_freq_factor", f"above low_freq_factor, which is {rope['low_freq_factor']}", rope["high_freq_factor"])
+        raise x.wrong(f"{where}.high_freq_factor", "above low_freq_factor, which is "
+                                                   f"{rope['low_freq_factor']}", rope["high_freq_factor"])
     return rope
 
 
@@ -170,7 +200,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def rope_parameters(x: Config,  # complete but for this
                     ) -> dict:  # one complete ladder, or one for each layer type
-    "The RoPE of a configuration of any age, with everything that it implies; raises `CheckpointError`, `UnsupportedError`."
+    """The RoPE of a configuration of any age, with everything that it implies; raises `CheckpointError`,
+    `UnsupportedError`."""
     key = "rope_scaling" if x.get("rope_scaling") else "rope_parameters"
     where, given = x.called.get(key, key), x.get(key) or {}
     local, by_type = x.get("rope_local_base_freq"), any(name in given for name in LAYER_TYPES)
@@ -179,8 +210,15 @@ def rope_parameters(x: Config,  # complete but for this
     thetas = {"full_attention": x["rope_theta"], "sliding_attention": local or x["rope_theta"]}
     wanted = [name for name in LAYER_TYPES if ladders.get(name) is not None or local is not None]
     default = {"rope_type": "default"}
-    return {name: _complete_rope(default if ladders.get(name) is None else ladders[name], x, thetas[name], f"{where}.{name}" if by_type else where)
-            for name in wanted}
+    return {
+        name: _complete_rope(
+            default if ladders.get(name) is None else ladders[name],
+            x,
+            thetas[name],
+            f"{where}.{name}" if by_type else where,
+        )
+        for name in wanted
+    }
 
 # %% ../../nbs/06_families/01_configurations.ipynb #a785f2cb
 def check_fields(x: Config,       # the configuration
@@ -190,7 +228,8 @@ def check_fields(x: Config,       # the configuration
     f, L = fields, fields["num_hidden_layers"]
     H, K = f["num_attention_heads"], f["num_key_value_heads"]
     if H % K: raise x.wrong("num_key_value_heads", f"a divisor of the {H} query heads", K)
-    if f["layer_types"] and len(f["layer_types"]) != L: raise x.wrong("layer_types", f"one for each of {L} layers", f"{len(f['layer_types'])} entries")
+    if f["layer_types"] and len(f["layer_types"]) != L:
+        raise x.wrong("layer_types", f"one for each of {L} layers", f"{len(f['layer_types'])} entries")
     if f.get("num_experts"): _check_experts(x, f)
     if not f.get("kv_lora_rank"): _check_rotation(x, f)
 
@@ -200,18 +239,26 @@ def _check_experts(x, f):
     G, open_groups = router.get("n_groups"), router.get("top_groups")
     if G:
         if E % G: raise x.wrong("n_group", f"a divisor of the {E} experts", G)
-        if not open_groups or open_groups > G: raise x.wrong("topk_group", f"a whole number from 1 to n_group, {G}", open_groups)
+        if not open_groups or open_groups > G: raise x.wrong("topk_group", "a whole number from 1 to n_group, "
+                                                                           f"{G}", open_groups)
         E = E // G * open_groups
     if chosen > E: raise x.wrong("num_experts_per_tok", f"at most {E}, the experts that can be chosen", chosen)
 
 
 def _check_rotation(x, f):
     D, rope = f["head_dim"], f["rope_parameters"]
-    turning = f["rotary_dim"] or D
+    turning = D if f["rotary_dim"] is None else f["rotary_dim"]
     if turning < 1 or turning + turning % 2 > D:
-        raise x.wrong("head_dim", "even, because RoPE turns pairs", D) if turning == D else x.wrong("partial_rotary_factor", f"large enough to turn a pair of {D} dimensions")
+        if turning == D: raise x.wrong("head_dim", "even, because RoPE turns pairs", D)
+        given = x.get("rope_parameters") or {}
+        ladders = [given, *(one for one in given.values() if isinstance(one, dict))]
+        inner = next((one["partial_rotary_factor"] for one in ladders if "partial_rotary_factor" in one), None)
+        key = "partial_rotary_factor" if inner is None else "rope_parameters.partial_rotary_factor"
+        raise x.wrong(key, f"large enough to turn a pair of {D} dimensions", inner)
     for one in [rope] if "rope_type" in rope else rope.values():
-        if one["rope_type"] == "dynamic" and turning < 4: raise x.wrong("head_dim", "at least 4 where rope_type is dynamic", D)
+        if one["rope_type"] == "dynamic" and turning < 4: raise x.wrong("head_dim", "at least 4 where rope_type is "
+                                                                                    "dynamic", D)
         for which in ("short_factor", "long_factor"):
             if one["rope_type"] == "longrope" and len(one[which]) != turning // 2:
-                raise x.wrong(f"rope_parameters.{which}", f"{turning // 2} numbers, one for each pair", f"{len(one[which])} numbers")
+                raise x.wrong(f"rope_parameters.{which}", f"{turning // 2} numbers, one for each "
+                                                          "pair", f"{len(one[which])} numbers")

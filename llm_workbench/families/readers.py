@@ -19,14 +19,24 @@ from .configurations import Config, check_fields, complete, rope_parameters
 from ..errors import UnsupportedError
 
 # %% ../../nbs/06_families/02_readers.ipynb #a7a3dcfc
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 
 def common_fields(x: Config) -> dict:  # fields of ModelConfig
     "What all families write alike; raises `CheckpointError`."
     heads, C, bias = x["num_attention_heads"], x["hidden_size"], bool(x.get("attention_bias"))
-    if not x["head_dim"] and C % heads: raise x.wrong("hidden_size", f"a multiple of the {heads} heads, where head_dim is not given")
+    if not x["head_dim"] and C % heads: raise x.wrong("hidden_size", f"a multiple of the {heads} heads, where head_dim "
+                                                                     "is not given")
     head_dim, ladder = x["head_dim"] or C // heads, x["rope_parameters"]
-    part = (ladder if "rope_type" in ladder else next(iter(ladder.values()))).get("partial_rotary_factor", x["partial_rotary_factor"])
+    part = (ladder if "rope_type" in ladder else next(iter(ladder.values()))).get(
+        "partial_rotary_factor", x["partial_rotary_factor"]
+    )
     return dict(
         vocab_size=x["vocab_size"], hidden_size=C, intermediate_size=x["intermediate_size"] or 4 * C,
         num_hidden_layers=x["num_hidden_layers"], num_attention_heads=heads,
@@ -44,9 +54,24 @@ def _without_part(ladder):
     return {k: v for k, v in ladder.items() if k != "partial_rotary_factor"}
 
 # %% ../../nbs/06_families/02_readers.ipynb #a8d20a65
-LLAMA = dict(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None,
-             hidden_act="silu", max_position_embeddings=2048, norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10_000.0, rope_scaling=None, rope_parameters=None,
-             partial_rotary_factor=1.0, original_max_position_embeddings=None)
+LLAMA = dict(
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=11_008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=None,
+    head_dim=None,
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    norm_eps=1e-6,
+    tie_word_embeddings=False,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    rope_parameters=None,
+    partial_rotary_factor=1.0,
+    original_max_position_embeddings=None,
+)
 RMS_EPS, LAYER_EPS = dict(norm_eps=("rms_norm_eps",)), dict(norm_eps=("layer_norm_eps",))
 
 
@@ -54,7 +79,8 @@ RMS_EPS, LAYER_EPS = dict(norm_eps=("rms_norm_eps",)), dict(norm_eps=("layer_nor
 class Reader:
     "How a family's configuration is read; call it with one."
     model_type: str
-    fields: Callable                                # complete configuration -> fields of ModelConfig that are not `common_fields`
+    # complete configuration -> fields of ModelConfig that are not `common_fields`
+    fields: Callable
     defaults: dict                                  # key -> what it means where a file does not have it
     names: dict = field(default_factory=dict)       # key -> what files call it
 
@@ -65,7 +91,8 @@ class Reader:
         return x
 
     def __call__(self, config: Mapping) -> ModelConfig:
-        "The ModelConfig of a configuration; raises `CheckpointError` (a wrong value), `UnsupportedError` (what is not built)."
+        """The ModelConfig of a configuration; raises `CheckpointError` (a wrong value), `UnsupportedError` (what is
+        not built)."""
         x = self.complete(config)
         fields = {**common_fields(x), **self.fields(x)}
         check_fields(x, fields)
@@ -86,7 +113,8 @@ def llama(x): return {}
 @reads(**_MISTRAL, sliding_window=4096)
 def mistral(x): return {}
 
-@reads(vocab_size=32_064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096, original_max_position_embeddings=4096, norm_eps=1e-5, sliding_window=None)
+@reads(vocab_size=32_064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096,
+       original_max_position_embeddings=4096, norm_eps=1e-5, sliding_window=None)
 def phi3(x): return {}
 
 # %% ../../nbs/06_families/02_readers.ipynb #6bcab13c
@@ -96,13 +124,16 @@ def full_every(x, n):
     return tuple(x["layer_types"] or rule)
 
 def qwen_windows(x, slides):
-    "Qwen: `sliding_window` and the types of the layers, where `slides(i)` says whether layer i has a window, if any has."
+    """Qwen: `sliding_window` and the types of the layers, where `slides(i)` says whether layer i has a window, if any
+    has."""
     window = x["sliding_window"] if x["use_sliding_window"] else None
     rule = ("sliding_attention" if window and slides(i) else "full_attention" for i in range(x["num_hidden_layers"]))
     return dict(sliding_window=window, layer_types=tuple(x["layer_types"] or rule))
 
 # %% ../../nbs/06_families/02_readers.ipynb #e467e150
-_QWEN = dict(vocab_size=151_936, max_position_embeddings=32_768, use_sliding_window=False, sliding_window=4096, layer_types=None)
+_QWEN = dict(
+    vocab_size=151_936, max_position_embeddings=32_768, use_sliding_window=False, sliding_window=4096, layer_types=None
+)
 _QWEN_DENSE = dict(_QWEN, intermediate_size=22_016, num_key_value_heads=32, max_window_layers=28)
 
 @reads(**_QWEN_DENSE)
@@ -115,8 +146,10 @@ def qwen3(x): return dict(qwen_windows(x, lambda i: i >= x["max_window_layers"])
 def granite(x): return dict(attention_scale=x["attention_multiplier"], embedding_multiplier=x["embedding_multiplier"],
                             residual_multiplier=x["residual_multiplier"], logit_multiplier=1 / x["logits_scaling"])
 
-@reads(**_BIASES, vocab_size=128_256, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=32_768, rope_theta=2e6,
-       tie_word_embeddings=True, use_sliding_window=False, sliding_window=None, layer_types=None, no_rope_layers=None, no_rope_layer_interval=4)
+@reads(**_BIASES, vocab_size=128_256, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+       num_key_value_heads=4, max_position_embeddings=32_768, rope_theta=2e6,
+       tie_word_embeddings=True, use_sliding_window=False, sliding_window=None, layer_types=None, no_rope_layers=None,
+       no_rope_layer_interval=4)
 def smollm3(x):
     L, every = x["num_hidden_layers"], x["no_rope_layer_interval"]
     turns = x["no_rope_layers"] or [(i + 1) % every != 0 for i in range(L)]        # true: this layer has RoPE
@@ -125,25 +158,62 @@ def smollm3(x):
 
 # %% ../../nbs/06_families/02_readers.ipynb #2c1002fd
 _TANH, _BOTH_WAYS = "gelu_pytorch_tanh", dict(use_bidirectional_attention=None)
-_GEMMA = dict(_BOTH_WAYS, vocab_size=256_000, head_dim=256, hidden_act=_TANH, max_position_embeddings=8192, tie_word_embeddings=True, attention_bias=False)
-_GEMMA2 = dict(_GEMMA, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, query_pre_attn_scalar=256,
-               sliding_window=4096, layer_types=None, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+_GEMMA = dict(
+    _BOTH_WAYS,
+    vocab_size=256_000,
+    head_dim=256,
+    hidden_act=_TANH,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    attention_bias=False,
+)
+_GEMMA2 = dict(
+    _GEMMA,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    layer_types=None,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
 
-@reads(**_GEMMA, hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16)
+@reads(**_GEMMA, hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28, num_attention_heads=16,
+       num_key_value_heads=16)
 def gemma(x):
-    if x["use_bidirectional_attention"]: raise UnsupportedError("this Gemma sees tokens in both directions (an embedding model), which the decoder does not")
-    act = _TANH if x["hidden_act"] == "gelu" else x["hidden_act"]           # the first files say gelu and mean the tanh form
-    return dict(norm_offset=1.0, norm_weigh_first=True, hidden_act=ACTIVATIONS.get(act, act), embedding_multiplier=x["hidden_size"] ** 0.5)
+    if x["use_bidirectional_attention"]: raise UnsupportedError("this Gemma sees tokens in both directions (an "
+                                                                "embedding model), which the decoder does not")
+    # the first files say gelu and mean the tanh form
+    act = _TANH if x["hidden_act"] == "gelu" else x["hidden_act"]
+    return dict(
+        norm_offset=1.0,
+        norm_weigh_first=True,
+        hidden_act=ACTIVATIONS.get(act, act),
+        embedding_multiplier=x["hidden_size"] ** 0.5,
+    )
 
 @reads(**_GEMMA2, _names=dict(hidden_act=("hidden_activation",)))
 def gemma2(x):
     act = ACTIVATIONS.get(x["hidden_act"], x["hidden_act"])
-    return dict(gemma.fields(x), hidden_act=act, block="sandwich", layer_types=full_every(x, 2), attention_scale=x["query_pre_attn_scalar"] ** -0.5,
-                attention_softcap=x["attn_logit_softcapping"], logit_softcap=x["final_logit_softcapping"])
+    return dict(
+        gemma.fields(x),
+        hidden_act=act,
+        block="sandwich",
+        layer_types=full_every(x, 2),
+        attention_scale=x["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=x["attn_logit_softcapping"],
+        logit_softcap=x["final_logit_softcapping"],
+    )
 
-@reads(**_GEMMA2 | dict(vocab_size=262_208, max_position_embeddings=131_072, attn_logit_softcapping=None, final_logit_softcapping=None, use_bidirectional_attention=False,
-                        sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10_000.0), _names=dict(hidden_act=("hidden_activation",)))
-def gemma3_text(x): return dict(gemma2.fields(x), qk_norm="head", layer_types=full_every(x, x["sliding_window_pattern"] or 6))
+@reads(**_GEMMA2 | dict(vocab_size=262_208, max_position_embeddings=131_072, attn_logit_softcapping=None,
+                        final_logit_softcapping=None, use_bidirectional_attention=False,
+                        sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10_000.0),
+                        _names=dict(hidden_act=("hidden_activation",)))
+def gemma3_text(x):
+    return dict(gemma2.fields(x), qk_norm="head", layer_types=full_every(x, x["sliding_window_pattern"] or 6))
 
 # %% ../../nbs/06_families/02_readers.ipynb #836dcee5
 _OLMO = dict(vocab_size=50_304, attention_bias=False)
@@ -160,40 +230,83 @@ def olmo3(x): return dict(olmo2.fields(x), layer_types=full_every(x, 4))
 # %% ../../nbs/06_families/02_readers.ipynb #f1b8dbc3
 LAYER_NORM = dict(norm="layer", norm_bias=True)
 
-@reads(vocab_size=50_432, hidden_size=6144, intermediate_size=24_576, num_hidden_layers=44, num_attention_heads=64, hidden_act="gelu", norm_eps=1e-5,
+@reads(vocab_size=50_432, hidden_size=6144, intermediate_size=24_576, num_hidden_layers=44, num_attention_heads=64,
+       hidden_act="gelu", norm_eps=1e-5,
        partial_rotary_factor=0.25, attention_bias=True, use_parallel_residual=True, _eps=LAYER_EPS,
        _names=dict(rope_theta=("rotary_emb_base",), partial_rotary_factor=("rotary_pct",)))
 def gpt_neox(x): return dict(LAYER_NORM, num_key_value_heads=x["num_attention_heads"], mlp="plain", mlp_bias=True,
                              block="parallel_two_norms" if x["use_parallel_residual"] else "pre")
 
-@reads(vocab_size=51_200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, hidden_act="gelu_new", norm_eps=1e-5, partial_rotary_factor=0.5,
+@reads(vocab_size=51_200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, hidden_act="gelu_new",
+       norm_eps=1e-5, partial_rotary_factor=0.5,
        qk_layernorm=False, _eps=LAYER_EPS)
-def phi(x): return dict(LAYER_NORM, block="parallel", mlp="plain", attention_bias=True, output_bias=True, mlp_bias=True, head_bias=True,
-                        qk_norm="head" if x["qk_layernorm"] else None)
+def phi(x):
+    return dict(
+        LAYER_NORM,
+        block="parallel",
+        mlp="plain",
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        qk_norm="head" if x["qk_layernorm"] else None,
+    )
 
-@reads(vocab_size=50_304, hidden_size=2560, intermediate_size=6912, num_key_value_heads=32, max_position_embeddings=4096, norm_eps=1e-5, partial_rotary_factor=0.25,
+@reads(vocab_size=50_304, hidden_size=2560, intermediate_size=6912, num_key_value_heads=32,
+       max_position_embeddings=4096, norm_eps=1e-5, partial_rotary_factor=0.25,
        use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False, _eps=LAYER_EPS)
-def stablelm(x): return dict(LAYER_NORM, block="parallel" if x["use_parallel_residual"] else "pre", attention_bias=bool(x["use_qkv_bias"]),
-                             qk_norm="heads" if x["qk_layernorm"] else None)
+def stablelm(x):
+    return dict(
+        LAYER_NORM,
+        block="parallel" if x["use_parallel_residual"] else "pre",
+        attention_bias=bool(x["use_qkv_bias"]),
+        qk_norm="heads" if x["qk_layernorm"] else None,
+    )
 
 # %% ../../nbs/06_families/02_readers.ipynb #1f3c15f1
-_FALCON_NAMES = dict(hidden_size=("n_embed", "hidden_size"), num_key_value_heads=("num_kv_heads",), norm_eps=("layer_norm_epsilon",),
-                     intermediate_size=("ffn_hidden_size",), hidden_act=("activation",))
+_FALCON_NAMES = dict(
+    hidden_size=("n_embed", "hidden_size"),
+    num_key_value_heads=("num_kv_heads",),
+    norm_eps=("layer_norm_epsilon",),
+    intermediate_size=("ffn_hidden_size",),
+    hidden_act=("activation",),
+)
 
-@reads(vocab_size=65_024, hidden_size=4544, intermediate_size=None, num_attention_heads=71, hidden_act="gelu", norm_eps=1e-5, tie_word_embeddings=True, alibi=False, bias=False,
-       new_decoder_architecture=False, multi_query=True, parallel_attn=True, num_ln_in_parallel_attn=None, _names=_FALCON_NAMES)
+@reads(vocab_size=65_024, hidden_size=4544, intermediate_size=None, num_attention_heads=71, hidden_act="gelu",
+       norm_eps=1e-5, tie_word_embeddings=True, alibi=False, bias=False,
+       new_decoder_architecture=False, multi_query=True, parallel_attn=True, num_ln_in_parallel_attn=None,
+       _names=_FALCON_NAMES)
 def falcon(x):
     if x["alibi"]:
-        raise UnsupportedError("this Falcon uses ALiBi positions, which are not built; the Falcons with RoPE (7B, 40B, 180B, Falcon 2) are")
+        raise UnsupportedError("this Falcon uses ALiBi positions, which are not built; the Falcons with RoPE (7B, 40B, "
+                               "180B, Falcon 2) are")
     new, heads, bias = x["new_decoder_architecture"], x["num_attention_heads"], bool(x["bias"])
     kv_heads = (x["num_key_value_heads"] or heads) if new else 1 if x["multi_query"] else heads
     two_norms = new and (x["num_ln_in_parallel_attn"] or 2) == 2
     block = "parallel_two_norms" if two_norms else "parallel" if new or x["parallel_attn"] else "pre"
-    return dict(LAYER_NORM, num_key_value_heads=kv_heads, block=block, mlp="plain", attention_bias=bias, output_bias=bias, mlp_bias=bias)
+    return dict(
+        LAYER_NORM,
+        num_key_value_heads=kv_heads,
+        block=block,
+        mlp="plain",
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+    )
 
 # %% ../../nbs/06_families/02_readers.ipynb #486dbc23
-_COHERE = dict(vocab_size=256_000, hidden_size=8192, intermediate_size=22_528, num_hidden_layers=40, num_attention_heads=64, max_position_embeddings=8192, norm_eps=1e-5,
-               tie_word_embeddings=True, attention_bias=False, logit_scale=0.0625)
+_COHERE = dict(
+    vocab_size=256_000,
+    hidden_size=8192,
+    intermediate_size=22_528,
+    num_hidden_layers=40,
+    num_attention_heads=64,
+    max_position_embeddings=8192,
+    norm_eps=1e-5,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    logit_scale=0.0625,
+)
 
 @reads(**_COHERE, use_qk_norm=False, rope_theta=5e5, _eps=LAYER_EPS)
 def cohere(x): return dict(norm="layer", block="parallel", rope_interleaved=True, logit_multiplier=x["logit_scale"],
@@ -202,13 +315,22 @@ def cohere(x): return dict(norm="layer", block="parallel", rope_interleaved=True
 @reads(**_COHERE, sliding_window=4096, layer_types=None, sliding_window_pattern=4, _eps=LAYER_EPS)
 def cohere2(x):
     types = full_every(x, x["sliding_window_pattern"] or 4)
-    return dict(cohere.fields(x), layer_types=types, no_rope_layers=tuple(i for i, one in enumerate(types) if one == "full_attention"))
+    return dict(
+        cohere.fields(x),
+        layer_types=types,
+        no_rope_layers=tuple(i for i, one in enumerate(types) if one == "full_attention"),
+    )
 
 # %% ../../nbs/06_families/02_readers.ipynb #de142aff
 def mixture_fields(x, width=None, layers=None, **router):
     "The fields of a mixture; `layers`: those that have one, all by default."
-    return dict(num_experts=x["num_experts"], num_experts_per_tok=x["num_experts_per_tok"], moe_intermediate_size=width or x["moe_intermediate_size"],
-                moe_layers=tuple(range(x["num_hidden_layers"]) if layers is None else layers), router=router)
+    return dict(
+        num_experts=x["num_experts"],
+        num_experts_per_tok=x["num_experts_per_tok"],
+        moe_intermediate_size=width or x["moe_intermediate_size"],
+        moe_layers=tuple(range(x["num_hidden_layers"]) if layers is None else layers),
+        router=router,
+    )
 
 def sparse_layers(x):
     "Qwen: every n-th layer, without those that are named."
@@ -217,78 +339,138 @@ def sparse_layers(x):
 
 # %% ../../nbs/06_families/02_readers.ipynb #e7e1316d
 _LOCAL = dict(num_experts=("num_local_experts", "num_experts"))
-_QWEN_MOE = dict(_QWEN, hidden_size=2048, num_hidden_layers=24, decoder_sparse_step=1, norm_topk_prob=False, mlp_only_layers=None)
+_QWEN_MOE = dict(
+    _QWEN, hidden_size=2048, num_hidden_layers=24, decoder_sparse_step=1, norm_topk_prob=False, mlp_only_layers=None
+)
 
-@reads(**_MISTRAL, norm_eps=1e-5, sliding_window=None, num_experts=8, num_experts_per_tok=2, rope_theta=1e6, _names=_LOCAL)
+@reads(**_MISTRAL, norm_eps=1e-5, sliding_window=None, num_experts=8, num_experts_per_tok=2, rope_theta=1e6,
+       _names=_LOCAL)
 def mixtral(x): return mixture_fields(x, x["intermediate_size"])
 
-@reads(vocab_size=32_064, intermediate_size=6400, num_key_value_heads=8, max_position_embeddings=131_072, norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
-       num_experts=16, num_experts_per_tok=2, router_jitter_noise=0.01, attention_bias=False, lm_head_bias=False, _names=dict(num_experts=("num_local_experts",)))
+@reads(vocab_size=32_064, intermediate_size=6400, num_key_value_heads=8, max_position_embeddings=131_072,
+       norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
+       num_experts=16, num_experts_per_tok=2, router_jitter_noise=0.01, attention_bias=False, lm_head_bias=False,
+       _names=dict(num_experts=("num_local_experts",)))
 def phimoe(x):
     router = dict(score="sparsemixer", jitter=x["router_jitter_noise"])
     return dict(LAYER_NORM, head_bias=bool(x["lm_head_bias"]), **mixture_fields(x, x["intermediate_size"], **router))
 
-@reads(**_QWEN_MOE, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16, max_window_layers=28, moe_intermediate_size=1408,
+@reads(**_QWEN_MOE, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16, max_window_layers=28,
+       moe_intermediate_size=1408,
        shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4, qkv_bias=True)
 def qwen2_moe(x):
     slides = lambda i: i % 2 == 0 and i < x["max_window_layers"]
-    return dict(qwen_windows(x, slides), attention_bias=bool(x["qkv_bias"]), shared_intermediate_size=x["shared_expert_intermediate_size"], shared_gate=True,
-                **mixture_fields(x, layers=sparse_layers(x), normalise=bool(x["norm_topk_prob"])))
+    return dict(
+        qwen_windows(x, slides),
+        attention_bias=bool(x["qkv_bias"]),
+        shared_intermediate_size=x["shared_expert_intermediate_size"],
+        shared_gate=True,
+        **mixture_fields(x, layers=sparse_layers(x), normalise=bool(x["norm_topk_prob"])),
+    )
 
-@reads(**_QWEN_MOE, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+@reads(**_QWEN_MOE, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768,
+       num_experts=128, num_experts_per_tok=8,
        attention_bias=False, _names=dict(num_experts=("num_experts", "num_local_experts")))
 def qwen3_moe(x): return dict(qwen_windows(x, lambda i: True), qk_norm="head",
                               **mixture_fields(x, layers=sparse_layers(x), normalise=bool(x["norm_topk_prob"])))
 
-_DBRX_NAMES = dict(num_attention_heads=("n_heads", "num_attention_heads"), hidden_size=("d_model", "hidden_size"), num_hidden_layers=("n_layers", "num_hidden_layers"),
-                   max_position_embeddings=("max_seq_len", "max_position_embeddings"), num_key_value_heads=("attn_config.kv_n_heads",), clip_qkv=("attn_config.clip_qkv",),
-                   rope_theta=("attn_config.rope_theta", "rope_theta"), moe_normalize_expert_weights=("ffn_config.moe_normalize_expert_weights",),
-                   intermediate_size=("ffn_config.ffn_hidden_size",), num_experts=("ffn_config.moe_num_experts",), num_experts_per_tok=("ffn_config.moe_top_k",),
-                   hidden_act=("ffn_config.ffn_act_fn.name",))
+_DBRX_NAMES = dict(
+    num_attention_heads=("n_heads", "num_attention_heads"),
+    hidden_size=("d_model", "hidden_size"),
+    num_hidden_layers=("n_layers", "num_hidden_layers"),
+    max_position_embeddings=("max_seq_len", "max_position_embeddings"),
+    num_key_value_heads=("attn_config.kv_n_heads",),
+    clip_qkv=("attn_config.clip_qkv",),
+    rope_theta=("attn_config.rope_theta", "rope_theta"),
+    moe_normalize_expert_weights=("ffn_config.moe_normalize_expert_weights",),
+    intermediate_size=("ffn_config.ffn_hidden_size",),
+    num_experts=("ffn_config.moe_num_experts",),
+    num_experts_per_tok=("ffn_config.moe_top_k",),
+    hidden_act=("ffn_config.ffn_act_fn.name",),
+)
 
-@reads(hidden_size=2048, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=1, clip_qkv=None, num_experts=4, num_experts_per_tok=1,
+@reads(hidden_size=2048, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=1,
+       clip_qkv=None, num_experts=4, num_experts_per_tok=1,
        moe_normalize_expert_weights=1.0, _names=_DBRX_NAMES)
 def dbrx(x): return dict(norm="layer", norm_eps=1e-5, clip_qkv=x["clip_qkv"],
-                         **mixture_fields(x, x["intermediate_size"], normalise=x["moe_normalize_expert_weights"] is not None))
+                         **mixture_fields(x, x["intermediate_size"],
+                                          normalise=x["moe_normalize_expert_weights"] is not None))
 
 # %% ../../nbs/06_families/02_readers.ipynb #f045bf1c
-_YARN = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096)
+_YARN = dict(
+    rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
+)
 
-@reads(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64, num_key_value_heads=8, head_dim=64, attention_bias=True,
-       max_position_embeddings=131_072, norm_eps=1e-5, rope_theta=150_000.0, rope_parameters=_YARN, sliding_window=128, layer_types=None, num_experts=128, num_experts_per_tok=4,
+@reads(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64,
+       num_key_value_heads=8, head_dim=64, attention_bias=True,
+       max_position_embeddings=131_072, norm_eps=1e-5, rope_theta=150_000.0, rope_parameters=_YARN, sliding_window=128,
+       layer_types=None, num_experts=128, num_experts_per_tok=4,
        swiglu_alpha=1.702, swiglu_limit=7.0, _names=_LOCAL)
 def gpt_oss(x):
     for key, built in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
-        if x[key] != built: raise UnsupportedError(f"{key} {x[key]} is not built: the experts of gpt-oss are computed with {built}")
-    return dict(norm_weigh_first=True, layer_types=full_every(x, 2), attention_sinks=True, expert_bias=True, **mixture_fields(x, x["intermediate_size"]))
+        if x[key] != built: raise UnsupportedError(f"{key} {x[key]} is not built: the experts of gpt-oss are computed "
+                                                   f"with {built}")
+    return dict(
+        norm_weigh_first=True,
+        layer_types=full_every(x, 2),
+        attention_sinks=True,
+        expert_bias=True,
+        **mixture_fields(x, x["intermediate_size"]),
+    )
 
-@reads(intermediate_size=14_336, max_position_embeddings=4096, norm_eps=1e-5, rope_theta=1e6, num_experts=8, num_experts_per_tok=1, moe_layer_frequency=2, _names=_LOCAL)
+@reads(intermediate_size=14_336, max_position_embeddings=4096, norm_eps=1e-5, rope_theta=1e6, num_experts=8,
+       num_experts_per_tok=1, moe_layer_frequency=2, _names=_LOCAL)
 def arctic(x):
     layers = [i for i in range(x["num_hidden_layers"]) if (i + 1) % x["moe_layer_frequency"] == 0]
     mixture = mixture_fields(x, x["intermediate_size"], layers, normalise=x["num_experts_per_tok"] > 1)
-    return dict(block="dense_moe", **mixture | dict(intermediate_size=x["hidden_size"]))       # the dense MLP is as wide as the stream
+    # the dense MLP is as wide as the stream
+    return dict(block="dense_moe", **mixture | dict(intermediate_size=x["hidden_size"]))
 
 # %% ../../nbs/06_families/02_readers.ipynb #c2d407da
-_LATENT = dict(attention_bias=False, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+_LATENT = dict(
+    attention_bias=False, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+)
 
 def deepseek_fields(x, **router):
     "What DeepSeek-V2 and V3 share."
     head, ladder = x["qk_nope_head_dim"] + x["qk_rope_head_dim"], x["rope_parameters"]
     stretched = ladder.get("rope_type") == "yarn" and ladder.get("mscale_all_dim")
     mscale = yarn_mscale(ladder["factor"], ladder["mscale_all_dim"]) if stretched else 1.0
-    mixture = mixture_fields(x, layers=range(x["first_k_dense_replace"] or 0, x["num_hidden_layers"]), fp32=True, scale=x["routed_scaling_factor"], **router)
+    mixture = mixture_fields(
+        x,
+        layers=range(x["first_k_dense_replace"] or 0, x["num_hidden_layers"]),
+        fp32=True,
+        scale=x["routed_scaling_factor"],
+        **router,
+    )
     return dict(head_dim=head, num_key_value_heads=x["num_attention_heads"], attention_scale=head ** -0.5 * mscale ** 2,
-                kv_lora_rank=x["kv_lora_rank"], q_lora_rank=x["q_lora_rank"], qk_rope_head_dim=x["qk_rope_head_dim"], v_head_dim=x["v_head_dim"],
+                kv_lora_rank=x["kv_lora_rank"], q_lora_rank=x["q_lora_rank"], qk_rope_head_dim=x["qk_rope_head_dim"],
+                v_head_dim=x["v_head_dim"],
                 rotary_dim=None, rope_interleaved=bool(x.get("rope_interleave", True)),
                 shared_intermediate_size=x["moe_intermediate_size"] * (x["n_shared_experts"] or 0) or None, **mixture)
 
-@reads(**_LATENT, vocab_size=102_400, first_k_dense_replace=0, moe_intermediate_size=1407, num_experts=64, num_experts_per_tok=None, n_shared_experts=2,
-       routed_scaling_factor=1.0, topk_method="greedy", n_group=None, topk_group=None, mlp_bias=False, _names=dict(num_experts=("n_routed_experts", "num_experts", "num_local_experts")))
+@reads(**_LATENT, vocab_size=102_400, first_k_dense_replace=0, moe_intermediate_size=1407, num_experts=64,
+       num_experts_per_tok=None, n_shared_experts=2,
+       routed_scaling_factor=1.0, topk_method="greedy", n_group=None, topk_group=None, mlp_bias=False,
+       _names=dict(num_experts=("n_routed_experts", "num_experts", "num_local_experts")))
 def deepseek_v2(x):
     limited = x["topk_method"] == "group_limited_greedy"
-    return deepseek_fields(x, normalise=False, **(dict(n_groups=x["n_group"], top_groups=x["topk_group"]) if limited else {}))
+    return deepseek_fields(
+        x, normalise=False, **(dict(n_groups=x["n_group"], top_groups=x["topk_group"]) if limited else {})
+    )
 
-@reads(**_LATENT, vocab_size=129_280, hidden_size=7168, intermediate_size=18_432, num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128,
-       max_position_embeddings=4096, first_k_dense_replace=3, moe_intermediate_size=2048, num_experts=256, num_experts_per_tok=8, n_shared_experts=1, routed_scaling_factor=2.5,
-       n_group=8, topk_group=4, norm_topk_prob=True, rope_interleave=True, _names=dict(num_experts=("n_routed_experts", "num_local_experts", "num_experts")))
-def deepseek_v3(x): return deepseek_fields(x, score="sigmoid", normalise=bool(x["norm_topk_prob"]), correction_bias=True, n_groups=x["n_group"], top_groups=x["topk_group"])
+@reads(**_LATENT, vocab_size=129_280, hidden_size=7168, intermediate_size=18_432, num_hidden_layers=61,
+       num_attention_heads=128, num_key_value_heads=128,
+       max_position_embeddings=4096, first_k_dense_replace=3, moe_intermediate_size=2048, num_experts=256,
+       num_experts_per_tok=8, n_shared_experts=1, routed_scaling_factor=2.5,
+       n_group=8, topk_group=4, norm_topk_prob=True, rope_interleave=True,
+       _names=dict(num_experts=("n_routed_experts", "num_local_experts", "num_experts")))
+def deepseek_v3(x):
+    return deepseek_fields(
+        x,
+        score="sigmoid",
+        normalise=bool(x["norm_topk_prob"]),
+        correction_bias=True,
+        n_groups=x["n_group"],
+        top_groups=x["topk_group"],
+    )

@@ -14,7 +14,8 @@ from ..architecture.layers import ModelConfig
 from . import readers
 from .gguf_layouts import GGUF, GGUFArchitecture
 from .layouts import (
-    ARCTIC_DISK, ARCTIC_NAMES, DBRX_NAMES, MIXTRAL_DISK, NEOX_DISK, NEOX_NAMES, PHI_NAMES, PHIMOE_DISK, POST, ROUTER, SANDWICH, Entry, dbrx_experts,
+    ARCTIC_DISK, ARCTIC_NAMES, DBRX_NAMES, MIXTRAL_DISK, NEOX_DISK, NEOX_NAMES, PHI_NAMES, PHIMOE_DISK, POST, ROUTER,
+    SANDWICH, Entry, dbrx_experts,
     falcon_names, gate_up_rows, gpt_oss_experts, latent_halves, latent_names, norms_per_head, qkv_groups, qkv_rows)
 from . import layouts
 from .readers import Reader
@@ -27,9 +28,12 @@ class Family:
     title: str                                             # models that people know
     reader: Reader                                         # of its configuration
     gguf: GGUFArchitecture                                 # its names and layouts in a GGUF
-    names: dict | Callable = field(default_factory=dict)   # our name -> transformers', where it is not Llama's; or a function of the ModelConfig
-    layouts: tuple = ()                                    # functions of the ModelConfig that give an Entry (or several) within a block
-    on_disk: tuple = ()                                    # (what its files call it, what transformers 5 calls it); regular expressions
+    # our name -> transformers', where it is not Llama's; or a function of the ModelConfig
+    names: dict | Callable = field(default_factory=dict)
+    # functions of the ModelConfig that give an Entry (or several) within a block
+    layouts: tuple = ()
+    # (what its files call it, what transformers 5 calls it); regular expressions
+    on_disk: tuple = ()
     left_out: str = ""                                     # names in its files that nobody needs; a regular expression
 
     def names_for(self, c: ModelConfig) -> dict:
@@ -52,17 +56,22 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepSeek-V3, R1", readers.deepseek_v3, GGUF["deepseek2"], latent_names, (latent_halves,),
                           left_out=r"model\.layers\.61\..*"),          # predicts the token after next, for training
     "phi": Family("Phi-1, Phi-2", readers.phi, GGUF["phi2"], PHI_NAMES),
-    "phi3": Family("Phi-3, Phi-4", readers.phi3, GGUF["phi3"], layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows("mlp.gate_up_proj"))),
+    "phi3": Family("Phi-3, Phi-4", readers.phi3, GGUF["phi3"],
+                   layouts=(qkv_rows("self_attn.qkv_proj"), gate_up_rows("mlp.gate_up_proj"))),
     "phimoe": Family("Phi-3.5-MoE", readers.phimoe, GGUF["phimoe"], ROUTER, on_disk=PHIMOE_DISK),
     "cohere": Family("Command R, R+", readers.cohere, GGUF["command-r"]),
     "cohere2": Family("Command R7B, A", readers.cohere2, GGUF["cohere2"]),
-    "falcon": Family("Falcon 7B, 40B, 180B, Falcon 2", readers.falcon, GGUF["falcon"], falcon_names, (qkv_groups("self_attention.query_key_value"),)),
-    "gpt_neox": Family("GPT-NeoX, Pythia, Dolly 2", readers.gpt_neox, GGUF["gptneox"], NEOX_NAMES, (qkv_groups("attention.query_key_value"),), NEOX_DISK),
+    "falcon": Family("Falcon 7B, 40B, 180B, Falcon 2", readers.falcon, GGUF["falcon"], falcon_names,
+                     (qkv_groups("self_attention.query_key_value"),)),
+    "gpt_neox": Family("GPT-NeoX, Pythia, Dolly 2", readers.gpt_neox, GGUF["gptneox"], NEOX_NAMES,
+                       (qkv_groups("attention.query_key_value"),), NEOX_DISK),
     "olmo": Family("OLMo", readers.olmo, GGUF["olmo"]),
     "olmo2": Family("OLMo 2", readers.olmo2, GGUF["olmo2"], POST),
     "olmo3": Family("OLMo 3", readers.olmo3, GGUF["olmo2"], POST),
-    "dbrx": Family("DBRX", readers.dbrx, GGUF["dbrx"], DBRX_NAMES, (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts)),
-    "stablelm": Family("StableLM 2", readers.stablelm, GGUF["stablelm"], layouts=(norms_per_head("q"), norms_per_head("k"))),
+    "dbrx": Family("DBRX", readers.dbrx, GGUF["dbrx"], DBRX_NAMES,
+                   (qkv_rows("norm_attn_norm.attn.Wqkv"), dbrx_experts)),
+    "stablelm": Family("StableLM 2", readers.stablelm, GGUF["stablelm"],
+                       layouts=(norms_per_head("q"), norms_per_head("k"))),
     "granite": Family("Granite 3", readers.granite, GGUF["granite"]),
     "smollm3": Family("SmolLM3", readers.smollm3, GGUF["smollm3"]),
     "gpt_oss": Family("gpt-oss", readers.gpt_oss, GGUF["gpt-oss"], ROUTER, (gpt_oss_experts,)),
@@ -77,15 +86,19 @@ def supported() -> list[str]:
 def family_of(model_type: str) -> Family:
     "The record of a family; raises `UnsupportedError` that names the nearest one."
     if isinstance(model_type, str) and model_type in FAMILIES: return FAMILIES[model_type]
-    raise UnsupportedError(f"model_type {model_type!r} is not supported; there are {', '.join(FAMILIES)}.{_nearest(model_type, FAMILIES)} What is missing is a reader for its "
-                           "configuration and its tensor names: add a Family. A model that differs only in name loads with model_type edited in its config.json.")
+    raise UnsupportedError(f"model_type {model_type!r} is not supported; there are "
+                           f"{', '.join(FAMILIES)}.{_nearest(model_type, FAMILIES)} What is missing is a reader for "
+                           "its "
+                           "configuration and its tensor names: add a Family. A model that differs only in name loads "
+                           "with model_type edited in its config.json.")
 
 def architecture_of(architecture: str,  # general.architecture
                     where: str,         # how messages name the file
                     ) -> GGUFArchitecture:
     "The GGUF side of the families of an architecture; raises `UnsupportedError` that names the nearest one."
     if architecture in GGUF: return GGUF[architecture]
-    raise UnsupportedError(f"{where} has the architecture {architecture!r}, which is not supported; there are {', '.join(GGUF)}."
+    raise UnsupportedError(f"{where} has the architecture {architecture!r}, which is not supported; there are "
+                           f"{', '.join(GGUF)}."
                            f"{_nearest(architecture, GGUF)} Open another model, or add a Family.")
 
 def _nearest(name, known):
@@ -96,8 +109,10 @@ def _nearest(name, known):
 
 # %% ../../nbs/06_families/05_table.ipynb #7edff693
 def read_config(config: Mapping) -> ModelConfig:  # transformers' config.json as a dict
-    "The ModelConfig of a configuration. Raises `UnsupportedError` (family, rope_type, option), `CheckpointError` (a wrong value), `InputError`."
-    if not isinstance(config, Mapping): raise InputError(f"a {type(config).__name__} is no configuration: give config.json as a dict")
+    """The ModelConfig of a configuration. Raises `UnsupportedError` (family, rope_type, option), `CheckpointError` (a
+    wrong value), `InputError`."""
+    if not isinstance(config, Mapping): raise InputError(f"a {type(config).__name__} is no configuration: give "
+                                                         "config.json as a dict")
     return family_of(config.get("model_type")).reader(config)
 
 def transformers_name(name: str,                # our module or tensor

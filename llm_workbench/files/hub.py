@@ -15,24 +15,35 @@ from ..errors import CheckpointError, SourceError, UnsupportedError, did_you_mea
 
 # %% ../../nbs/03_files/05_hub.ipynb #2805621b
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WHY_NO_PICKLES = ("Such files are Python pickles, programs that run when they are opened, so the workbench does not open them: "
-                  "look for the *.safetensors of the model, or convert it where it is trusted with transformers' save_pretrained")
+WHY_NO_PICKLES = ("Such files are Python pickles, programs that run when they are opened, so the workbench does not "
+                  "open them: "
+                  "look for the *.safetensors of the model, or convert it where it is trusted with transformers' "
+                  "save_pretrained")
 
 
 def weight_files(folder: Path) -> tuple[str, Path]:
-    "What to open in a folder: ('safetensors', folder or file) or ('gguf', file); raises `SourceError`, `UnsupportedError`."
+    """What to open in a folder: ('safetensors', folder or file) or ('gguf', file); raises `SourceError`,
+    `UnsupportedError`."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
     tensors = [p for p in files if p.suffix == ".safetensors"]
-    ggufs = [p for p in files if p.suffix == ".gguf" and not p.name.startswith(("mmproj", "mtp-", "imatrix")) and "imatrix" not in p.stem]
-    ggufs = [p for p in ggufs if not (m := re.search(r"-(\d{5})-of-\d{5}$", p.stem)) or int(m[1]) == 1]   # of shards the first
+    ggufs = [
+        p
+        for p in files
+        if p.suffix == ".gguf" and not p.name.startswith(("mmproj", "mtp-", "imatrix")) and "imatrix" not in p.stem
+    ]
+    # of shards the first
+    ggufs = [p for p in ggufs if not (m := re.search(r"-(\d{5})-of-\d{5}$", p.stem)) or int(m[1]) == 1]
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UnsupportedError(f"{folder} holds an adapter (LoRA), a difference from a base model: open the base, put the adapter on it")
+        raise UnsupportedError(f"{folder} holds an adapter (LoRA), a difference from a base model: open the base, put "
+                               "the adapter on it")
     if (folder / INDEX).exists() or (folder / "model.safetensors").exists(): return "safetensors", folder
     if len(tensors) == 1: return "safetensors", tensors[0]
     if tensors:
-        raise SourceError(f"{folder} has {len(tensors)} safetensors files but no {INDEX} to say what is in which: download it too")
+        raise SourceError(f"{folder} has {len(tensors)} safetensors files but no {INDEX} to say what is in which: "
+                          "download it too")
     if len(ggufs) == 1: return "gguf", ggufs[0]
-    if ggufs: raise SourceError(f"{folder} has {len(ggufs)} models, open one by its file name: {', '.join(p.name for p in ggufs[:8])}")
+    if ggufs: raise SourceError(f"{folder} has {len(ggufs)} models, open one by its file name: "
+                                f"{', '.join(p.name for p in ggufs[:8])}")
     pickles = [p.name for p in files if p.suffix in PICKLES]
     if pickles: raise UnsupportedError(f"{folder} has its weights in {', '.join(pickles[:3])}. {WHY_NO_PICKLES}")
     found = f"only {', '.join(p.name for p in files[:5])}" if files else "no file at all"
@@ -40,20 +51,28 @@ def weight_files(folder: Path) -> tuple[str, Path]:
 
 # %% ../../nbs/03_files/05_hub.ipynb #e2a4ac21
 def config_json(folder: Path) -> dict:
-    "The `config.json` of a folder; raises `SourceError` (none), `CheckpointError` (not a configuration), `UnsupportedError` (packed weights)."
+    """The `config.json` of a folder; raises `SourceError` (none), `CheckpointError` (not a configuration),
+    `UnsupportedError` (packed weights)."""
     path = Path(folder) / "config.json"
     if what := special_file(path): raise SourceError(f"{path} is {what}, not a file")
     if not path.is_file():
-        raise SourceError(f"{folder} has no config.json, which says what to compute with the weights: copy it from where they came from")
+        raise SourceError(f"{folder} has no config.json, which says what to compute with the weights: copy it from "
+                          "where they came from")
     try: config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error: raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from error
+    except (ValueError, RecursionError) as error: raise CheckpointError(f"{path} is not valid JSON ({error}): download "
+                                                                        "it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type: it is not the configuration of a transformers model")
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method", "a quantizer") if isinstance(packed, dict) else packed
-        unpacked = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(method if isinstance(method, str) else "")
-        advice = f", or save it once unpacked (load it in transformers with {unpacked}(dequantize=True))" if unpacked else ""
-        raise UnsupportedError(f"{folder} holds weights packed by {method}: open the original weights or a GGUF of the model{advice}")
+        unpacked = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(
+            method if isinstance(method, str) else ""
+        )
+        advice = (
+            f", or save it once unpacked (load it in transformers with {unpacked}(dequantize=True))" if unpacked else ""
+        )
+        raise UnsupportedError(f"{folder} holds weights packed by {method}: open the original weights or a GGUF of the "
+                               f"model{advice}")
     return config
 
 # %% ../../nbs/03_files/05_hub.ipynb #ee2dae2a
@@ -72,23 +91,34 @@ def from_hub(source: str,  # "org/name" or "org/name/file.gguf"
         if filename: return Path(hub.hf_hub_download(repository, filename))
         return Path(hub.snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except errors.GatedRepoError as error:
-        raise SourceError(f"{repository} is gated: accept its terms on huggingface.co/{repository}, then run `hf auth login`") from error
+        raise SourceError(f"{repository} is gated: accept its terms on huggingface.co/{repository}, then run `hf auth "
+                          "login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise SourceError(f"The hub has no public model {repository!r}: check the spelling, or run `hf auth login`") from error
+        raise SourceError(f"The hub has no public model {repository!r}: check the spelling, or run `hf auth "
+                          "login`") from error
     except errors.HFValidationError as error: raise SourceError(f"{repository!r} is no hub id: {error}") from error
     except errors.RemoteEntryNotFoundError as error:
-        raise SourceError(f"{repository} has no file {filename!r}: look at huggingface.co/{repository}/tree/main") from error
+        raise SourceError(f"{repository} has no file {filename!r}: look at "
+                          f"huggingface.co/{repository}/tree/main") from error
     except Exception as error:  # offline, proxy, timeout, disk: whatever the HTTP library calls it
         if not isinstance(error, (OSError, errors.EntryNotFoundError)) and "http" not in type(error).__module__: raise
         offline = hub.constants.HF_HUB_OFFLINE
-        why = "HF_HUB_OFFLINE is set: unset it" if offline else f"the hub was not reached ({type(error).__name__}): check the network"
-        raise SourceError(f"{source} is not (completely) in the local cache and {why}, or run `hf download {repository} {filename}".rstrip()
-                          + "` elsewhere and open the folder. Without a source the embedded model opens, which needs no network") from error
+        why = (
+            "HF_HUB_OFFLINE is set: unset it"
+            if offline
+            else f"the hub was not reached ({type(error).__name__}): check the network"
+        )
+        raise SourceError(f"{source} is not (completely) in the local cache and {why}, or run `hf download "
+                          f"{repository} {filename}".rstrip()
+                          + "` elsewhere and open the folder. Without a source the embedded model opens, which needs "
+                            "no network") from error
 
 # %% ../../nbs/03_files/05_hub.ipynb #f49aacf3
 def nothing_there(path: Path) -> str:
     "Why a path is not a file or folder, as the rest of a sentence that begins with the path."
     if what := special_file(path): return f" is {what}, neither a file nor a folder."
     try: names = [p.name for p in path.parent.iterdir()][:10_000]
-    except OSError: return f" does not exist. (There is no folder {str(path.parent)!r} either.)" if path.parent != path else " does not exist."
+    except OSError:
+        either = f" (There is no folder {str(path.parent)!r} either.)" if path.parent != path else ""
+        return f" does not exist.{either}"
     return " does not exist." + did_you_mean(path.name, names)

@@ -27,8 +27,10 @@ class Part:
     shape: tuple[int, ...]                            # as torch sees it
     type: str                                         # how the file stores it, such as "BF16" or "Q4_1"
     nbytes: int                                       # bytes in the file
-    read: Callable[[torch.dtype | None], Tensor]      # read(dtype) -> the tensor, dequantized; None: as stored, blocks in float32
-    packed: Callable[[], Tensor]                      # packed() -> rows of bytes where `type` is made of blocks, else the tensor as stored
+    # read(dtype) -> the tensor, dequantized; None: as stored, blocks in float32
+    read: Callable[[torch.dtype | None], Tensor]
+    # packed() -> rows of bytes where `type` is made of blocks, else the tensor as stored
+    packed: Callable[[], Tensor]
     release: Callable[[], None] = lambda: None        # give back the pages of the file that `packed` touched
 
 
@@ -42,19 +44,30 @@ def safetensors_parts(weights: Mapping,  # a reader of the chapter on safetensor
     "Promises for the tensors of a safetensors reader."
     def read(name, dtype): return weights[name] if dtype is None else weights[name].to(dtype)
     infos = {name: weights.info(name) for name in weights}
-    return {n: Part(tuple(i.shape), i.dtype, i.nbytes, partial(read, n), partial(read, n, None)) for n, i in infos.items()}
+    return {
+        n: Part(tuple(i.shape), i.dtype, i.nbytes, partial(read, n), partial(read, n, None)) for n, i in infos.items()
+    }
 
 
 def gguf_parts(files: list[GGUFFile],  # all shards of a set
                where: str,             # how messages name the set
                ) -> dict[str, Part]:
-    "Promises for the tensors of a GGUF, by the names in the file; raises `CheckpointError` where two shards hold one name."
+    """Promises for the tensors of a GGUF, by the names in the file; raises `CheckpointError` where two shards hold one
+    name."""
     def read(file, name, dtype): return file.load(name, dtype or torch.float32)
     parts = {}
     for file in files:
         for name, t in file.tensors.items():
-            if name in parts: raise CheckpointError(f"{where}: two shards hold {name}: they are not of one set, download them again")
-            parts[name] = Part(t.shape, t.type, t.nbytes, partial(read, file, name), partial(file.stored, name), partial(file.release, name))
+            if name in parts: raise CheckpointError(f"{where}: two shards hold {name}: they are not of one set, "
+                                                    "download them again")
+            parts[name] = Part(
+                t.shape,
+                t.type,
+                t.nbytes,
+                partial(read, file, name),
+                partial(file.stored, name),
+                partial(file.release, name),
+            )
     return parts
 
 # %% ../../nbs/03_files/04_parts.ipynb #a3bb6216
@@ -66,7 +79,8 @@ def gguf_shards(path: Path,  # a .gguf, or any file of a numbered set
     if int(m[3]) > 10_000: raise CheckpointError(f"{path.name} claims {int(m[3])} shards: rename the file")
     paths = [path.with_name(f"{m[1]}-{i:05d}-of-{m[3]}.gguf") for i in range(1, int(m[3]) + 1)]
     missing = [p.name for p in paths if not p.is_file()]
-    if missing: raise SourceError(f"{path.name} is one of {len(paths)} shards and {missing[0]} is missing: download all of them")
+    if missing: raise SourceError(f"{path.name} is one of {len(paths)} shards and {missing[0]} is missing: download "
+                                  "all of them")
     return [GGUFFile(p) for p in paths]
 
 # %% ../../nbs/03_files/04_parts.ipynb #47af2038
@@ -77,7 +91,8 @@ class LazyTensors(Mapping):
         self.parts, self.where = parts, where
 
     def part(self, name: str) -> Part:
-        "Shape, type and size of a tensor, without reading it; raises `MissingTensor`, a `CheckpointError`, with the nearest name."
+        """Shape, type and size of a tensor, without reading it; raises `MissingTensor`, a `CheckpointError`, with the
+        nearest name."""
         if name not in self.parts: raise MissingTensor.of(name, self.parts, self.where)
         return self.parts[name]
 
@@ -86,11 +101,13 @@ class LazyTensors(Mapping):
         part = self.part(name)
         tensor = part.read(dtype)
         if tuple(tensor.shape) != part.shape:
-            raise CheckpointError(f"{name} came out as {tuple(tensor.shape)}, its header says {part.shape}: the file is damaged")
+            raise CheckpointError(f"{name} came out as {tuple(tensor.shape)}, its header says {part.shape}: the file "
+                                  "is damaged")
         return tensor if dtype is None else tensor.to(dtype)
 
     def packed(self, name: str) -> tuple[str, Tensor]:
-        "How a tensor is stored, and its rows of bytes (or the tensor as stored, where it is not made of blocks); raises `UnsupportedError`."
+        """How a tensor is stored, and its rows of bytes (or the tensor as stored, where it is not made of blocks);
+        raises `UnsupportedError`."""
         part = self.part(name)
         try: return part.type, part.packed()
         except UnsupportedError as error: raise UnsupportedError(f"{name} of {self.where} {error}") from None
@@ -104,56 +121,81 @@ class LazyTensors(Mapping):
     def __contains__(self, name) -> bool: return name in self.parts
     def __iter__(self) -> Iterator[str]: return iter(self.parts)
     def __len__(self) -> int: return len(self.parts)
-    def __repr__(self) -> str: return f"LazyTensors({len(self)} tensors, {self.parameters:,} parameters, {self.nbytes:,} bytes on disk)"
+    def __repr__(self) -> str:
+        return f"LazyTensors({len(self)} tensors, {self.parameters:,} parameters, {self.nbytes:,} bytes on disk)"
 
 # %% ../../nbs/03_files/04_parts.ipynb #19110b98
 def derived(parts: list[Part],   # what is stored
             make: Callable,      # their tensors -> other tensors
             where: str,          # how messages name the file
-            moves: str = "rows", # what `make` moves: whole "rows", single "numbers" (it transposes), or "" (it computes, in float32)
+            # what `make` moves: whole "rows", single "numbers" (it transposes), or "" (it computes, in float32)
+            moves: str = "rows",
             ) -> list[Part]:
     "What `make` makes of the tensors of `parts`, still unread; raises `CheckpointError` where the shapes do not fit."
     try: shapes = [tuple(t.shape) for t in make(*(torch.empty(p.shape, device="meta") for p in parts))]
     except (RuntimeError, ValueError, IndexError, TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{where}: tensors of shape {', '.join(str(p.shape) for p in parts)} do not fit the metadata ({error}): "
+        raise CheckpointError(f"{where}: tensors of shape {', '.join(str(p.shape) for p in parts)} do not fit the "
+                              f"metadata ({error}): "
                               "the file is damaged") from error
     source = _Derived(parts, make, moves)
     total, nbytes = sum(map(math.prod, shapes)), sum(p.nbytes for p in parts)
-    return [Part(shape, source.type, nbytes * math.prod(shape) // max(total, 1), partial(source.read, i), partial(source.packed, i), source.release)
-            for i, shape in enumerate(shapes)]
+    return [
+        Part(
+            shape,
+            source.type,
+            nbytes * math.prod(shape) // max(total, 1),
+            partial(source.read, i),
+            partial(source.packed, i),
+            source.release,
+        )
+        for i, shape in enumerate(shapes)
+    ]
 
 # %% ../../nbs/03_files/04_parts.ipynb #95c81a5d
 class _Derived:
     "The tensors that `make` makes of `parts`: one at a time, in memory of its own."
     def __init__(self, parts, make, moves):
         self.parts, self.make, self.moves = parts, make, moves
-        self.type = parts[0].type if len({p.type for p in parts}) == 1 else " and ".join(dict.fromkeys(p.type for p in parts))
+        self.type = (
+            parts[0].type if len({p.type for p in parts}) == 1 else " and ".join(dict.fromkeys(p.type for p in parts))
+        )
 
     def read(self, i, dtype):
-        if self.moves == "rows" and is_blocks(self.type):        # the rows of this one only, moved as bytes and then unpacked
+        # the rows of this one only, moved as bytes and then unpacked
+        if self.moves == "rows" and is_blocks(self.type):
             out = dequantize(self.packed(i), self.type, dtype or torch.float32)
             self.release()
             return out
         made = self.make(*(p.read(dtype if self.moves else torch.float32) for p in self.parts))[i]
         whole = made.is_contiguous() and made.untyped_storage().nbytes() == made.nbytes
-        return made if whole else made.clone(memory_format=torch.contiguous_format)   # a slice would keep all of its source in memory
+        # a slice would keep all of its source in memory
+        return made if whole else made.clone(memory_format=torch.contiguous_format)
 
     def packed(self, i):
         if not self.moves: raise UnsupportedError("is computed from what the file stores: read it unpacked")
-        if " and " in self.type: raise UnsupportedError(f"is made of rows of {self.type}, which do not go into one tensor: read it unpacked")
+        if " and " in self.type: raise UnsupportedError(f"is made of rows of {self.type}, which do not go into one "
+                                                        "tensor: read it unpacked")
         if self.moves != "rows" and is_blocks(self.type):
-            raise UnsupportedError(f"is stored transposed, and the blocks of {self.type} run along the rows: read it unpacked")
+            raise UnsupportedError(f"is stored transposed, and the blocks of {self.type} run along the rows: read it "
+                                   "unpacked")
         return self.make(*(p.packed() for p in self.parts))[i]
 
     def release(self):
         for p in self.parts: p.release()
 
 # %% ../../nbs/03_files/04_parts.ipynb #54bc30f0
-def stacked(columns: list[list[Part]],  # what stands above what: each a list of (rows, C) parts, one for each of E, or one (E, rows, C) part
-            ) -> Part:
+def stacked(
+    columns: list[
+        list[Part]
+    ],  # what stands above what: each a list of (rows, C) parts, one for each of E, or one (E, rows, C) part
+) -> Part:
     "One (E, rows of all columns, C) part made of smaller ones."
     def sizes(parts): return parts[0].shape if len(parts[0].shape) == 3 else (len(parts), *parts[0].shape)
-    (E, _, C), rows, flat = sizes(columns[0]), [sizes(parts)[1] for parts in columns], [p for parts in columns for p in parts]
+    (E, _, C), rows, flat = (
+        sizes(columns[0]),
+        [sizes(parts)[1] for parts in columns],
+        [p for parts in columns for p in parts],
+    )
     source = _Derived(flat, None, "rows")
 
     def fill(get):
@@ -168,5 +210,11 @@ def stacked(columns: list[list[Part]],  # what stands above what: each a list of
         return out
 
     source.make = lambda *_: (fill(lambda p: p.packed()),)
-    return Part((E, sum(rows), C), source.type, sum(p.nbytes for p in flat), lambda dtype: fill(lambda p: p.read(dtype)),
-                partial(source.packed, 0), source.release)
+    return Part(
+        (E, sum(rows), C),
+        source.type,
+        sum(p.nbytes for p in flat),
+        lambda dtype: fill(lambda p: p.read(dtype)),
+        partial(source.packed, 0),
+        source.release,
+    )

@@ -21,18 +21,20 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import CheckpointError, SourceError, did_you_mean
+from ..errors import CheckpointError, InputError, SourceError, did_you_mean
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #c25d23e6
-_NAMES = dict(BOOL="bool", U8="uint8", I8="int8", F8_E5M2="float8_e5m2", F8_E4M3="float8_e4m3fn", F8_E8M0="float8_e8m0fnu",
-              F8_E4M3FNUZ="float8_e4m3fnuz", F8_E5M2FNUZ="float8_e5m2fnuz", I16="int16", U16="uint16", F16="float16", BF16="bfloat16",
+_NAMES = dict(BOOL="bool", U8="uint8", I8="int8", F8_E5M2="float8_e5m2", F8_E4M3="float8_e4m3fn",
+              F8_E8M0="float8_e8m0fnu", F8_E4M3FNUZ="float8_e4m3fnuz", F8_E5M2FNUZ="float8_e5m2fnuz",
+              I16="int16", U16="uint16", F16="float16", BF16="bfloat16",
               I32="int32", U32="uint32", F32="float32", C64="complex64", F64="float64", I64="int64", U64="uint64")
 DTYPES = {name: getattr(torch, attribute) for name, attribute in _NAMES.items() if hasattr(torch, attribute)}
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #492632c7
-def special_file(path: Path) -> str | None:
-    "What a path is in words, where it is neither a file nor a folder (reading it could wait for ever); None for those, and for nothing."
-    tests = {stat.S_ISFIFO: "a named pipe (FIFO)", stat.S_ISCHR: "a character device", stat.S_ISBLK: "a block device", stat.S_ISSOCK: "a socket"}
+def special_file(path: str | Path) -> str | None:
+    "What a path is where it is neither a file nor a folder (reading that could wait for ever); None otherwise."
+    tests = {stat.S_ISFIFO: "a named pipe (FIFO)", stat.S_ISCHR: "a character device",
+             stat.S_ISBLK: "a block device", stat.S_ISSOCK: "a socket"}
     try: mode = os.stat(path).st_mode
     except (OSError, ValueError): return None
     return next((words for is_it, words in tests.items() if is_it(mode)), None)
@@ -40,14 +42,17 @@ def special_file(path: Path) -> str | None:
 
 def map_file(path: str | Path,  # a regular file
              ) -> mmap.mmap:
-    "The bytes of a file, fetched from disk when touched; raises `SourceError` (no such file) or `CheckpointError` (empty)."
+    "The bytes of a file, fetched from disk when touched; raises `SourceError` (no file) or `CheckpointError` (empty)."
     path = Path(path)
-    if path.is_dir(): raise SourceError(f"{path} is a folder; name the checkpoint file inside it")
-    if what := special_file(path): raise SourceError(f"{path} is {what}, not a file: name the file that holds the model")
-    if not path.is_file(): raise SourceError(f"There is no file {path}: check the spelling, or download the model first")
+    if what := special_file(path):
+        raise SourceError(f"{path} is {what}, not a file: name the file that holds the model")
+    if os.path.isdir(path): raise SourceError(f"{path} is a folder; name the checkpoint file inside it")
+    if not os.path.isfile(path):
+        raise SourceError(f"There is no file {path}: check the spelling, or download the model first")
     try:
         with open(path, "rb") as f:
-            if os.fstat(f.fileno()).st_size == 0: raise CheckpointError(f"{path.name} is empty: the download failed, fetch it again")
+            if os.fstat(f.fileno()).st_size == 0:
+                raise CheckpointError(f"{path.name} is empty: the download failed, fetch it again")
             return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error: raise SourceError(f"Cannot read {path}: {error.strerror or error}") from error
 
@@ -59,8 +64,10 @@ def tensor_at(buffer,                   # bytes-like and writable, such as a map
               ) -> torch.Tensor:
     "A window on `buffer` as a tensor; the bytes are copied only where they start off their natural boundary."
     if prod(shape) == 0: return torch.empty(shape, dtype=dtype)
-    if start % dtype.itemsize == 0: return torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=start).reshape(shape)
-    return torch.frombuffer(buffer, dtype=torch.uint8, count=prod(shape) * dtype.itemsize, offset=start).clone().view(dtype).reshape(shape)
+    if start % dtype.itemsize == 0:
+        return torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=start).reshape(shape)
+    data = torch.frombuffer(buffer, dtype=torch.uint8, count=prod(shape) * dtype.itemsize, offset=start)
+    return data.clone().view(dtype).reshape(shape)
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #843094e3
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
@@ -82,8 +89,10 @@ def read_json(data: bytes,   # UTF-8 text
     "One strict JSON object; anything else raises `CheckpointError`."
     try: out = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON ({str(error)[:120]}): the file is damaged, download it again") from error
-    if not isinstance(out, dict): raise CheckpointError(f"{what} is a JSON {type(out).__name__}, not an object: download the file again")
+        why = f"{what} is not valid JSON ({str(error)[:120]})"
+        raise CheckpointError(f"{why}: the file is damaged, download it again") from error
+    if not isinstance(out, dict):
+        raise CheckpointError(f"{what} is a JSON {type(out).__name__}, not an object: download the file again")
     return out
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #c815dd73
@@ -91,12 +100,15 @@ def read_header(buffer,          # the file's bytes
                 name: str,       # how messages name the file
                 ) -> tuple[dict, int]:
     "The header and the position of the first data byte; raises `CheckpointError`."
-    if len(buffer) < 8: raise CheckpointError(f"{name} has {len(buffer)} bytes, too few for a safetensors file: download it again")
+    if len(buffer) < 8:
+        raise CheckpointError(f"{name} has {len(buffer)} bytes, too few for a safetensors file: download it again")
     n = int.from_bytes(buffer[:8], "little")
     if buffer[8:9] != b"{":
-        raise CheckpointError(f"{name} has no opening brace at byte 8: it is not a safetensors file, or it is damaged; download it again")
+        what = "it is not a safetensors file, or it is damaged"
+        raise CheckpointError(f"{name} has no opening brace at byte 8: {what}; download it again")
     if n > min(len(buffer) - 8, MAX_HEADER):
-        raise CheckpointError(f"{name} claims a header of {n:,} bytes, the file has {len(buffer):,}: it is damaged; download it again")
+        claim = f"{name} claims a header of {n:,} bytes, the file has {len(buffer):,}"
+        raise CheckpointError(f"{claim}: it is damaged; download it again")
     return read_json(buffer[8:8 + n], f"The header of {name}"), 8 + n
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #73f73ab0
@@ -115,17 +127,22 @@ def tensor_info(name: str,   # the tensor's name, for messages
                 entry,       # its value in the header
                 ) -> TensorInfo:
     "One entry of the header, checked by itself; raises `CheckpointError`."
-    def bad(why): return CheckpointError(f"Tensor {name[:200]!r}: {why}; the header is damaged, download the file again")
-    def counts(x, most): return isinstance(x, list) and len(x) <= most and all(type(n) is int and 0 <= n < 2**63 for n in x)
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys(): raise bad("no dtype, shape and data_offsets")
+    def bad(why):
+        return CheckpointError(f"Tensor {name[:200]!r}: {why}; the header is damaged, download the file again")
+    def counts(x, most):
+        return isinstance(x, list) and len(x) <= most and all(type(n) is int and 0 <= n < 2**63 for n in x)
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise bad("no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES: raise bad(f"dtype {str(dtype)[:40]!r} is none of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f"dtype {str(dtype)[:40]!r} is none of {', '.join(DTYPES)}")
     if not counts(shape, 64): raise bad(f"shape {str(shape)[:60]} is not a list of up to 64 sizes")
     if not counts(offsets, 2) or len(offsets) < 2: raise bad(f"data_offsets {str(offsets)[:60]} are not two positions")
     itemsize = DTYPES[dtype].itemsize
     if prod(max(1, n) for n in shape) * itemsize >= 2**63: raise bad(f"shape {shape} overflows 64 bits")
     if offsets[1] - offsets[0] != prod(shape) * itemsize:
-        raise bad(f"shape {shape} of {dtype} needs {prod(shape) * itemsize:,} bytes, its offsets give {offsets[1] - offsets[0]:,}")
+        given = f"its offsets give {offsets[1] - offsets[0]:,}"
+        raise bad(f"shape {shape} of {dtype} needs {prod(shape) * itemsize:,} bytes, {given}")
     return TensorInfo(dtype, tuple(shape), *offsets)
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #bccc1138
@@ -133,17 +150,19 @@ def check_layout(infos: dict[str, TensorInfo],   # all tensors of the file
                  data_size: int,                 # bytes behind the header
                  name: str,                      # how messages name the file
                  ) -> None:
-    "Raise `CheckpointError` unless the tensors cover the data exactly: no overlap, no gap, nothing missing, nothing left."
+    "Raise `CheckpointError` unless the tensors cover the data exactly: no overlap, no gap, nothing left."
     def bad(why): return CheckpointError(f"{name} is {why}; download it again")
     position, previous = 0, "the header"
     for tensor, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position:
             what = f"{'overlaps' if info.start < position else 'leaves a gap behind'} {previous[:200]!r}"
-            raise bad(f"damaged: tensor {tensor[:200]!r} {what} (byte {info.start:,} of the data, expected {position:,})")
+            where = f"byte {info.start:,} of the data, expected {position:,}"
+            raise bad(f"damaged: tensor {tensor[:200]!r} {what} ({where})")
         position, previous = info.stop, tensor
     if position > data_size:
         _, lost = min((info.start, tensor) for tensor, info in infos.items() if info.stop > data_size)
-        raise bad(f"cut off: its tensors need {position:,} bytes, it has {data_size:,}; {lost[:200]!r} is the first that is not complete")
+        short = f"cut off: its tensors need {position:,} bytes, it has {data_size:,}"
+        raise bad(f"{short}; {lost[:200]!r} is the first that is not complete")
     if position < data_size: raise bad(f"damaged: it has {data_size - position:,} bytes behind its last tensor")
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #1b20fc6d
@@ -158,14 +177,15 @@ class MissingTensor(CheckpointError, KeyError):
 
 
 class SafetensorsFile(Mapping):
-    "A safetensors file as a dictionary: opening checks the header, `file[name]` makes a tensor on the mapped bytes without copying."
+    "A safetensors file as a dictionary: opening checks the header, `file[name]` is a tensor on the mapped bytes."
     def __init__(self, path: str | Path):  # raises SourceError, CheckpointError
         self.path = Path(path)
         self._buffer = map_file(self.path)
         header, self.data_start = read_header(self._buffer, self.path.name)
         self.metadata = header.pop("__metadata__", {})  # dict of str to str
         if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
-            raise CheckpointError(f"__metadata__ of {self.path.name} is not a dictionary of strings: it is damaged, download it again")
+            what = f"__metadata__ of {self.path.name} is not a dictionary of strings"
+            raise CheckpointError(f"{what}: it is damaged, download it again")
         self._infos = {name: tensor_info(name, entry) for name, entry in header.items()}
         check_layout(self._infos, len(self._buffer) - self.data_start, self.path.name)
 
@@ -195,7 +215,8 @@ def header_bytes(infos: Mapping[str, TensorInfo],          # tensors in the orde
                  ) -> bytes:
     "Length and header of a safetensors file, filled with spaces so that the data starts at a multiple of 8."
     header = {} if metadata is None else {"__metadata__": dict(metadata)}
-    header |= {name: dict(dtype=i.dtype, shape=list(i.shape), data_offsets=[i.start, i.stop]) for name, i in infos.items()}
+    for name, i in infos.items():
+        header[name] = dict(dtype=i.dtype, shape=list(i.shape), data_offsets=[i.start, i.stop])
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -203,8 +224,10 @@ def header_bytes(infos: Mapping[str, TensorInfo],          # tensors in the orde
 # %% ../../nbs/03_files/01_safetensors.ipynb #0be32713
 @contextmanager
 def replace_file(path: str | Path):  # the file to make or replace
-    "A binary file that takes the place of `path` only when the block ends well; raises `SourceError` where it cannot be made."
+    "A binary file that takes the place of `path` only when the block ends well; raises `SourceError` where it cannot."
     path = Path(path)
+    if what := "a folder" if os.path.isdir(path) else special_file(path):
+        raise SourceError(f"Cannot write {path}: it is {what}; name a file")
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try: f = open(temporary, "xb")
     except OSError as error: raise SourceError(f"Cannot write {path}: {error.strerror or error}") from error
@@ -220,25 +243,29 @@ def replace_file(path: str | Path):  # the file to make or replace
 def tensor_bytes(t: torch.Tensor) -> torch.Tensor:  # any type and shape -> (nbytes,) uint8
     "The bytes of a tensor in row order, on the CPU, copied only if they lie elsewhere or in another order."
     flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)  # an empty tensor may have no stride to view
+    # an empty tensor may have no stride to view
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def save_safetensors(tensors: Mapping[str, torch.Tensor],          # any shapes and devices; each is made contiguous while it is written
-                     path: str | Path,                             # replaced only when everything is written
-                     metadata: Mapping[str, str] | None = None,    # notes, strings only
+def save_safetensors(tensors: Mapping[str, torch.Tensor],        # any shapes and devices, contiguous or not
+                     path: str | Path,                           # replaced only when everything is written
+                     metadata: Mapping[str, str] | None = None,  # notes, strings only
                      ) -> None:
-    "Write `tensors` as the safetensors library does, byte for byte; raises `CheckpointError` for what the format cannot hold."
+    "Write `tensors` as the library does, byte for byte; raises `InputError` for what the format cannot hold."
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise CheckpointError(f"metadata {key!r} is a {type(value).__name__}: only strings can be kept, use str() or json.dumps()")
+            wrong = f"metadata {key!r} is a {type(value).__name__}"
+            raise InputError(f"{wrong}: only strings can be kept, use str() or json.dumps()")
     for name, t in tensors.items():
-        def bad(why): return CheckpointError(f"{name!r} {why}")
-        if not isinstance(name, str) or name == "__metadata__": raise bad("cannot be the name of a tensor: choose another string")
+        def bad(why): return InputError(f"{name!r} {why}")
+        if not isinstance(name, str) or name == "__metadata__":
+            raise bad("cannot be the name of a tensor: choose another string")
         if not isinstance(t, torch.Tensor): raise bad(f"is a {type(t).__name__}, not a tensor: convert it first")
         if t.dtype not in names: raise bad(f"is {t.dtype}, which the format does not have: convert it first")
-        if t.layout != torch.strided or t.is_meta: raise bad("is sparse or has no data: make it dense and load it first")
+        if t.layout != torch.strided or t.is_meta:
+            raise bad("is sparse or has no data: make it dense and load it first")
     infos, position = {}, 0
     for name in sorted(tensors, key=lambda name: (-order[tensors[name].dtype], name)):
         t = tensors[name]
@@ -263,9 +290,10 @@ class ShardedSafetensors(Mapping):
             raise CheckpointError(f"{INDEX} has no weight_map from tensor names to file names: download it again")
         for f in set(files.values()):
             if not f or f == ".." or f != Path(f).name or "\\" in f or "\0" in f:
-                raise CheckpointError(f"{INDEX} names the shard {f[:200]!r}, not a plain file name: do not trust this checkpoint")
-            if not (self.folder / f).is_file():
-                raise CheckpointError(f"The shard {f[:200]} of {INDEX} is missing: download it into {self.folder}")
+                names = f"{INDEX} names the shard {f[:200]!r}"
+                raise CheckpointError(f"{names}, not a plain file name: do not trust this checkpoint")
+            what = special_file(self.folder / f) or ("missing" if not os.path.isfile(self.folder / f) else None)
+            if what: raise CheckpointError(f"The shard {f[:200]} of {INDEX} is {what}: download it into {self.folder}")
         metadata = index.get("metadata")
         self._files, self._open, self.metadata = files, {}, metadata if isinstance(metadata, dict) else {}
 

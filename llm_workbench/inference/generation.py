@@ -57,17 +57,22 @@ def check_prompts(prompts: Sequence[Sequence[int]],  # token ids
     whole("max_new_tokens", max_new_tokens, 1)
     if not len(prompts): raise ContextLengthError("There is no prompt: give at least one.")
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str): raise InputError(f"Prompt {i} is a text, {prompt[:20]!r}: encode it first, or use LM.generate.")
+        if isinstance(prompt, str): raise InputError(f"Prompt {i} is a text, {prompt[:20]!r}: encode it first, or use "
+                                                     "LM.generate.")
         if not len(prompt):
-            raise ContextLengthError(f"Prompt {i} is empty: the model needs at least one token to continue, such as its BOS or a newline.")
+            raise ContextLengthError(f"Prompt {i} is empty: the model needs at least one token to continue, such as "
+                                     "its BOS or a newline.")
         if not all(isinstance(t, int) and 0 <= t < vocab_size for t in prompt):
-            raise InputError(f"Prompt {i} holds something outside 0..{vocab_size - 1}: was it made by the tokenizer of another model?")
-        if len(prompt) + max_new_tokens > context: raise ContextLengthError(_too_long(i, len(prompt), max_new_tokens, context))
+            raise InputError(f"Prompt {i} holds something outside 0..{vocab_size - 1}: was it made by the tokenizer of "
+                             "another model?")
+        if len(prompt) + max_new_tokens > context:
+            raise ContextLengthError(_too_long(i, len(prompt), max_new_tokens, context))
 
 def _too_long(i, n, more, context):
     fits = (f"set max_new_tokens to at most {context - n}, or shorten the prompt" if n < context
             else f"shorten it by at least {n + 1 - context} tokens")
-    return (f"Prompt {i} has {n} tokens and {more} more are asked for: {n + more}, but the context of this model is {context}. "
+    return (f"Prompt {i} has {n} tokens and {more} more are asked for: {n + more}, but the context of this model is "
+            f"{context}. "
             f"To go on, {fits}.")
 
 # %% ../../nbs/07_inference/02_generation.ipynb #cdb3e1c1
@@ -86,12 +91,14 @@ class Batch:
                  max_new_tokens: int,
                  eos_ids: Sequence[int] = (),           # tokens that end a row
                  generators: list[torch.Generator] | None = None,  # one per row
-                 mask: Callable[[list[Row], Tensor], Tensor] | None = None):  # (rows, logits (B, V)) -> logits, -inf: not now
+                 # (rows, logits (B, V)) -> logits, -inf: not now
+                 mask: Callable[[list[Row], Tensor], Tensor] | None = None):
         self.decoder, self.rows, self.sampler, self.cache, self.mask = decoder, list(rows), sampler, cache, mask
         self.max_new_tokens, self.eos, self.generators = max_new_tokens, set(eos_ids), generators
         lengths, device = [len(row.prompt) for row in self.rows], decoder.device
         self.tokens = padded([row.prompt for row in self.rows], 0, device)                 # (B, T) what goes in next
-        self.counts = None if len(set(lengths)) == 1 else lengths                          # equal lengths need no padding
+        # equal lengths need no padding
+        self.counts = None if len(set(lengths)) == 1 else lengths
         history = padded([row.prompt for row in self.rows], -1, device) if sampler.looks_back else None
         self.seen = None if history is None else token_counts(history, decoder.config.vocab_size)   # (B, V)
 
@@ -104,7 +111,8 @@ def choose(self: Batch) -> list[list[int]]:
     chosen = self.sampler.pick(logits, self.seen, self.generators)                         # (B,)
     self.tokens, self.counts = chosen[:, None], None
     if self.seen is not None: self.seen = counted(self.seen, self.tokens)
-    return [[token] for token in checked(chosen.tolist())]                                 # the one look at values per step
+    # the one look at values per step
+    return [[token] for token in checked(chosen.tolist())]
 
 @patch
 def over(self: Batch, row: Row) -> str | None:
@@ -166,8 +174,10 @@ class StopStrings:
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for s in self.stop:
             if not isinstance(s, str): raise InputError(f"a stop string is {s!r}: give texts.")
-        if not all(self.stop): raise InputError("A stop string is empty: it would end every answer at once. Leave it out.")
-        self.held, self.found = "", None      # text that may be the beginning of a stop string; the stop string that came
+        if not all(self.stop): raise InputError("A stop string is empty: it would end every answer at once. Leave it "
+                                                "out.")
+        # text that may be the beginning of a stop string; the stop string that came
+        self.held, self.found = "", None
 
     def push(self, text: str) -> str:
         "What may be shown now that `text` has come."
@@ -177,7 +187,9 @@ class StopStrings:
         if complete:
             self.held, self.found = "", complete[2]
             return text[:complete[1]]
-        held = max((n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
+        held = max(
+            (n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0
+        )
         self.held = text[len(text) - held:]
         return text[:len(text) - held]
 
@@ -190,7 +202,12 @@ class StopStrings:
 class _Writer:
     "Turns the tokens of a row into text that may be shown, and ends the row at a stop string."
     def __init__(self, row: Row, tokenizer: Tokenizer, stop: str | Sequence[str]):
-        self.row, self.eos, self.characters, self.stop = row, set(tokenizer.eos_ids), tokenizer.stream(), StopStrings(stop)
+        self.row, self.eos, self.characters, self.stop = (
+            row,
+            set(tokenizer.eos_ids),
+            tokenizer.stream(),
+            StopStrings(stop),
+        )
         self.seen, self.over = 0, False
 
     def write(self) -> str:
@@ -226,16 +243,30 @@ class LM:
         return self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
 
     def _chat_ids(self, messages: str | list[dict]) -> list[int]:
-        return self.tokenizer.encode_chat([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+        return self.tokenizer.encode_chat(
+            [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        )
 
 # %% ../../nbs/07_inference/02_generation.ipynb #791f06b0
 @patch
-def _run(self: LM, prompts: list[list[int]], max_new_tokens: int = 256, stop: str | Sequence[str] = (), seed: int | None = None,
-         **sampling) -> Iterator[tuple[list[Row], list[str]]]:
+def _run(
+    self: LM,
+    prompts: list[list[int]],
+    max_new_tokens: int = 256,
+    stop: str | Sequence[str] = (),
+    seed: int | None = None,
+    **sampling,
+) -> Iterator[tuple[list[Row], list[str]]]:
     "Rows and their new text after every step; bad input raises here, before the first step."
     StopStrings(stop)
-    steps = generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
-                            eos_ids=self.tokenizer.eos_ids, seed=seed)
+    steps = generate_tokens(
+        self.decoder,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampler=Sampler(**{"temperature": 0.0, **sampling}),
+        eos_ids=self.tokenizer.eos_ids,
+        seed=seed,
+    )
     return self._texts(steps, stop)
 
 @patch
@@ -254,12 +285,24 @@ def generate(self: LM, prompt: str | Sequence[int] | list, *,  # a text or its t
              stop: str | Sequence[str] = (),               # the text ends before the first of these
              seed: int | None = None,                      # row i of a list draws with seed + i
              ) -> "Completion | list[Completion]":
-    "Continue a prompt as it stands, special tokens in it included; a list is one batch. Raises ContextLengthError before any work."
+    """Continue a prompt as it stands, special tokens in it included; a list is one batch. Raises ContextLengthError
+    before any work."""
     many = not isinstance(prompt, str) and (not len(prompt) or not isinstance(prompt[0], int))
     prompts = [self._ids(p) for p in (prompt if many else [prompt])]
     texts = [""] * len(prompts)
-    for rows, pieces in self._run(prompts, max_new_tokens, stop, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                  repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty):
+    for rows, pieces in self._run(
+        prompts,
+        max_new_tokens,
+        stop,
+        seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    ):
         texts = [text + piece for text, piece in zip(texts, pieces)]
     done = [Completion(text, row.reason, row.tokens, len(row.prompt)) for text, row in zip(texts, rows)]
     return done if many else done[0]
@@ -288,6 +331,7 @@ def generate_ids(self: LM, prompts: Sequence[Sequence[int]],  # token ids, one b
                  **sampling,                              # fields of Sampler; greedy by default
                  ) -> list[list[int]]:                    # the tokens written, end tokens included
     "Tokens in, tokens out; `stop_at_eos=False` writes exactly `max_new_tokens`, as measurements need it."
-    for rows in generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=Sampler(**{"temperature": 0.0, **sampling}),
+    for rows in generate_tokens(self.decoder, prompts, max_new_tokens=max_new_tokens,
+                                sampler=Sampler(**{"temperature": 0.0, **sampling}),
                                 eos_ids=self.tokenizer.eos_ids if stop_at_eos else (), seed=seed): pass
     return [row.tokens for row in rows]

@@ -7,6 +7,7 @@ __all__ = ['RULES', 'entropy', 'surprise', 'gumbel', 'draw', 'checked', 'tempera
            'token_counts', 'penalize', 'Sampler']
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #116ee0e0
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -34,13 +35,16 @@ def surprise(logits: Tensor,  # (..., V)
 def gumbel(logits: Tensor,  # (B, V): gives the shape and the device
            generator: torch.Generator | Sequence[torch.Generator] | None = None,  # one for all rows, or one per row
            ) -> Tensor:     # (B, V) float32
-    "Independent standard Gumbel noise for every logit; with one generator per row a row's noise does not depend on the others."
+    """Independent standard Gumbel noise for every logit; with one generator per row a row's noise does not depend on
+    the others."""
     if isinstance(generator, Sequence):
-        if len(generator) != len(logits): raise InputError(f"{len(generator)} generators for {len(logits)} rows: give one per row.")
+        if len(generator) != len(logits): raise InputError(f"{len(generator)} generators for {len(logits)} rows: give "
+                                                           "one per row.")
         u = torch.stack([torch.rand(logits.shape[-1], generator=g, device=logits.device) for g in generator])
     else:
         u = torch.rand(logits.shape, generator=generator, device=logits.device)
-    return u.clamp_(2.0 ** -25).log_().neg_().log_().neg_()   # rand gives an exact 0 once in 2^24: log 0 must not happen
+    # rand gives an exact 0 once in 2^24: log 0 must not happen
+    return u.clamp_(2.0 ** -25).log_().neg_().log_().neg_()
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #263b4d59
 def draw(logits: Tensor,  # (B, V), -inf where a token is impossible
@@ -53,12 +57,15 @@ def draw(logits: Tensor,  # (B, V), -inf where a token is impossible
     return torch.where(best.isfinite(), tokens, -1)
 
 def checked(tokens: Sequence[int] | Tensor) -> Sequence[int] | Tensor:  # of `draw`, as they came
-    "The tokens, unless a row has none. WorkbenchError names it; apart from `draw`, since looking at values makes a GPU wait."
+    """The tokens, unless a row has none. WorkbenchError names it; apart from `draw`, since looking at values makes a
+    GPU wait."""
     values = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     if min(values, default=0) >= 0: return tokens
     row = next(i for i, token in enumerate(values) if token < 0)
-    raise WorkbenchError(f"Row {row} of the logits has no finite best token (NaN, an overflow, or nothing left): the model's "
-                         "output overflowed or a filter removed every token. Look for inf or NaN in the weights, or use a "
+    raise WorkbenchError(f"Row {row} of the logits has no finite best token (NaN, an overflow, or nothing left): the "
+                         "model's "
+                         "output overflowed or a filter removed every token. Look for inf or NaN in the weights, or "
+                         "use a "
                          "wider dtype such as float32.")
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #0394ee52
@@ -98,8 +105,9 @@ def top_k(logits: Tensor,       # (B, V)
 def min_p(logits: Tensor,            # (B, V)
           p: float | Tensor,         # 0 to 1, or (B,): share of the best token's probability
           ) -> Tensor:               # (B, V), -inf outside
-    "Keep tokens at least p times as likely as the best one (arXiv 2407.01082): a threshold on the logits, without a softmax."
-    gap = torch.as_tensor(_per_row(p, logits), dtype=logits.dtype, device=logits.device).log()
+    """Keep tokens at least p times as likely as the best one (arXiv 2407.01082): a threshold on the logits, without a
+    softmax."""
+    gap = _per_row(p, logits).to(logits.dtype).log() if isinstance(p, Tensor) else math.log(p) if p > 0 else -math.inf
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + gap, float("-inf"))
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #b159498f
@@ -112,11 +120,13 @@ def top_p(logits: Tensor,            # (B, V)
     if not _fixed(logits):                                              # the others hold at most 1 - p together
         candidates = max(int((probs > (1 - p) / candidates).sum(-1).max()), 1)
     best, ids = probs.topk(candidates, -1)                              # (B, candidates), largest first
-    before = best.cumsum(-1, dtype=torch.float64) - best                # mass of the better tokens, summed without drift
+    # mass of the better tokens, summed without drift
+    before = best.cumsum(-1, dtype=torch.float64) - best
     total = probs.sum(-1, keepdim=True, dtype=torch.float64)            # 1, but for rounding
     kept = (before < p * total) | (p >= 1)                              # p = 1 cuts nothing
     kept[..., 0] = True                                                 # one token always stays
-    kept = probs.isnan().scatter(-1, ids, kept)                         # a row with a NaN stays whole, for `draw` to report
+    # a row with a NaN stays whole, for `draw` to report
+    kept = probs.isnan().scatter(-1, ids, kept)
     return logits.masked_fill(~kept, float("-inf"))
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #14f89650
@@ -176,7 +186,9 @@ class Sampler:
             value = getattr(self, name)
             if value is None and name in ("top_k", "top_p", "min_p"): continue
             number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-            whole = name != "top_k" or isinstance(value, int) or isinstance(value, Tensor) and not value.is_floating_point()
+            whole = (
+                name != "top_k" or isinstance(value, int) or isinstance(value, Tensor) and not value.is_floating_point()
+            )
             if not (number and whole and bool(fits(torch.as_tensor(value)).all())):
                 raise InputError(f"{name} is {value!r}: it must be {rule}.")
 
