@@ -54,7 +54,8 @@ class Tower:
             tables = rope_tables(step.positions, inverse_frequencies(D), dtype=x.dtype)
             q, k = (rotate((x @ w).unflatten(-1, (-1, D)), *tables) for w in (wq, wk))
             v = None if latent else (x @ wv).unflatten(-1, (K, Dv))
-            out = step.attend(layer, q, k, v, ops or self.ops, value_dim=Dv if latent else None, window=self.windows[layer])
+            options = dict(value_dim=Dv if latent else None, window=self.windows[layer])
+            out = step.attend(layer, q, k, v, ops or self.ops, **options)
             x = x + out.flatten(2) @ wo
         cache.commit(step)
         return x
@@ -90,7 +91,7 @@ def worst_split(new_cache, tower, T=21):
 
 
 def fuzz(new_cache, tower, seed, n_steps=24, check_lengths=True):
-    "Random steps, ragged counts, failures, rewinds, row selections; largest difference from each row's whole text alone."
+    "Random steps, counts, failures, rewinds, row selections; largest difference from each row's whole text alone."
     rnd = random.Random(seed)
     torch.manual_seed(seed)
     rows, cache, worst = [text(0, tower.C) for _ in range(3)], new_cache(), 0.0
@@ -185,7 +186,7 @@ class StatesStay(ContiguousCache):  # the states of the first rows, whichever ro
         before = {layer: dict(state) for layer, state in self.states.items()}
         super().select(rows)
         for layer, state in self.states.items():
-            for name in state: state[name] = before[layer][name][[b % len(before[layer][name]) for b in range(len(rows))]]
+            for name, old in before[layer].items(): state[name] = old[[b % len(old) for b in range(len(rows))]]
 
 class StatesAtOnce(ContiguousCache):  # a step that fails has changed the state already
     def begin(self, *args, **where):
@@ -260,14 +261,14 @@ def test_broken_caches_are_rejected(broken, options):
     elif issubclass(broken, QuantizedCache): windows, build = (None, None), lambda c: c(2, group=4, residual=2)
     else: windows, build = (None, None), lambda c: c(2)
     tower, parent = Tower(windows, **options), broken.__mro__[1]
-    limit = 0.3 if parent is QuantizedCache else LIMIT                     # 8 bits round; a stale tail is off by far more
+    limit = 0.3 if parent is QuantizedCache else LIMIT                     # 8 bits round; a stale tail is off by more
 
     def worst(cls):  # wrong answers only: neither an exception nor a wrong length counts as being caught
         return max(worst_split(lambda: build(cls), tower),
                    *(fuzz(lambda: build(cls), tower, seed, check_lengths=False) for seed in range(6)))
 
     assert worst(parent) < limit
-    assert worst(broken) > 0.3
+    assert worst(broken) > 0.5
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ STORES = {"contiguous": lambda: ContiguousCache(2, capacity=3), "sliding": lambd
 @pytest.mark.parametrize("lost", [1, 6, 20])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_step_that_is_not_committed_changes_nothing(store, past, lost, layer):
-    "The next answers are those of a cache that never failed, to the last bit but what rounding in another store may do."
+    "The next answers are those of a cache that never failed."
     tower, x = Tower((5, None), heads=MIXED, sums=True), text(2, 24, 16)
     failed, sound = STORES[store](), STORES[store]()
     counts = [past, past // 2]
@@ -485,12 +486,12 @@ def test_wrong_counts(counts):
 def test_bad_input():
     cache, tower = ContiguousCache(2), Tower()
     tower(text(2, 3, 16), cache)
-    with pytest.raises(InputError, match="another batch"): tower(text(1, 1, 16), cache)        # would broadcast silently
+    with pytest.raises(InputError, match="another batch"): tower(text(1, 1, 16), cache)      # would broadcast silently
     t = torch.zeros(2, 1, 2, 8)
     with pytest.raises(InputError, match="float32"): cache.begin(2, 1).attend(0, t, t, t, REFERENCE)
     with pytest.raises(InputError, match="another model"):
         cache.begin(2, 1).attend(0, *3 * [text(2, 1, 3, 8)], REFERENCE)
-    for length in (4, -1, [3, 4], [3], [-1, 0], torch.tensor([0, 4])):
+    for length in (4, -1, [3, 4], [3], [-1, 0], [1.5, 2], torch.tensor([0, 4])):
         with pytest.raises(InputError, match="cannot truncate"): cache.truncate(length)
     for rows in ([], [2], [-1], [0.5], torch.tensor([True]), torch.tensor([True] * 3), torch.tensor([False] * 2)):
         with pytest.raises(InputError, match="cannot select"): cache.select(rows)
@@ -576,7 +577,7 @@ def test_quantize_stays_within_half_a_step(bits, dim):
         assert codes.dtype == torch.uint8 and codes.shape[-1] == 16 * bits // 8
         assert scale.shape[dim] == zero.shape[dim] == 1
         error = (dequantize_kv(codes, scale, zero, bits) - x.float()).abs()
-        rounding = zero.float().abs() * 2 ** -11 + 2e-3                      # zero is a float16: half a unit in its last place
+        rounding = zero.float().abs() * 2 ** -11 + 2e-3        # zero is a float16: half a unit in its last place
         assert (error <= scale.float() * 0.55 + rounding).all()
     same = torch.full((1, 8, 1, 4), 3.0)
     assert torch.equal(dequantize_kv(*quantize_kv(same, bits, dim), bits), same)
@@ -612,8 +613,8 @@ def test_contents_equal_transformers(T):
 def test_a_tiny_decoder_cannot_tell_its_caches_apart():
     from llm_workbench.architecture.decoder import Decoder
     from llm_workbench.architecture.layers import ModelConfig
-    config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, sliding_window=6)
+    config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=6)
     decoder, tokens = Decoder(config).eval(), torch.randint(50, (2, 20))
     with torch.no_grad():
         for p in decoder.parameters(): p.copy_(torch.randn(p.shape) * (1 if p.ndim == 1 else 0.2))
