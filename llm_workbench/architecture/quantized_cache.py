@@ -27,10 +27,20 @@ def quantize_kv(
     codes = ((x.float() - zero.float()) / scale.float()).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
     return (codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4), scale, zero
 
+# %% ../../nbs/05_architecture/09_quantized_cache.ipynb #b2ddebaa
 def dequantize_kv(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
     "What `quantize_kv` keeps of its input."
     if bits == 4: codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     return (codes.float() * scale.float() + zero.float()).to(dtype)
+
+# %% ../../nbs/05_architecture/09_quantized_cache.ipynb #3642336b
+def _check_options(bits: int, keys: str, group: int, residual: int) -> None:
+    "Raise UnsupportedError or InputError for what `QuantizedCache` cannot be made with."
+    if bits not in (4, 8): raise UnsupportedError(f"QuantizedCache keeps 8 or 4 bits per value, not {bits}")
+    if group < 1 or residual < 0:
+        raise InputError(f"group must be 1 or more and residual 0 or more, not {group} and {residual}")
+    if keys not in ("channel", "token"):
+        raise InputError(f'keys are quantized per "channel" or per "token", not {keys!r}')
 
 # %% ../../nbs/05_architecture/09_quantized_cache.ipynb #2017bd11
 class QuantizedCache(Cache):
@@ -39,17 +49,13 @@ class QuantizedCache(Cache):
     def __init__(self,
         n_layers: int,
         bits: int = 8,             # 8 or 4
-        keys: str = "channel",  # keys share a scale per "channel" of a group, or per "token"; values always per token
+        keys: str = "channel",     # keys share a scale by "channel" of a group, or by "token" as values do
         group: int = 32,           # tokens that are quantized together
         residual: int = 32,        # newest tokens that always stay in full precision
         capacity: int = 64,        # tokens to reserve codes for at first
     ):
         super().__init__(n_layers)
-        if bits not in (4, 8): raise UnsupportedError(f"QuantizedCache keeps 8 or 4 bits per value, not {bits}")
-        if group < 1 or residual < 0:
-            raise InputError(f"group must be 1 or more and residual 0 or more, not {group} and {residual}")
-        if keys not in ("channel", "token"):
-            raise InputError(f'keys are quantized per "channel" or per "token", not {keys!r}')
+        _check_options(bits, keys, group, residual)
         self.bits, self.group, self.residual, self.capacity = bits, group, residual, capacity
         self._shared = {"k": 1 if keys == "channel" else -1, "v": -1}    # dim of (N, G, K, D) that shares a scale
         self._packed, self._tail = RowLengths(), RowLengths()            # tokens in codes, tokens in the tail
@@ -62,12 +68,12 @@ def _append(self: QuantizedCache, layer, k, v):
     kept, room, end = [], self.residual + self.group, self._lengths.longest + k.shape[1]
     for name, new in (("k", k), ("v", v)):
         if new is not None and self.bits == 4 and new.shape[-1] % 2:
-            raise UnsupportedError(f"4-bit codes go two to a byte: a head dimension of {new.shape[-1]} is odd, use "
-                                   "bits=8")
+            raise UnsupportedError(f"4-bit codes go two to a byte: heads of {new.shape[-1]} are odd, use bits=8")
         tail = write_rows(self.store[layer], name, new, self._tail, room, room)
         kept.append(None if new is None else self._behind_codes(self.store[layer], name, tail)[:, :end])
     return *kept, self.lengths + k.shape[1]
 
+# %% ../../nbs/05_architecture/09_quantized_cache.ipynb #7cdf5387
 @patch
 def _behind_codes(self: QuantizedCache, layer, name, tail):  # (B, tail, K, D) -> (B, packed + tail, K, D), oldest first
     packed = self._packed
@@ -83,21 +89,26 @@ def _behind_codes(self: QuantizedCache, layer, name, tail):  # (B, tail, K, D) -
 @patch
 def _moved(self: QuantizedCache, by):
     self._tail.add(by, self._device)
-    tail, G, room = self._tail.per_row(self._batch), self.group, self.residual + self.group
-    layers = [layer for layer in self.store if layer]
-    fresh = [max(0, n - self.residual) // G for n in tail]                               # full groups to pack, per row
+    room, layers = self.residual + self.group, [layer for layer in self.store if layer]
+    fresh = [max(0, n - self.residual) // self.group for n in self._tail.per_row(self._batch)]   # full groups, by row
     if not any(fresh) and all(layer["k"].shape[1] <= room for layer in layers): return
-    packed = self._packed.per_row(self._batch)
-    new = [(b, i * G, packed[b] // G + i) for b, n in enumerate(fresh) for i in range(n)]
-    self._packed.add([n * G for n in fresh], self._device)
-    self._tail.add([-n * G for n in fresh], self._device)
+    where, out = self._places(fresh), [n * self.group for n in fresh]                    # tokens that leave each tail
+    self._packed.add(out, self._device)
+    self._tail.add([-n for n in out], self._device)
     for layer in layers:
-        for name in [name for name in ("k", "v") if name in layer]:                      # latents keep no values
-            if new: self._pack(layer, name, *torch.tensor(new, device=self._device).T)
-            layer[name] = shifted(layer[name], [n * G for n in fresh], self._tail.longest, room)
+        for name in {"k", "v"} & layer.keys():                                           # latents keep no values
+            if any(fresh): self._pack(layer, name, *where)
+            layer[name] = shifted(layer[name], out, self._tail.longest, room)
+
+# %% ../../nbs/05_architecture/09_quantized_cache.ipynb #a2cf5401
+@patch
+def _places(self: QuantizedCache, fresh):  # (N,) each: a new group's row, its first slot in the tail, its number
+    packed = self._packed.per_row(len(fresh))
+    new = [(b, i * self.group, packed[b] // self.group + i) for b, n in enumerate(fresh) for i in range(n)]
+    return torch.tensor(new, dtype=torch.int64, device=self._device).view(-1, 3).T
 
 @patch
-def _pack(self: QuantizedCache, layer, name, rows, first, number):  # (N,) each: a group's row, first slot, number there
+def _pack(self: QuantizedCache, layer, name, rows, first, number):
     slots = first[:, None] + torch.arange(self.group, device=first.device)               # (N, G)
     groups = layer[name][rows[:, None], slots]                                           # (N, G, K, D)
     for part, new in zip(("codes", "scale", "zero"), quantize_kv(groups, self.bits, self._shared[name])):
@@ -115,8 +126,8 @@ def _rewound(self: QuantizedCache, by):
     lengths, packed = [n + b for n, b in zip(self._lengths.per_row(len(by)), by)], self._packed.per_row(len(by))
     packed = [n // self.group * self.group if t < 0 else p for n, t, p in zip(lengths, tail, packed)]
     tail = [n - p for n, p in zip(lengths, packed)]
-    for layer in filter(None, self.store):
-        for name in [name for name in ("k", "v") if name in layer]:
+    for layer in self.store:
+        for name in {"k", "v"} & layer.keys():
             whole = self._behind_codes(layer, name, layer[name][:, :self._tail.longest])
             layer[name] = shifted(whole, packed, max(tail), self.residual + self.group)
     self._packed.set(packed, self._device)

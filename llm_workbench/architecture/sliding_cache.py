@@ -46,8 +46,7 @@ class SlidingCache(ContiguousCache):
         self.windows, self.rewind, self.slack = list(windows), rewind, slack
         self._held = {w: RowLengths() for w in set(windows) - {None}}          # slots in use, by window
 
-    def _room(self, window): return window + self.rewind + self.slack
-    def _counters(self): return [*super()._counters(), *self._held.values()]
+    def _room(self, window): return window + self.rewind + self.slack          # slots
 
 # %% ../../nbs/05_architecture/08_sliding_cache.ipynb #ed9a3292
 @patch
@@ -55,12 +54,12 @@ def _append(self: SlidingCache, layer, k, v):
     window, T = self.windows[layer], k.shape[1]
     if window is None: return super(SlidingCache, self)._append(layer, k, v)
     held, room = self._held[window], self._room(window)
-    # the first key that the first query sees
-    start = 0 if held.rows is not None else max(0, held.value - (window - 1))
-    k_all = write_rows(self.store[layer], "k", k, held, self.capacity, room)
+    k_all = write_rows(self.store[layer], "k", k, held, self.capacity, room)             # (B, held + T, K, D)
     v_all = write_rows(self.store[layer], "v", v, held, self.capacity, room)
+    start = max(0, held.value - (window - 1)) if held.rows is None else 0                # the first key that is seen
     return k_all[:, start:], None if v is None else v_all[:, start:], held.value + T - start
 
+# %% ../../nbs/05_architecture/08_sliding_cache.ipynb #97685c00
 @patch
 def attend(self: SlidingCache, step, layer, q, k, v, ops, *, value_dim=None, **options):
     "See `Cache.attend`. Raises InputError for a layer that looks back further than its keys are kept."
@@ -83,6 +82,9 @@ def _moved(self: SlidingCache, by):
             for kept in layers:
                 for name in kept: kept[name] = shifted(kept[name], drop, held.longest, room)
 
+@patch
+def _counters(self: SlidingCache): return [self._lengths, self._text, *self._held.values()]
+
 # %% ../../nbs/05_architecture/08_sliding_cache.ipynb #360aca5f
 @patch
 def _rewound(self: SlidingCache, by):
@@ -92,6 +94,5 @@ def _rewound(self: SlidingCache, by):
         if any(kept < min(n, window - 1) for kept, n in zip(left, lengths)):
             raise UnsupportedError(f"cannot truncate to {lengths}: layers with window {window} have dropped keys that "
                                    "are needed there; build SlidingCache(..., rewind=n) to keep n more, or run the "
-                                   "text "
-                                   "again in a new cache")
+                                   "text again in a new cache")
     for held in self._held.values(): held.add(by, self._device)
