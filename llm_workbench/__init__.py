@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 # Heavy libraries load when used: the names below import their module on first access (PEP 562).
 _LAZY = {
-    "load": "inference.generation",
+    "load": "lobby",
     "LM": "inference.generation",
     "Decoder": "architecture.decoder",
     "ModelConfig": "architecture.layers",

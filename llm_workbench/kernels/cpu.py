@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architecture import ops, rope
+from ..architecture import matrices, ops, rope
 from ..errors import UnsupportedError
 from ..hardware.machine import cpu_name
 
@@ -154,21 +154,21 @@ void run(const T *w, const float *x, const T *bias, T *y, int64_t outs, int64_t 
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2}   # more rows than this: torch's matrix product is as fast, or faster
 
 def takes(first: Tensor, *others: Tensor) -> bool:
-    "Whether the kernels can work on these: on the CPU, contiguous, all fp32 or all bf16, and no gradient is asked for."
+    "Whether the kernels can work on these: on the CPU, contiguous, all fp32 or all bf16, no gradient, nothing compiled."
     dtype = first.dtype
-    return (dtype in DEFINES and not torch.is_grad_enabled() and first.is_cpu and first.is_contiguous()
-            and all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in others))
+    if dtype not in DEFINES or torch.is_grad_enabled() or torch.compiler.is_compiling(): return False
+    return all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in (first, *others))
 
 def linear(x: Tensor,                   # (..., in)
            weight: Tensor,              # (out, in)
            bias: Tensor | None = None,  # (out,)
           ) -> Tensor:                  # (..., out)
-    "`architecture.norms_and_mlps.linear` for a few rows, in C."
+    "`architecture.matrices.linear` for a few rows, in C."
     outs, ins = weight.shape
     given = (x, weight) if bias is None else (x, weight, bias)
     fits = (x.shape[-1] == ins and 0 < x.numel() <= ins * MOST_ROWS.get(x.dtype, 0)
             and (bias is None or bias.shape == (outs,)))
-    if not (fits and takes(*given)): return ops.row_linear(*given)
+    if not (fits and takes(*given)): return matrices.linear(*given)
     wide, out = x.float(), x.new_empty(*x.shape[:-1], outs)
     compiled(LINEAR, x.dtype)(weight.data_ptr(), wide.data_ptr(), None if bias is None else bias.data_ptr(),
                               out.data_ptr(), outs, ins, x.numel() // ins)
@@ -192,7 +192,7 @@ void run(const T *x, const T *w, T *y, int64_t rows, int64_t n, float eps) {
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # (..., C), (C,) -> (..., C)
     "`architecture.norms_and_mlps.rms_norm` for a few rows, in C."
     fits = weight is not None and weight.shape == x.shape[-1:] and 0 < x.numel() <= SMALL
-    if not (fits and takes(x, weight)): return ops.quick_rms_norm(x, weight, eps)
+    if not (fits and takes(x, weight)): return ops.fused_rms_norm(x, weight, eps)
     out, n = torch.empty_like(x), x.shape[-1]
     compiled(RMS_NORM, x.dtype)(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // n, n, eps)
     return out
@@ -273,13 +273,13 @@ def _fits(q, k, v, lengths) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
               softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None,
-              lengths: Tensor | None = None) -> Tensor:
+              lengths: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
     "`architecture.attention.attention` of one query per row, in C."
-    plain = causal and not softcap and sinks is None and (window is None or window > 0)
+    plain = causal and not softcap and sinks is None and spans is None and (window is None or window > 0)
     if q.shape[1] == 1: q = q.contiguous()
     if not (plain and _fits(q, k, v, lengths)):
         return ops.fused_attention(q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
-                                   lengths=lengths)
+                                   lengths=lengths, spans=spans)
     (B, _, H, D), (n, K, Dv) = q.shape, v.shape[1:]
     if lengths is not None: lengths = lengths.to("cpu", torch.int64).clamp(0, n).contiguous()
     out = q.new_empty(B, 1, H, Dv)
