@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['next_logits', 'Row', 'whole', 'wholes', 'token_ids', 'check_prompts', 'check_room', 'Batch', 'padded', 'seeded',
-           'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LM']
+           'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LM', 'is_list_of_prompts']
 
 # %% ../../nbs/07_inference/02_generation.ipynb #6cbe8ccb
 from collections.abc import Callable, Iterator, Sequence
@@ -357,13 +357,22 @@ def generate(self: LM, prompt: str | Sequence[int] | list, *,  # a text or its t
     "Continue a prompt as it stands; a list is one batch. Raises InputError or ContextLengthError before any work."
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                     presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
-    many = not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], Integral))
+    many = is_list_of_prompts(prompt)
     prompts = [self.prompt_ids(p) for p in (prompt if many else [prompt])]
     texts = [""] * len(prompts)
     for rows, pieces in self._write(prompts, stop, max_new_tokens=max_new_tokens, seed=seed, mask=mask, **sampling):
         texts = [text + piece for text, piece in zip(texts, pieces)]
     done = [Completion(text, row.reason, row.tokens, len(row.prompt)) for text, row in zip(texts, rows)]
     return done if many else done[0]
+
+
+def is_list_of_prompts(prompt) -> bool:
+    "Whether this is a batch: neither a text nor the ids of one. Raises InputError for anything else."
+    if isinstance(prompt, str): return False
+    if isinstance(prompt, Tensor): return prompt.dim() > 1
+    if not hasattr(prompt, "__len__") or isinstance(prompt, (bytes, dict)):
+        raise InputError(f"The prompt is {prompt!r:.40}: give a text, its token ids, or a list of either.")
+    return not len(prompt) or not isinstance(prompt[0], Integral)
 
 # %% ../../nbs/07_inference/02_generation.ipynb #13d74c83
 @patch
