@@ -43,7 +43,7 @@ def gumbel(logits: Tensor,  # (B, V): gives the shape and the device
         u = torch.stack([torch.rand(logits.shape[-1], generator=g, device=logits.device) for g in generator])
     else:
         u = torch.rand(logits.shape, generator=generator, device=logits.device)
-    return u.clamp_(2.0 ** -25).log_().neg_().log_().neg_()   # rand gives an exact 0 once in 2^24: log 0 must not happen
+    return u.clamp_(2.0 ** -25).log_().neg_().log_().neg_()  # rand gives an exact 0 once in 2^24, and log 0 must not be
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #263b4d59
 def draw(logits: Tensor,  # (B, V), -inf where a token is impossible
@@ -119,7 +119,7 @@ def top_p(logits: Tensor,            # (B, V)
     "Keep the fewest best tokens whose probabilities reach p, the one that crosses it included (arXiv 1904.09751)."
     p, probs = per_row(p, logits), logits.softmax(-1)
     best, ids = in_order(probs, p)                                      # largest first
-    before = best.cumsum(-1, dtype=torch.float64) - best                # mass of the better tokens, summed without drift
+    before = best.cumsum(-1, dtype=torch.float64) - best                # mass of the better ones, summed without drift
     total = probs.sum(-1, keepdim=True, dtype=torch.float64)            # 1, but for rounding
     kept = (before < p * total) | (p >= 1)                              # p = 1 cuts nothing
     kept[..., 0] = True                                                 # one token always stays
@@ -135,7 +135,7 @@ def in_order(probs: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #14f89650
 def counted(counts: Tensor,    # (B, V) float32, changed in place
-            tokens: Tensor,    # (B,) or (B, T) int64 token ids; -1, or anything outside the vocabulary, counts for nothing
+            tokens: Tensor,    # (B,) or (B, T) int64 token ids; those outside the vocabulary, such as -1, do not count
             ) -> Tensor:       # (B, V), the same table
     "Count tokens that came."
     tokens = tokens[:, None] if tokens.dim() == 1 else tokens
@@ -196,7 +196,7 @@ RULES = {   # setting: what it must be, and the test
     "frequency_penalty": ("a number (0 turns it off)", lambda x: x == x),
 }
 
-
+# %% ../../nbs/07_inference/01_sampling.ipynb #8985398b
 def check_setting(name: str, value, rule: str, fits) -> None:
     "Raise InputError unless a setting, or each number of a setting per row, follows its rule."
     if value is None and "None" in rule: return
