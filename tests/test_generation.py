@@ -336,7 +336,7 @@ def test_rows_may_be_sent_away_between_steps(oracle):
     for n, rows in enumerate(batch.steps()):
         if n == 3: batch.leave([4, 0, 0])
         if n == 5: batch.leave([])
-    assert [len(row.tokens) for row in rows] == [4, N, N, N, 4, N]
+    assert [len(row.tokens) for row in rows] == [4, N, N, N, 4, N] and [row.reason for row in rows][::4] == ["left"] * 2
     assert [row.tokens for row in rows] == [f[:len(row.tokens)] for f, row in zip(free, rows)]
     batch = Batch(decoder, PROMPTS[:2], max_new_tokens=N)
     batch.leave([0, 1])
