@@ -213,7 +213,8 @@ def leave(self: Batch, rows: Sequence[int]) -> None:   # places in `standing`
     "Rows that leave the batch, with everything that is theirs. Raises InputError for a row that is not there."
     gone = wholes("a row that leaves", rows, 0, len(self.standing) - 1)
     for i in gone: self.standing[i].reason = self.standing[i].reason or "left"
-    if gone and not isinstance(self.cache, StaticCache): self._keep([i for i in range(len(self.standing)) if i not in gone])
+    if not gone or isinstance(self.cache, StaticCache): return
+    self._keep([i for i in range(len(self.standing)) if i not in gone])
 
 
 @patch
@@ -328,8 +329,9 @@ def batch(self: LM,
           **sampling,                         # fields of Sampler; greedy by default
           ) -> Batch:
     "Rows to be written by this model, up to its end tokens. Bad input raises here, before the first step."
-    return Batch(self.decoder, prompts, max_new_tokens=max_new_tokens, seed=seed, mask=mask,
-                 sampler=Sampler(**{"temperature": 0.0, **sampling}), eos_ids=self.tokenizer.eos_ids if stop_at_eos else ())
+    sampler = Sampler(**{"temperature": 0.0, **sampling})
+    return Batch(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, mask=mask,
+                 eos_ids=self.tokenizer.eos_ids if stop_at_eos else ())
 
 @patch
 def texts(self: LM,

@@ -154,7 +154,7 @@ void run(const T *w, const float *x, const T *bias, T *y, int64_t outs, int64_t 
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2}   # more rows than this: torch's matrix product is as fast, or faster
 
 def takes(first: Tensor, *others: Tensor) -> bool:
-    "Whether the kernels can work on these: on the CPU, contiguous, all fp32 or all bf16, no gradient, nothing compiled."
+    "Whether the kernels can work on these: CPU, contiguous, all fp32 or all bf16, no gradient, not while compiling."
     dtype = first.dtype
     if dtype not in DEFINES or torch.is_grad_enabled() or torch.compiler.is_compiling(): return False
     return all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in (first, *others))
