@@ -7,9 +7,10 @@ __all__ = ['RULES', 'entropy', 'surprise', 'gumbel', 'draw', 'checked', 'per_row
            'top_p', 'in_order', 'counted', 'token_counts', 'penalize', 'Sampler', 'check_setting']
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #116ee0e0
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
@@ -256,25 +257,27 @@ def select(self: Sampler,
            rows: Sequence[int],   # row numbers in their new order
            ) -> Sampler:
     "The settings of some rows."
-    return self._changed(lambda setting: setting[torch.as_tensor(rows, device=setting.device)])
+    of = lambda setting: setting[torch.as_tensor(rows, device=setting.device)] if setting.dim() else setting
+    return self._changed(of)
 
 
 @patch
 def to(self: Sampler, device: torch.device | str) -> Sampler:
-    "The same settings with those per row on `device`."
+    "The same settings, tensors among them on `device`."
     return self._changed(lambda setting: setting.to(device))
 
 
 @patch
 def _changed(self: Sampler, change) -> Sampler:
-    settings = {f.name: getattr(self, f.name) for f in fields(self)}
-    return replace(self, **{k: change(v) for k, v in settings.items() if isinstance(v, Tensor) and v.dim()})
+    other = copy.copy(self)                                     # not checked again: that would look at values
+    for name, value in vars(self).items():
+        if isinstance(value, Tensor): object.__setattr__(other, name, change(value))
+    return other
 
 
 @patch
 def check_rows(self: Sampler, n_rows: int) -> None:
     "Raise InputError where a setting per row is not one for each of `n_rows` rows."
-    for f in fields(self):
-        value = getattr(self, f.name)
+    for name, value in vars(self).items():
         if isinstance(value, Tensor) and value.dim() and len(value) != n_rows:
-            raise InputError(f"{f.name} has {len(value)} settings for {n_rows} rows: give one per row, or one number.")
+            raise InputError(f"{name} has {len(value)} settings for {n_rows} rows: give one per row, or one number.")
