@@ -5,10 +5,10 @@
     python -m benchmarks.decode --device cuda    # random weights in the shapes of real models (no llama.cpp)
 
 Every peer has a process of its own, all with the same number of threads: torch and llama.cpp bring different thread
-pools, which wait for work by spinning, and in one process they take the cores from each other. The processes take turns,
-one at a time, in many short rounds, so that a slow moment of the machine hits all of them, and a ratio is the median of
-the ratios of the rounds. On a GPU there is one peer more: ours with a static cache, its decode step recorded once and
-repeated (a CUDA graph).
+pools, which wait for work by spinning, and in one process they take the cores from each other. The processes take
+turns, one at a time, in many short rounds, so that a slow moment of the machine hits all of them, and a ratio is the
+median of the ratios of the rounds. On a GPU there is one peer more: ours with a static cache, its decode step recorded
+once and repeated (a CUDA graph).
 """
 import argparse
 import json
@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks.record import record
-from llm_workbench.architecture.decoder import Decoder
+from llm_workbench import Decoder
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.embedded import embedded_model
 from llm_workbench.hardware.machine import read_bandwidth

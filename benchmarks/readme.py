@@ -1,4 +1,5 @@
-"""Write the measured figures of README.md from the committed results: python -m benchmarks.readme [folder under results/]"""
+"""Write the measured figures of README.md from the committed results: python -m benchmarks.readme [folder under
+results/]"""
 import re
 import sys
 from pathlib import Path
@@ -8,19 +9,29 @@ from benchmarks.record import RESULTS, recorded
 README = Path(__file__).parents[1] / "README.md"
 MARKS = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
 PEERS = {f"{who} {dtype}": f"{label}, {short}" for dtype, short in {"float32": "fp32", "bfloat16": "bf16"}.items()
-         for who, label in {"ours": "this decoder, ops `CPU`", "ours with TORCH": "this decoder, ops `TORCH`", "transformers": "transformers"}.items()} | {"llama.cpp Q4_1": "llama.cpp, the file's Q4_1"}
+         for who, label in {"ours": "this decoder, ops `CPU`", "ours with TORCH": "this decoder, ops `TORCH`",
+                            "transformers": "transformers"}.items()} | {"llama.cpp Q4_1": "llama.cpp, the file's Q4_1"}
 GOAL = 1.5   # decode against transformers.generate
 
 
 def rows(result):
     for peer, label in PEERS.items():
         share = result["limits"][f"decode, {peer}: share of bandwidth / weight bytes"]
-        yield f"| {result['prompt_tokens']:,} | {label} | {result['medians'][f'prefill, {peer}']:.0f} | {result['medians'][f'decode, {peer}']:.1f} | {share:.2f} |"
+        prefill, decode = (result["medians"][f"{phase}, {peer}"] for phase in ("prefill", "decode"))
+        yield f"| {result['prompt_tokens']:,} | {label} | {prefill:.0f} | {decode:.1f} | {share:.2f} |"
 
 
 def ratios(result):
     fp32, bf16 = (result["ratios"][f"decode, {d}: ours / transformers"] for d in ("float32", "bfloat16"))
-    verdict = f"the goal of {GOAL} is " + ("reached" if min(fp32, bf16) >= GOAL else "reached in bf16 only" if bf16 >= GOAL else "reached in fp32 only" if fp32 >= GOAL else "not reached")
+    verdict = f"the goal of {GOAL} is " + (
+        "reached"
+        if min(fp32, bf16) >= GOAL
+        else "reached in bf16 only"
+        if bf16 >= GOAL
+        else "reached in fp32 only"
+        if fp32 >= GOAL
+        else "not reached"
+    )
     return f"{fp32:.2f} times in fp32 and {bf16:.2f} times in bf16 after {result['prompt_tokens']:,} tokens ({verdict})"
 
 
@@ -31,17 +42,23 @@ def block(folder: str) -> str:
     peak = first["peak of load() / weights kept"]
     links = ", ".join(f"[{r['prompt_tokens']:,} tokens](benchmarks/results/{folder}/{r['name']}.json)" for r in results)
     return "\n".join([
-        f"Measured with `make bench` on {first['date'][:10]}: {first['machine']['cpu']}, {first['threads']} threads, {first['medians']['read bandwidth']:.1f} GB/s read bandwidth.",
-        "Every peer in a process of its own, all taking turns in one run; medians, and medians of the ratios of single rounds.",
+        f"Measured with `make bench` on {first['date'][:10]}: {first['machine']['cpu']}, {first['threads']} threads, "
+        f"{first['medians']['read bandwidth']:.1f} GB/s read bandwidth.",
+        "Every peer in a process of its own, all taking turns in one run; medians, and medians of the ratios of single "
+        "rounds.",
         f"The machine is shared and varies; raw samples: {links}.", "",
-        "| tokens of prompt | SmolLM2-135M by | prefill, tokens/s | decode, tokens/s | decode, share of bandwidth / weight bytes |", "|---|---|---|---|---|",
+        "| tokens of prompt | SmolLM2-135M by | prefill, tokens/s | decode, tokens/s | decode, share of bandwidth / "
+        "weight bytes |", "|---|---|---|---|---|",
         *(row for result in results for row in rows(result)), "",
         f"Decode against `transformers.generate` at the same dtype: {'; '.join(map(ratios, results))}.",
-        f"The peak memory of `load()` is {peak['float32']:.2f} (fp32) and {peak['bfloat16']:.2f} (bf16) times the weights that it keeps."
+        f"The peak memory of `load()` is {peak['float32']:.2f} (fp32) and {peak['bfloat16']:.2f} (bf16) times the "
+        "weights that it keeps."
         + ("" if any(RESULTS.glob("*/*SmolLM2*.json")) else " No GPU has been measured yet."), ""])
 
 
 if __name__ == "__main__":
     folders = sys.argv[1:] or [p.name for p in RESULTS.iterdir() if (p / "decode.json").exists()]
-    README.write_text(MARKS.sub(lambda m: m[1] + block(folders[0]) + m[2], README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(
+        MARKS.sub(lambda m: m[1] + block(folders[0]) + m[2], README.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     print(block(folders[0]))

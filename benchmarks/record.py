@@ -30,14 +30,22 @@ def record(name: str,                      # the question, such as "decode"
     empty = [what for what, values in samples.items() if not values]
     if empty: raise ValueError(f"no samples of {', '.join(empty)}: a median needs at least one")
     machine = describe_machine()
-    result = dict(name=name, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=command_line(), units=units,
-                  medians={what: statistics.median(values) for what, values in samples.items()}, samples=samples, **more,
-                  machine=asdict(machine))
+    result = dict(
+        name=name,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command_line(),
+        units=units,
+        medians={what: statistics.median(values) for what, values in samples.items()},
+        samples=samples,
+        **more,
+        machine=asdict(machine),
+    )
     path = results / machine.slug / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file: file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)  # readers see the old file or the new one, never a half
     except BaseException:
@@ -46,6 +54,7 @@ def record(name: str,                      # the question, such as "decode"
     return path
 
 
-def recorded(name: str, device: str | None = None, results: Path = RESULTS) -> dict:  # device: a folder's name; None: this machine's
+# device: a folder's name; None: this machine's
+def recorded(name: str, device: str | None = None, results: Path = RESULTS) -> dict:
     "The result that `record` wrote."
     return json.loads((results / (device or describe_machine().slug) / f"{name}.json").read_text(encoding="utf-8"))

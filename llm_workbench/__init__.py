@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "load": "lobby",
     "LM": "inference.generation",
-    "Decoder": "architecture.decoder",
+    "Decoder": "families.loading",
     "ModelConfig": "architecture.layers",
     "errors": "errors",
 }

@@ -1,13 +1,29 @@
 "The command `llm-workbench`. Heavy libraries load inside the commands, so that `--help` answers at once."
 import json
+import math
 import sys
 from typing import Annotated, Optional
 
 import typer
+from typer.core import TyperGroup
 
-from llm_workbench.errors import ContextLengthError, WorkbenchError
+from llm_workbench.errors import ContextLengthError, WorkbenchError, did_you_mean
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+
+class OneLine(TyperGroup):
+    "A wrong command line, too, is told in one line."
+    def main(self, args=None, prog_name=None, **more):
+        try: status = super().main(args, prog_name or "llm-workbench", **{**more, "standalone_mode": False})
+        except typer.Abort: status = 130
+        except Exception as e:
+            if not hasattr(e, "format_message"): raise  # typer's class of such errors has moved between its versions
+            where = getattr(e, "ctx", None)
+            _fail(f"{e.format_message()}{f' (see {where.command_path} --help)' if where else ''}")
+            status = e.exit_code
+        sys.exit(status or 0)
+
+
+app = typer.Typer(cls=OneLine, invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Understand, run and check open LLMs on this machine.")
 
 
@@ -18,8 +34,12 @@ def _version(wanted: bool):
     raise typer.Exit()
 
 
+Version = typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+
+
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False): pass
+def main(context: typer.Context, version: Annotated[bool, Version] = False):
+    if context.invoked_subcommand is None: typer.echo(context.get_help())
 
 
 def _fail(message) -> typer.Exit:
@@ -28,19 +48,34 @@ def _fail(message) -> typer.Exit:
     return typer.Exit(1)
 
 
+def _number(kind, low, high, wanted):
+    "A parser whose complaint names the value."
+    def parse(text):
+        try: value = kind(text)
+        except ValueError: value = math.nan
+        if not low <= value <= high: raise typer.BadParameter(f"{text!r} is not {wanted}")
+        return value
+    return parse
+
+
 # ---------------------------------------------------------------------------------------------------------- doctor
+AsJson = typer.Option("--json", help="Print the machine and the findings as JSON.")
+
+
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the machine and the findings as JSON.")] = False):
+def doctor(as_json: Annotated[bool, AsJson] = False):
     "What this machine can run, and why not."
     try:
         from llm_workbench.hardware.doctor import diagnose
         from llm_workbench.hardware.machine import describe_machine
-    except ImportError as e: raise _fail(f"{e}: the installation is incomplete; run pip install -e . -c constraints.txt again") from None
+    except ImportError as e:
+        raise _fail(f"{e}: the installation is incomplete; run make lab") from None
     machine, findings = describe_machine(), diagnose()
     broken = [f.name for f in findings if f.required and not f.ok]
     if as_json:
         from dataclasses import asdict
-        print(json.dumps(dict(machine=asdict(machine), findings=[asdict(f) for f in findings], ok=not broken), indent=1))
+        report = dict(machine=asdict(machine), findings=[asdict(f) for f in findings], ok=not broken)
+        print(json.dumps(report, indent=1))
     else: _show(machine, findings, broken)
     raise typer.Exit(1 if broken else 0)
 
@@ -49,7 +84,8 @@ def _show(machine, findings, broken):
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    table = Table(title=f"{machine.cpu}, {machine.cores} cores, {machine.memory / 1e9:.0f} GB, {machine.system}", title_justify="left")
+    title = f"{machine.cpu}, {machine.cores} cores, {machine.memory / 1e9:.0f} GB, {machine.system}"
+    table = Table(title=title, title_justify="left")
     for column in ("", "part", "found", "what to do"): table.add_column(column, overflow="fold")
     words = {True: Text("works", "green"), None: Text("absent", "yellow"), False: Text("BROKEN", "bold red")}
     for f in findings: table.add_row(words[f.ok], f.name, Text(f.has), Text(f.advice))  # Text: "[dev]" is not markup
@@ -60,25 +96,38 @@ def _show(machine, findings, broken):
 
 
 # ------------------------------------------------------------------------------------------------------------ chat
+COMMANDS = {"/help": "lists the commands", "/reset": "forgets the conversation", "/exit": "leaves"}
+KEYS = {"Ctrl-C": "stops an answer"}
+Model = typer.Argument(metavar="MODEL", show_default=False,
+                       help="A folder, a .gguf file or a hub id; the embedded SmolLM2 by default.")
+Temperature = typer.Option(parser=_number(float, 0, 1e6, "a number from 0 up"), metavar="NUMBER",
+                           help="0 always takes the likeliest token.")
+TopP = typer.Option(parser=_number(float, 1e-9, 1, "a number above 0 and up to 1"), metavar="NUMBER",
+                    help="Sample from the likeliest tokens that hold this probability.")
+MaxTokens = typer.Option(parser=_number(int, 1, 2**31, "a whole number from 1 up"), metavar="COUNT",
+                         help="Longest answer, in tokens.")
+Seed = typer.Option(parser=_number(int, 0, 2**63 - 1, "a whole number from 0 up"), metavar="NUMBER",
+                    help="Makes sampling repeatable.")
+
+
 @app.command()
 def chat(
-    model: Annotated[Optional[str], typer.Option(help="A folder, a .gguf file or a hub id; the embedded SmolLM2 by default.")] = None,
+    model: Annotated[Optional[str], Model] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Answer this one message and leave.")] = None,
     system: Annotated[Optional[str], typer.Option(help="The system message; the model's own by default.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.2,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that hold this probability.")] = 0.9,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
+    temperature: Annotated[float, Temperature] = 0.2,
+    top_p: Annotated[float, TopP] = 0.9,
+    max_tokens: Annotated[int, MaxTokens] = 512,
+    seed: Annotated[Optional[int], Seed] = None,
 ):
-    "Talk with a model. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."
+    "Talk with a model. /help lists what can be typed beside messages; Ctrl-C stops an answer."
     if prompt is not None and not prompt.strip(): raise _fail("the prompt is empty: write a message after --prompt")
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows "?" instead of a traceback
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a character that a terminal lacks becomes "?", no traceback
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     options = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_tokens, seed=seed)
     try:
         import llm_workbench
-        from llm_workbench.kernels.cpu import fastest
-        lm = llm_workbench.load(model, ops=fastest())
+        lm = llm_workbench.load(model)
         start = [dict(role="system", content=system)] if system else []
         if prompt is not None: _answer(lm, [*start, dict(role="user", content=prompt)], options, [])
         else: _converse(lm, start, options)
@@ -99,7 +148,7 @@ def _converse(lm, start, options):
     try: import readline  # noqa: F401  (arrow keys and history, where the system has it)
     except ImportError: pass
     asks = sys.stdin.isatty()
-    if asks: print(f"{getattr(lm.card, 'name', None) or 'The model'} is ready. /reset forgets, /exit leaves, Ctrl-C stops an answer.")
+    if asks: print(f"{getattr(lm.card, 'name', None) or 'The model'} is ready. /help lists the commands, /exit leaves.")
     messages = list(start)
     while True:
         try: text = input("> " if asks else "").strip()
@@ -108,16 +157,21 @@ def _converse(lm, start, options):
             print("\n/exit leaves")
             continue
         if not text: continue
-        if text == "/exit": return
-        if text == "/reset":
-            messages = list(start)
-            print("Forgotten.")
-            continue
         if text.startswith("/"):
-            print(f"{text.split()[0]} is no command: /reset or /exit")
+            command = text.split()[0]
+            if command == "/exit": return
+            if command == "/reset": messages = list(start)
+            print(_reply(command))
             continue
         messages.append(dict(role="user", content=text))
         messages = _turn(lm, messages, options)
+
+
+def _reply(command) -> str:
+    "What is said to a command."
+    if command == "/reset": return "Forgotten."
+    if command == "/help": return "\n".join(f"{name:8}{what}" for name, what in {**COMMANDS, **KEYS}.items())
+    return f"{command} is no command.{did_you_mean(command, COMMANDS) or ' /help lists them.'}"
 
 
 def _turn(lm, messages, options):
@@ -126,7 +180,7 @@ def _turn(lm, messages, options):
     try: _answer(lm, messages, options, said)
     except KeyboardInterrupt: print(" (stopped)")
     except ContextLengthError as e:
-        print(f"error: {e} Here: /reset starts a new conversation.", file=sys.stderr)
+        _fail(f"{e} Here: /reset starts a new conversation.")
         return messages[:-1]
     return [*messages, dict(role="assistant", content="".join(said))]
 

@@ -15,7 +15,7 @@ def set_style() -> None:
     "Use the project's matplotlib style: the Okabe-Ito colours, light grid, 100 dpi."
     import matplotlib as mpl
     mpl.rcParams.update(STYLE)
-    black, orange, sky, green, _yellow, blue, vermilion, purple = mpl.color_sequences["okabe_ito"]  # yellow is too pale on white
+    black, orange, sky, green, _yellow, blue, vermilion, purple = mpl.color_sequences["okabe_ito"]  # yellow: too pale
     mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=[blue, orange, green, purple, sky, vermilion, black])
 
 

@@ -8,7 +8,8 @@ class WorkbenchError(Exception):
 
 
 class InputError(WorkbenchError, ValueError):
-    "An argument of a call is wrong: a value out of range, a row that does not exist, tensors that do not belong together."
+    """An argument of a call is wrong: a value out of range, a row that does not exist, tensors that do not belong
+    together."""
 
 
 class CheckpointError(WorkbenchError, ValueError):

@@ -6,16 +6,38 @@ Each returns its worst difference, so that failures and notes can say how far of
 import random
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
-from llm_workbench.architecture.decoder import Decoder
+from llm_workbench import Decoder
 from llm_workbench.files.gguf import GGUFFile
-from llm_workbench.families.sources import open_checkpoint
+from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.errors import WorkbenchError
 
-TINY = dict(vocab_size=97, hidden_size=36, intermediate_size=64, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,
-            head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager", pad_token_id=None)
-CLASSES = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM), mixtral=(MixtralConfig, MixtralForCausalLM))
+TINY = dict(
+    vocab_size=97,
+    hidden_size=36,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    attn_implementation="eager",
+    pad_token_id=None,
+)
+CLASSES = dict(
+    llama=(LlamaConfig, LlamaForCausalLM),
+    mistral=(MistralConfig, MistralForCausalLM),
+    mixtral=(MixtralConfig, MixtralForCausalLM),
+)
 
 
 def tiny(family="llama", seed=0, **changes):
@@ -29,7 +51,8 @@ def tiny(family="llama", seed=0, **changes):
     return hf
 
 
-def some_tokens(B=2, T=14, seed=1): return torch.randint(0, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+def some_tokens(B=2, T=14, seed=1):
+    return torch.randint(0, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 def worst(a, b): return (a.float() - b.float()).abs().max().item()
@@ -52,7 +75,10 @@ def cached_is_uncached(decoder, make_cache=lambda decoder: decoder.new_cache(), 
     for cut in range(1, tokens.shape[1]):
         cache = make_cache(decoder)
         errors.append(worst(torch.cat([decoder(tokens[:, :cut], cache), decoder(tokens[:, cut:], cache)], 1), whole))
-    assert max(errors) <= tolerance, f"cached differs from uncached by {max(errors):.1e}, first at split {1 + next(i for i, e in enumerate(errors) if e > tolerance)}"
+    assert max(errors) <= tolerance, (
+        f"cached differs from uncached by {max(errors):.1e}, first at split "
+        f"{1 + next(i for i, e in enumerate(errors) if e > tolerance)}"
+    )
     return max(errors)
 
 
@@ -63,7 +89,9 @@ def ragged_is_single(decoder, make_cache=lambda decoder: decoder.new_cache(), to
     T = tokens.shape[1]
     counts, steps = torch.tensor([T - 3, 1, (T - 3) // 2]), 3
     cache = make_cache(decoder)
-    batch = [decoder(tokens[:, :T - 3], cache, counts)] + [decoder(tokens[:, T - 3 + i:T - 2 + i], cache) for i in range(steps)]
+    batch = [decoder(tokens[:, : T - 3], cache, counts)] + [
+        decoder(tokens[:, T - 3 + i : T - 2 + i], cache) for i in range(steps)
+    ]
     errors = []
     for b, n in enumerate(counts.tolist()):
         alone = decoder(torch.cat([tokens[b:b + 1, :n], tokens[b:b + 1, T - 3:]], 1))[0]
@@ -73,11 +101,13 @@ def ragged_is_single(decoder, make_cache=lambda decoder: decoder.new_cache(), to
 
 
 def gguf_refusals(path, bad_path, n, seed=0):
-    "How many of `n` seeded mutations of a GGUF's header are refused; opening and reading everything works or raises a WorkbenchError."
+    """How many of `n` seeded mutations of a GGUF's header are refused; opening and reading everything works or raises
+    a WorkbenchError."""
     good, header, rng, refusals = path.read_bytes(), GGUFFile(path).data_start, random.Random(seed), 0
     for _ in range(n):
         bad = bytearray(good)
-        for _ in range(rng.choice([1, 1, 2, 5])): bad[rng.randrange(header)] = rng.choice([0, 1, 255, rng.randrange(256)])
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            bad[rng.randrange(header)] = rng.choice([0, 1, 255, rng.randrange(256)])
         bad_path.write_bytes(bad)
         try:
             checkpoint = open_checkpoint(bad_path)

@@ -60,3 +60,8 @@ def lm():
     "The embedded model in our decoder, fp32."
     import llm_workbench
     return llm_workbench.load()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-schedules", action="store_true",
+                     help="200 random schedules of packed rows for every variant of every family")

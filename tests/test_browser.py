@@ -27,12 +27,17 @@ def absent(what):
 
 def small_notebook():
     "A notebook with one explorer: what the browser test itself is checked against."
-    cell = lambda source, kind="code": dict(cell_type=kind, id=f"cell{len(source)}", metadata={}, source=source, **(dict(outputs=[], execution_count=None) if kind == "code" else {}))
+    def cell(source, kind="code"):
+        more = dict(outputs=[], execution_count=None) if kind == "code" else {}
+        return dict(cell_type=kind, id=f"cell{len(source)}", metadata={}, source=source, **more)
     code = ("import ipywidgets as W, matplotlib.pyplot as plt\nfrom llm_workbench.display import explorer\n"
-            "def figure(n=3):\n    fig, ax = plt.subplots(figsize=(4, 2))\n    ax.bar(range(n), range(n))\n    return fig\n"
+            "def figure(n=3):\n    fig, ax = plt.subplots(figsize=(4, 2))\n    ax.bar(range(n), range(n))\n"
+            "    return fig\n"
             "explorer(figure, 'bars', n=W.IntSlider(3, 1, 9, continuous_update=False))")
-    cells = [cell("# Small", "markdown"), cell("import sys, llm_workbench; print(sys.executable)"), cell(code), cell("print('the', 'end')")]
-    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5))
+    cells = [cell("# Small", "markdown"), cell("import sys, llm_workbench; print(sys.executable)"), cell(code),
+             cell("print('the', 'end')")]
+    metadata = dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
+    return json.dumps(dict(cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5))
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,12 @@ def lab(tmp_path_factory):
     base = tmp_path_factory.mktemp("lab")
     folder = base / "nbs"
     folder.mkdir()
-    own = {name: str(base / name.lower()) for name in
-           ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
-    settings = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # its dialog would cover the page
-                "notebook-extension/tracker": {"windowingMode": "none"}}  # every cell stays in the page, also out of sight
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR",
+               "JUPYTERLAB_WORKSPACES_DIR")
+    own = {name: str(base / name.lower()) for name in folders}
+    settings = {  # no dialog that covers the page; every cell stays in the page, also out of sight
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "notebook-extension/tracker": {"windowingMode": "none"}}
     for name, values in settings.items():
         file = Path(own["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,11 +60,13 @@ def lab(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = {**os.environ, **own, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
+               f"--port={port}", "--ServerApp.port_retries=0",
                "--IdentityProvider.token="]  # no token: only this machine reaches 127.0.0.1
     log = base / "lab.log"
-    environment["OMP_NUM_THREADS"] = "1"  # the browser draws at the same time, and torch's threads would wait for each other
-    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    environment["OMP_NUM_THREADS"] = "1"  # the browser draws too, and torch's threads would wait for each other
+    server = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True,
+                              stdout=log.open("w"), stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.time() + 60
@@ -66,7 +75,8 @@ def lab(tmp_path_factory):
                 urllib.request.urlopen(f"{address}/api/status", timeout=5).read()
                 break
             except OSError:
-                assert server.poll() is None and time.time() < deadline, f"JupyterLab did not start:\n{log.read_text()[-3000:]}"
+                alive = server.poll() is None and time.time() < deadline
+                assert alive, f"JupyterLab did not start:\n{log.read_text()[-3000:]}"
                 time.sleep(0.3)
         yield address, folder
     finally:
@@ -79,18 +89,22 @@ def lab(tmp_path_factory):
 def browser(tmp_path_factory):
     if not CHROMIUM: absent("no Chromium on this machine")
     from playwright.sync_api import sync_playwright
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+    profile = str(tmp_path_factory.mktemp("profile"))
     with sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=flags,
+        context = p.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, headless=True, args=flags,
                                                        viewport=dict(width=1280, height=900))
         yield context
         context.close()
 
 
-PROMPTS = "() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(p => p.innerText.trim())"
-FINISHED = """n => { const prompts = (%s)();
-                     const failed = document.querySelectorAll('.jp-Notebook [data-mime-type="application/vnd.jupyter.error"]').length;
-                     return failed > 0 || prompts.filter(p => /^\\[\\d+\\]:$/.test(p)).length >= n }""" % PROMPTS
+PROMPTS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
+                   .map(p => p.innerText.trim())"""
+ERRORS = '.jp-Notebook [data-mime-type="application/vnd.jupyter.error"]'
+FINISHED = f"""n => {{ const prompts = ({PROMPTS})();
+                      const failed = document.querySelectorAll('{ERRORS}').length;
+                      return failed > 0 || prompts.filter(p => /^\\[\\d+\\]:$/.test(p)).length >= n }}"""
 
 
 def open_and_run(browser, address, name):
@@ -108,7 +122,7 @@ def open_and_run(browser, address, name):
 
 
 def started(browser, address, name, log):
-    "`open_and_run`, tried three times: on a busy machine JupyterLab sometimes loses a click, or the message to a kernel that is still connecting."
+    "`open_and_run`, tried three times: a busy JupyterLab sometimes loses a click, or a message to a new kernel."
     from playwright.sync_api import TimeoutError
     for attempt in range(3):
         try: return open_and_run(browser, address, name)
@@ -134,12 +148,12 @@ def test_a_notebook_runs_and_its_slider_moves_the_picture(lab, browser, which):
     if which == "small": file.write_text(small_notebook())
     elif TOUR.exists(): shutil.copyfile(TOUR, file)
     else: absent(f"{TOUR.relative_to(ROOT)} is not there")
-    code_cells = sum(c["cell_type"] == "code" for c in json.loads(file.read_text(encoding="utf-8"))["cells"])
+    code_cells = [c for c in json.loads(file.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    not_empty = sum(bool("".join(c["source"]).strip()) for c in code_cells)
 
     page = started(browser, address, file.name, folder.parent / "lab.log")
-    not_empty = sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in json.loads(file.read_text(encoding="utf-8"))["cells"])
     page.wait_for_function(FINISHED, arg=not_empty, timeout=RUN_SECONDS * 1000)
-    errors = page.locator('.jp-Notebook [data-mime-type="application/vnd.jupyter.error"]')
+    errors = page.locator(ERRORS)
     assert errors.count() == 0, errors.first.inner_text()[-3000:]
     expect(page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')).to_be_visible(timeout=60_000)
 
@@ -173,9 +187,9 @@ def test_a_notebook_runs_and_its_slider_moves_the_picture(lab, browser, which):
         if sum(n is not None for n in counts) >= not_empty: break
         assert time.time() < deadline, "the notebook was not saved after its run"
         time.sleep(0.3)
-    assert len(counts) == code_cells
+    assert len(counts) == len(code_cells)
     assert not [o for c in saved for o in c.get("outputs", []) if o["output_type"] == "error"]
     if which == "small":
         printed = "".join(t for c in saved for o in c.get("outputs", []) for t in o.get("text", []))
-        assert Path(printed.splitlines()[0]).samefile(sys.executable), "the kernel is not the Python that runs this test"
+        assert Path(printed.splitlines()[0]).samefile(sys.executable), "the kernel runs another Python than this test"
     page.close()

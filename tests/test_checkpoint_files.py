@@ -1,4 +1,5 @@
-"Checkpoint files: equal to the libraries on random files, one named error for every kind of damage, bounded time and memory."
+"""Checkpoint files: equal to the libraries on random files, one named error for every kind of damage, bounded time
+and memory."""
 import json
 import random
 import struct
@@ -18,7 +19,7 @@ import torch
 from llm_workbench.files import gguf as G
 from llm_workbench.files import safetensors as S
 from llm_workbench.embedded import embedded_model
-from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError
+from llm_workbench.errors import CheckpointError, InputError, SourceError, UnsupportedError
 
 MODEL = embedded_model()
 MUTATIONS = 1000  # of each format
@@ -33,12 +34,14 @@ def random_tensors(seed):
     for name, dtype in S.DTYPES.items():
         for shape in [(), (1,), (0, 4), (3, 5), (2, 3, 4)]:
             data = rng.integers(0, 2 if name == "BOOL" else 256, prod(shape) * dtype.itemsize, dtype=np.uint8)
-            out[f"{name}.{len(out)}"] = torch.tensor(data).view(dtype).reshape(shape) if data.size else torch.empty(shape, dtype=dtype)
+            out[f"{name}.{len(out)}"] = (
+                torch.tensor(data).view(dtype).reshape(shape) if data.size else torch.empty(shape, dtype=dtype)
+            )
     names = rng.permutation(list(out))
     return {name: out[name] for name in names}
 
 
-# --- safetensors against its library ---------------------------------------------------------------------------------------
+# --- safetensors against its library --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(4))
 def test_safetensors_equals_library(tmp_path, seed):
@@ -56,9 +59,15 @@ def test_safetensors_equals_library(tmp_path, seed):
 
 def test_save_takes_any_tensor(tmp_path):
     "Odd names, views, parameters and lazily conjugated numbers."
-    odd = {"é\"\\\n\x01\x7f😀": torch.zeros(2), "b": torch.arange(12.0).reshape(3, 4).T, "a": torch.arange(9)[::2], "": torch.ones(1),
-           "w": torch.nn.Parameter(torch.ones(2)), "none": torch.from_numpy(np.zeros((0, 3), np.float32)),
-           "c": torch.tensor([1 + 2j], dtype=torch.complex64).conj()}
+    odd = {
+        'é"\\\n\x01\x7f😀': torch.zeros(2),
+        "b": torch.arange(12.0).reshape(3, 4).T,
+        "a": torch.arange(9)[::2],
+        "": torch.ones(1),
+        "w": torch.nn.Parameter(torch.ones(2)),
+        "none": torch.from_numpy(np.zeros((0, 3), np.float32)),
+        "c": torch.tensor([1 + 2j], dtype=torch.complex64).conj(),
+    }
     S.save_safetensors(odd, tmp_path / "x")
     plain = {k: t.detach().resolve_conj().contiguous() for k, t in odd.items()}
     assert (tmp_path / "x").read_bytes() == safetensors.torch.save(plain)
@@ -67,11 +76,12 @@ def test_save_takes_any_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("tensors, metadata", [
-    ({"a": [1]}, None), ({3: torch.zeros(1)}, None), ({"__metadata__": torch.zeros(1)}, None), ({"a": torch.zeros(1)}, {"n": 3}),
+    ({"a": [1]}, None), ({3: torch.zeros(1)}, None), ({"__metadata__": torch.zeros(1)}, None),
+    ({"a": torch.zeros(1)}, {"n": 3}),
     ({"a": torch.zeros(1, dtype=torch.complex128)}, None), ({"a": torch.zeros(1, device="meta")}, None),
     ({"a": torch.eye(3).to_sparse()}, None)])
 def test_save_refuses(tmp_path, tensors, metadata):
-    with pytest.raises(CheckpointError): S.save_safetensors(tensors, tmp_path / "x", metadata)
+    with pytest.raises(InputError): S.save_safetensors(tensors, tmp_path / "x", metadata)
     assert not list(tmp_path.iterdir()), "a refused save left a file"
 
 
@@ -120,10 +130,12 @@ def test_sharded(tmp_path):
 
 
 @pytest.mark.parametrize("index, word", [
-    ('{"weight_map": {"a": "../x.safetensors"}}', "plain file name"), ('{"weight_map": {"a": "/etc/passwd"}}', "plain file name"),
+    ('{"weight_map": {"a": "../x.safetensors"}}', "plain file name"), ('{"weight_map": {"a": '
+                                                                       '"/etc/passwd"}}', "plain file name"),
     ('{"weight_map": {"a": ".."}}', "plain file name"), ('{"weight_map": {"a": ""}}', "plain file name"),
     ('{"weight_map": {"a": "gone"}}', "missing"),
-    ('{"weight_map": {"a": 3}}', "weight_map"), ('{"weight_map": []}', "weight_map"), ("{}", "weight_map"), ("[]", "list"), ("{", "JSON"),
+    ('{"weight_map": {"a": 3}}', "weight_map"), ('{"weight_map": []}', "weight_map"), ("{}", "weight_map"),
+    ("[]", "list"), ("{", "JSON"),
     ("", "empty"),
     ('{"weight_map": ' + "[" * 10_000, "JSON")])
 def test_bad_index(tmp_path, index, word):
@@ -145,7 +157,7 @@ def test_no_such_file(tmp_path, open_file):
     with pytest.raises(CheckpointError, match="empty"): open_file(tmp_path / "empty")
 
 
-# --- GGUF against its package ----------------------------------------------------------------------------------------------
+# --- GGUF against its package ---------------------------------------------------------------------------------------
 
 READABLE = [t for t in gguf.GGMLQuantizationType if t.name in G.PLAIN or t in gguf.quants._type_traits]
 
@@ -166,7 +178,8 @@ def test_every_type_is_unpacked_as_by_the_package():
             np.testing.assert_array_equal(ours.numpy(), theirs, err_msg=kind.name)  # NaN equals NaN
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4", "F16", "BF16",
+                                  "F32"])
 def test_packing_is_bit_exact(kind):
     rng = np.random.default_rng(1)
     for scale in [1e-45, 1e-40, 1e-38, 1e-9, 1e-7, 6e-5, 1e-3, 1, 1e3, 1e5, 6.6e6, 1e30, 1e38]:
@@ -191,19 +204,35 @@ def test_chunks_do_not_show(monkeypatch):
 
 
 @pytest.mark.parametrize("call, error", [
-    (lambda: G.quantize(torch.full((32,), float("nan")), "Q4_0"), CheckpointError), (lambda: G.quantize(torch.full((32,), -float("inf")),
+    (lambda: G.quantize(torch.full((32,), float("nan")), "Q4_0"), CheckpointError),
+    (lambda: G.quantize(torch.full((32,), -float("inf")),
     "Q8_0"), CheckpointError),
-    (lambda: G.quantize(torch.zeros(33), "Q4_1"), CheckpointError), (lambda: G.quantize(torch.tensor(1.0), "F32"), CheckpointError),
-    (lambda: G.quantize(torch.zeros(256), "Q4_K"), UnsupportedError), (lambda: G.quantize(torch.zeros(4), "Q9_9"), UnsupportedError),
+    (lambda: G.quantize(torch.zeros(33), "Q4_1"), CheckpointError),
+    (lambda: G.quantize(torch.tensor(1.0), "F32"), CheckpointError),
+    (lambda: G.quantize(torch.zeros(256), "Q4_K"), UnsupportedError),
+    (lambda: G.quantize(torch.zeros(4), "Q9_9"), UnsupportedError),
     (lambda: G.dequantize(torch.zeros(4, dtype=torch.uint8), "Q9_9"), UnsupportedError),
     (lambda: G.dequantize(torch.zeros(19, dtype=torch.uint8), "Q4_0"), CheckpointError),
-    (lambda: G.unpermute_qk(torch.zeros(16, 2), 3), CheckpointError), (lambda: G.permute_qk(torch.zeros(16, 2), 0), CheckpointError)])
+    (lambda: G.unpermute_qk(torch.zeros(16, 2), 3), CheckpointError),
+    (lambda: G.permute_qk(torch.zeros(16, 2), 0), CheckpointError)])
 def test_quantizers_refuse(call, error):
     with pytest.raises(error): call()
 
 
-META = {"general.architecture": "llama", "n": 3, "neg": -4, "big": 2**40, "x": 0.5, "yes": True, "no": False, "list": [1, -2],
-        "names": ["a", "é", ""], "floats": [0.5, 1.5], "flags": [True, False], "text": "ünï\n"}
+META = {
+    "general.architecture": "llama",
+    "n": 3,
+    "neg": -4,
+    "big": 2**40,
+    "x": 0.5,
+    "yes": True,
+    "no": False,
+    "list": [1, -2],
+    "names": ["a", "é", ""],
+    "floats": [0.5, 1.5],
+    "flags": [True, False],
+    "text": "ünï\n",
+}
 
 
 def with_package(path, tensors, meta=META, kinds=None):
@@ -216,7 +245,10 @@ def with_package(path, tensors, meta=META, kinds=None):
         else: w.add_key_value(key, value, T[(kinds or {}).get(key, kind)])
     if "general.alignment" in meta: w.data_alignment = meta["general.alignment"]
     for name, (packed, kind) in tensors.items():
-        w.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[kind]) if kind not in ("F32", "F16") else w.add_tensor(name, packed)
+        w.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[kind]) if kind not in (
+            "F32",
+            "F16",
+        ) else w.add_tensor(name, packed)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
 
 
@@ -226,9 +258,15 @@ def test_written_file_equals_the_package(tmp_path, alignment):
     meta = META | ({"general.alignment": alignment} if alignment else {})
     packed = {f"{t.name}.weight": (rng.integers(0, 256, (3, 2 * gguf.GGML_QUANT_SIZES[t][1]), dtype=np.uint8), t.name)
               for t in READABLE if t.name not in G.PLAIN}
-    packed |= {"f32": (rng.standard_normal((2, 3, 5)).astype(np.float32), "F32"), "f16": (rng.standard_normal(7).astype(np.float16), "F16")}
+    packed |= {
+        "f32": (rng.standard_normal((2, 3, 5)).astype(np.float32), "F32"),
+        "f16": (rng.standard_normal(7).astype(np.float16), "F16"),
+    }
     with_package(tmp_path / "theirs", packed, meta)
-    tensors, types = {k: torch.from_numpy(v) for k, (v, _) in packed.items()}, {k: kind for k, (_, kind) in packed.items()}
+    tensors, types = (
+        {k: torch.from_numpy(v) for k, (v, _) in packed.items()},
+        {k: kind for k, (_, kind) in packed.items()},
+    )
     G.write_gguf(tmp_path / "ours", meta, tensors, types)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes(), "the writers differ"
     file = G.GGUFFile(tmp_path / "theirs")
@@ -241,8 +279,20 @@ def test_written_file_equals_the_package(tmp_path, alignment):
 
 def test_all_value_types(tmp_path):
     T = gguf.GGUFValueType
-    values = {"u8": 200, "i8": -100, "u16": 60000, "i16": -30000, "u32": 2**32 - 1, "i32": -2**31, "f32": 0.25, "bool": True,
-              "string": "a\0b", "u64": 2**64 - 1, "i64": -2**63, "f64": 0.1}
+    values = {
+        "u8": 200,
+        "i8": -100,
+        "u16": 60000,
+        "i16": -30000,
+        "u32": 2**32 - 1,
+        "i32": -(2**31),
+        "f32": 0.25,
+        "bool": True,
+        "string": "a\0b",
+        "u64": 2**64 - 1,
+        "i64": -(2**63),
+        "f64": 0.1,
+    }
     kinds = dict(zip(values, "UINT8 INT8 UINT16 INT16 UINT32 INT32 FLOAT32 BOOL STRING UINT64 INT64 FLOAT64".split()))
     w = gguf.GGUFWriter(tmp_path / "x", "llama")
     for key, value in values.items():
@@ -250,7 +300,9 @@ def test_all_value_types(tmp_path):
         w.add_key_value(key + "s", [value, value], T.ARRAY, T[kinds[key]])
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     file = G.GGUFFile(tmp_path / "x")
-    assert file.metadata == {"general.architecture": "llama"} | {k + s: [v, v] if s else v for k, v in values.items() for s in ("", "s")}
+    assert file.metadata == {"general.architecture": "llama"} | {
+        k + s: [v, v] if s else v for k, v in values.items() for s in ("", "s")
+    }
     assert all(file.value_types[k] == kind and file.value_types[k + "s"] == kind + "[]" for k, kind in kinds.items())
     G.write_gguf(tmp_path / "y", file.metadata, {}, value_types=file.value_types)
     assert G.GGUFFile(tmp_path / "y").metadata == file.metadata
@@ -286,7 +338,9 @@ def test_unpermute_is_the_inverse_of_the_converter():
         w = torch.randn(heads * D, 5)
         converted = w.reshape(heads, 2, D // 2, 5).swapaxes(1, 2).reshape(w.shape)
         assert torch.equal(G.permute_qk(w, heads), converted) and torch.equal(G.unpermute_qk(converted, heads), w)
-        assert torch.equal(torch.from_numpy(LlamaTensorProcessor()._reverse_permute_weights(converted.numpy(), heads, heads)), w)
+        assert torch.equal(
+            torch.from_numpy(LlamaTensorProcessor()._reverse_permute_weights(converted.numpy(), heads, heads)), w
+        )
         assert torch.equal(G.unpermute_qk(converted[:, 0], heads), w[:, 0])
 
 
@@ -304,56 +358,68 @@ print(sum(w.nbytes for w in weights.values()), high() - before, len(weights))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_peaks_near_the_result(dtype):
-    run = subprocess.run([sys.executable, "-c", PEAK, str(MODEL), dtype], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(MODEL), dtype], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     kept, peak, n = map(int, run.stdout.split())
     assert n == 272 and kept == 134_515_008 * (4 if dtype == "float32" else 2)
     assert peak < 1.25 * kept, f"{peak / kept:.2f} times the weights"
 
 
-# --- named damage ----------------------------------------------------------------------------------------------------------
+# --- named damage ---------------------------------------------------------------------------------------------------
 
 def st(header, data=bytes(16), length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def entry(dtype="F32", shape=(4,), offsets=(0, 16)): return dict(dtype=dtype, shape=list(shape), data_offsets=list(offsets))
+def entry(dtype="F32", shape=(4,), offsets=(0, 16)):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=list(offsets))
 
 
 GOOD_ST = st({"a": entry()})
 BAD_ST = {
     "empty": (b"", "empty"), "seven bytes": (b"1234567", "too few"), "cut in the header": (GOOD_ST[:20], "header"),
     "cut in the data": (GOOD_ST[:-1], "cut off"), "one byte too many": (GOOD_ST + b"x", "behind its last tensor"),
-    "header longer than the file": (st({"a": entry()}, length=10**6), "header"), "header of 2^60": (st({"a": entry()}, length=2**60),
+    "header longer than the file": (st({"a": entry()}, length=10**6), "header"),
+    "header of 2^60": (st({"a": entry()}, length=2**60),
     "header"),
-    "header of 2^64 - 1": (st({"a": entry()}, length=2**64 - 1), "header"), "header of 0": (st({"a": entry()}, length=0), "JSON|brace"),
+    "header of 2^64 - 1": (st({"a": entry()}, length=2**64 - 1), "header"),
+    "header of 0": (st({"a": entry()}, length=0), "JSON|brace"),
     "html": (b"<!DOCTYPE html><html></html>", "not a safetensors"),
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors"),
-    "pickle": (b"\x80\x02}q\x00." + bytes(40), "safetensors"), "not utf-8": (st(b'{"a\xff": 1}'), "JSON"), "bad json": (st(b'{"a": }'),
+    "pickle": (b"\x80\x02}q\x00." + bytes(40), "safetensors"), "not utf-8": (st(b'{"a\xff": 1}'), "JSON"),
+    "bad json": (st(b'{"a": }'),
     "JSON"),
     "list": (st(b"[1, 2]"), "brace"), "spaces first": (st(b"  {}", b""), "brace"), "NaN": (st(b'{"a": NaN}'), "NaN"),
     "Infinity": (st(b'{"a": -Infinity}'), "JSON"),
     "deep list": (st(b'{"a":' + b"[" * 100_000), "JSON"), "deep object": (st(b'{"a":' * 100_000), "JSON"),
     "huge number": (st(b'{"a": ' + b"9" * 10_000 + b"}"), "JSON"),
     "lone surrogate is no name": (st(b'{"a": {"dtype": "\\ud800", "shape": [], "data_offsets": [0, 4]}}'), "dtype"),
-    "duplicate name": (st(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"), "twice"),
+    "duplicate name": (st(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"),
+                       "twice"),
     "duplicate field": (st(b'{"a": {"dtype":"U8","dtype":"F32","shape":[4],"data_offsets":[0,16]}}'), "twice"),
     "entry is a number": (st({"a": 3}), "'a'"), "entry is a list": (st({"a": []}), "'a'"),
     "no shape": (st({"a": {"dtype": "F32", "data_offsets": [0, 16]}}), "shape"),
     "unknown dtype": (st({"a": entry("F31")}), "F31"), "dtype is a list": (st({"a": entry([])}), "dtype"),
     "dtype is null": (st({"a": entry(None)}), "dtype"),
-    "shape is a number": (st({"a": entry() | {"shape": 4}}), "shape"), "negative size": (st({"a": entry(shape=(-4,))}), "shape"),
-    "fractional size": (st({"a": entry(shape=(4.0,))}), "shape"), "size is true": (st({"a": entry(shape=(True, 4))}), "shape"),
-    "size is text": (st({"a": entry(shape=("4",))}), "shape"), "1000 dimensions": (st({"a": entry(shape=(1,) * 1000)}), "shape"),
-    "size 2^64": (st({"a": entry(shape=(2**64,))}), "shape"), "product overflows": (st({"a": entry(shape=(2**62, 2**62))}), "overflow"),
+    "shape is a number": (st({"a": entry() | {"shape": 4}}), "shape"),
+    "negative size": (st({"a": entry(shape=(-4,))}), "shape"),
+    "fractional size": (st({"a": entry(shape=(4.0,))}), "shape"),
+    "size is true": (st({"a": entry(shape=(True, 4))}), "shape"),
+    "size is text": (st({"a": entry(shape=("4",))}), "shape"),
+    "1000 dimensions": (st({"a": entry(shape=(1,) * 1000)}), "shape"),
+    "size 2^64": (st({"a": entry(shape=(2**64,))}), "shape"),
+    "product overflows": (st({"a": entry(shape=(2**62, 2**62))}), "overflow"),
     "empty but huge": (st({"a": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b""), "overflow"),
     "wrong product": (st({"a": entry(shape=(5,))}), "needs 20"),
     "wrong type": (st({"a": entry("F64")}), "needs 32"), "offsets reversed": (st({"a": entry(offsets=(16, 0))}), "'a'"),
     "negative offset": (st({"a": entry(offsets=(-16, 0))}), "data_offsets"),
     "three offsets": (st({"a": entry(offsets=(0, 16, 16))}), "data_offsets"),
     "offset 2^63": (st({"a": entry(offsets=(2**63, 2**63 + 16))}), "data_offsets"),
-    "out of range": (st({"a": entry(offsets=(16, 32))}), "gap"), "overlap": (st({"a": entry(), "b": entry(offsets=(0, 16))}), "overlap"),
+    "out of range": (st({"a": entry(offsets=(16, 32))}), "gap"),
+    "overlap": (st({"a": entry(), "b": entry(offsets=(0, 16))}), "overlap"),
     "partial overlap": (st({"a": entry(), "b": entry(offsets=(12, 28))}, bytes(28)), "overlap"),
     "gap": (st({"a": entry(), "b": entry(offsets=(20, 36))}, bytes(36)), "gap"), "last one missing": (st({"a": entry(),
     "b": entry(offsets=(16, 32))}), "cut off"),
@@ -364,7 +430,8 @@ BAD_ST = {
 
 def kv(key, kind, body): return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + body
 def text(s): return struct.pack("<Q", len(s)) + s
-def info(name=b"w", dims=(4,), kind=0, offset=0): return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+def info(name=b"w", dims=(4,), kind=0, offset=0):
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
 def gg(entries=(), infos=(info(),), data=bytes(32), magic=b"GGUF", version=3, n_tensors=None, n_entries=None, align=32):
@@ -376,17 +443,22 @@ def gg(entries=(), infos=(info(),), data=bytes(32), magic=b"GGUF", version=3, n_
 
 ALIGN = b"general.alignment"
 BAD_GGUF = {
-    "empty": (b"", "empty"), "two bytes": (b"GG", "GGUF"), "only the magic": (b"GGUF", "version"), "bad magic": (gg(magic=b"GGUX"),
+    "empty": (b"", "empty"), "two bytes": (b"GG", "GGUF"), "only the magic": (b"GGUF", "version"),
+    "bad magic": (gg(magic=b"GGUX"),
     "not a GGUF"),
-    "safetensors": (GOOD_ST, "not a GGUF"), "zip": (gg(magic=b"PK\3\4"), "not a GGUF"), "version 0": (gg(version=0), "version|endian"),
+    "safetensors": (GOOD_ST, "not a GGUF"), "zip": (gg(magic=b"PK\3\4"), "not a GGUF"),
+    "version 0": (gg(version=0), "version|endian"),
     "version 1": (gg(version=1), "version 1"),
-    "version 4": (gg(version=4), "version 4"), "big-endian": (gg(version=3 << 24), "big-endian"), "cut in the header": (gg()[:20],
+    "version 4": (gg(version=4), "version 4"), "big-endian": (gg(version=3 << 24), "big-endian"),
+    "cut in the header": (gg()[:20],
     "needed"), "cut in the table": (gg()[:40], "needed"),
-    "cut in the data": (gg(data=bytes(15)), "cut off"), "no data": (gg(data=b""), "cut off"), "2^60 tensors": (gg(n_tensors=2**60),
+    "cut in the data": (gg(data=bytes(15)), "cut off"), "no data": (gg(data=b""), "cut off"),
+    "2^60 tensors": (gg(n_tensors=2**60),
     "needed"), "2^64 - 1 tensors": (gg(n_tensors=2**64 - 1), "needed"),
     "2^60 entries": (gg(n_entries=2**60), "needed"), "one tensor too many": (gg(n_tensors=2), "needed|cut off"),
     "string of 2^60": (gg([kv(b"a", 8, struct.pack("<Q", 2**60))]), "needed"),
-    "key of 2^60": (gg([struct.pack("<Q", 2**60) + b"a"]), "needed"), "name of 2^63": (gg(infos=[struct.pack("<Q", 2**63) + bytes(40)]),
+    "key of 2^60": (gg([struct.pack("<Q", 2**60) + b"a"]), "needed"),
+    "name of 2^63": (gg(infos=[struct.pack("<Q", 2**63) + bytes(40)]),
     "needed"),
     "array of 2^40 bytes": (gg([kv(b"a", 9, struct.pack("<IQ", 0, 2**40))]), "needed"),
     "array of 2^40 strings": (gg([kv(b"a", 9, struct.pack("<IQ", 8, 2**40))]), "needed"),
@@ -398,21 +470,26 @@ BAD_GGUF = {
     "booleans 2": (gg([kv(b"a", 9, struct.pack("<IQB", 7, 1, 2))]), "boolean"),
     "duplicate key": (gg([kv(b"a", 0, b"\1")] * 2), "twice"), "key not utf-8": (gg([kv(b"\xff", 0, b"\1")]), "UTF-8"),
     "value not utf-8": (gg([kv(b"a", 8, text(b"\xff"))]), "UTF-8"),
-    "name not utf-8": (gg(infos=[info(b"\xff")]), "UTF-8"), "duplicate tensor": (gg(infos=[info(), info(offset=32)], data=bytes(64)),
+    "name not utf-8": (gg(infos=[info(b"\xff")]), "UTF-8"),
+    "duplicate tensor": (gg(infos=[info(), info(offset=32)], data=bytes(64)),
     "same name"),
     "1000 dimensions": (gg(infos=[info(dims=(1,) * 1000)]), "dimensions"),
     "2^32 - 1 dimensions": (gg(infos=[text(b"w") + b"\xff" * 4 + bytes(40)]), "dimensions"),
-    "product overflows": (gg(infos=[info(dims=(2**40, 2**40))]), "overflow"), "empty but huge": (gg(infos=[info(dims=(0, 2**63, 2**63))]),
+    "product overflows": (gg(infos=[info(dims=(2**40, 2**40))]), "overflow"),
+    "empty but huge": (gg(infos=[info(dims=(0, 2**63, 2**63))]),
     "overflow"), "out of range": (gg(infos=[info(dims=(2**40,))]), "cut off"),
-    "offset out of range": (gg(infos=[info(offset=2**40)]), "cut off"), "offset 2^64 - 32": (gg(infos=[info(offset=2**64 - 32)]),
+    "offset out of range": (gg(infos=[info(offset=2**40)]), "cut off"),
+    "offset 2^64 - 32": (gg(infos=[info(offset=2**64 - 32)]),
     "cut off"), "offset not aligned": (gg(infos=[info(offset=4)], data=bytes(64)), "multiple"),
     "overlap": (gg(infos=[info(), info(b"v")]), "overlap"),
     "inside": (gg(infos=[info(dims=(64,)), info(b"v", offset=128)], data=bytes(512)), "overlap"),
     "unknown type": (gg(infos=[info(kind=99)]), "99"), "removed type": (gg(infos=[info(kind=4)]), "type 4"),
     "half a block": (gg(infos=[info(dims=(33,), kind=2)]), "blocks of 32"),
-    "scalar block": (gg(infos=[info(dims=(), kind=2)]), "blocks of 32"), "alignment 0": (gg([kv(ALIGN, 4, bytes(4))]), "alignment"),
+    "scalar block": (gg(infos=[info(dims=(), kind=2)]), "blocks of 32"),
+    "alignment 0": (gg([kv(ALIGN, 4, bytes(4))]), "alignment"),
     "alignment 33": (gg([kv(ALIGN, 4, struct.pack("<I", 33))]), "alignment"),
-    "alignment is text": (gg([kv(ALIGN, 8, text(b"32"))]), "alignment"), "alignment is true": (gg([kv(ALIGN, 7, b"\1")]), "alignment"),
+    "alignment is text": (gg([kv(ALIGN, 8, text(b"32"))]), "alignment"),
+    "alignment is true": (gg([kv(ALIGN, 7, b"\1")]), "alignment"),
     "alignment 2^31": (gg([kv(ALIGN, 4, struct.pack("<I", 2**31))]), "cut off"),
 }
 
@@ -439,7 +516,9 @@ def test_named_damage(tmp_path, read, damage):
     (tmp_path / "model").write_bytes(data)
     with pytest.raises(CheckpointError, match=word) as error: read(tmp_path / "model")
     message = str(error.value)
-    assert len(message) < 600 and any(w in message for w in ("download", "fetch", "convert")), f"says not what to do: {message}"
+    assert len(message) < 600 and any(w in message for w in ("download", "fetch", "convert")), (
+        f"says not what to do: {message}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K"])
@@ -450,14 +529,16 @@ def test_types_without_a_reader(tmp_path, kind):
     with pytest.raises(CheckpointError, match=f"'w'.*{kind}"): read_gguf(tmp_path / "x")
 
 
-# --- files that ask for much -----------------------------------------------------------------------------------------------
+# --- files that ask for much ----------------------------------------------------------------------------------------
 
 GREEDY = {
     "brackets": (read_safetensors, st(b'{"a":[' + b"[]," * 100_000 + b"[]]}")),
     "objects": (read_safetensors, st(b'{"a":[' + b"{}," * 100_000 + b"{}]}")),
     "names": (read_safetensors, st(b"{" + b",".join(b'"%d":0' % i for i in range(30_000)) + b"}")),
-    "numbers": (read_safetensors, st(b'{"a":{"dtype":"F32","shape":[' + b"1," * 100_000 + b'1],"data_offsets":[0,4]}}')),
-    "small ints": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 2, 200_000) + np.arange(200_000, dtype=np.uint16).tobytes())])),
+    "numbers": (read_safetensors, st(b'{"a":{"dtype":"F32","shape":[' + b"1," * 100_000
+                                     + b'1],"data_offsets":[0,4]}}')),
+    "small ints": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 2, 200_000)
+                                     + np.arange(200_000, dtype=np.uint16).tobytes())])),
     "empty strings": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 8, 30_000) + bytes(240_000))])),
     "empty arrays": (read_gguf, gg([kv(b"a", 9, struct.pack("<IQ", 9, 20_000) + bytes(12 * 20_000))])),
     "empty tensors": (read_gguf, gg(infos=[info(b"%d" % i, dims=(0, 2**40)) for i in range(6_000)])),
@@ -478,7 +559,7 @@ def test_greedy_files_stay_within_bounds(tmp_path, name):
     assert seconds < 20, f"{seconds:.1f} s for {len(data):,} bytes"
 
 
-# --- a thousand mutations --------------------------------------------------------------------------------------------------
+# --- a thousand mutations -------------------------------------------------------------------------------------------
 
 LENGTHS = [0, 1, 7, 8, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
 
@@ -497,12 +578,17 @@ def mutate(rng, good, other, fields):
         elif kind == 4: del data[near:near + rng.randrange(1, 9)]
         elif kind == 5:
             at, n = rng.choice(fields), rng.choice([4, 8, 8])
-            data[at:at + n] = (rng.choice([*LENGTHS, len(data), len(data) - 8, rng.randrange(256)]) % 256**n).to_bytes(n, "little")
+            data[at : at + n] = (
+                rng.choice([*LENGTHS, len(data), len(data) - 8, rng.randrange(256)]) % 256**n
+            ).to_bytes(n, "little")
         elif kind == 6: data[near:near + b - a] = other[a:b]
         elif kind == 7: data[near:near] = data[a:b][:64]
         else:                                                         # another digit, or another number, in its place
             digits = [i for i in range(min(len(data), fields[-1] + 64)) if 48 <= data[i] <= 57]
-            if digits: data[(at := rng.choice(digits)):at + 1] = str(rng.choice([0, 1, 2, 9, 16, 77, 2**40, 2**64, -1, 1.5])).encode()
+            if digits:
+                data[(at := rng.choice(digits)) : at + 1] = str(
+                    rng.choice([0, 1, 2, 9, 16, 77, 2**40, 2**64, -1, 1.5])
+                ).encode()
         if not data: break
     return bytes(data)
 
@@ -510,8 +596,14 @@ def mutate(rng, good, other, fields):
 def samples(tmp_path, fmt):
     "Two small good files of a format, and where numbers of interest lie in the first."
     g = torch.Generator().manual_seed(0)
-    w = {"a.weight": torch.randn(2, 256, generator=g), "b.weight": torch.randn(3, 32, generator=g).bfloat16(), "c": torch.arange(5),
-         "d.e": torch.tensor([True, False]), "f8": torch.randn(8, generator=g).to(torch.float8_e4m3fn), "s": torch.tensor(0.5)}
+    w = {
+        "a.weight": torch.randn(2, 256, generator=g),
+        "b.weight": torch.randn(3, 32, generator=g).bfloat16(),
+        "c": torch.arange(5),
+        "d.e": torch.tensor([True, False]),
+        "f8": torch.randn(8, generator=g).to(torch.float8_e4m3fn),
+        "s": torch.tensor(0.5),
+    }
     if fmt == "safetensors":
         S.save_safetensors(w, tmp_path / "a", {"format": "pt"})
         S.save_safetensors(dict(list(w.items())[::2]), tmp_path / "b")
@@ -524,7 +616,8 @@ def samples(tmp_path, fmt):
     G.write_gguf(tmp_path / "a", META | {"nested": [[1], [2, 3]], "general.alignment": 32}, w, types)
     G.write_gguf(tmp_path / "b", META, {"a.weight": w["a.weight"], "q": w["a.weight"]}, {"q": "Q8_0"})
     good, start = (tmp_path / "a").read_bytes(), G.GGUFFile(tmp_path / "a").data_start
-    return good, (tmp_path / "b").read_bytes(), [i for i in range(4, start - 64) if good[i + 2:i + 8] == bytes(6)]  # small 8-byte numbers
+    # small 8-byte numbers
+    return good, (tmp_path / "b").read_bytes(), [i for i in range(4, start - 64) if good[i + 2:i + 8] == bytes(6)]
 
 
 @pytest.mark.parametrize("fmt", ["safetensors", "gguf"])
@@ -543,12 +636,15 @@ def test_a_thousand_mutations(tmp_path, fmt):
         except CheckpointError as error:
             refused += 1
             assert 20 < len(str(error)) < 900
-        except BaseException as error: raise AssertionError(f"mutation {i} of {fmt} raised {type(error).__name__}: {error}") from error
+        except BaseException as error: raise AssertionError(f"mutation {i} of {fmt} raised {type(error).__name__}: "
+                                                            f"{error}") from error
         slowest = max(slowest, time.process_time() - begin)
         worst = max(worst, (tracemalloc.get_traced_memory()[1] - held) / (len(data) + 4096))
         if out is not None:
             accepted += 1
-            assert sum(t.nbytes for t in out.values()) <= 32 * len(data), f"mutation {i}: more numbers than the file can hold"
+            assert sum(t.nbytes for t in out.values()) <= 32 * len(data), (
+                f"mutation {i}: more numbers than the file can hold"
+            )
         if fmt == "safetensors":          # the library is the judge: what we accept it accepts, with the same bytes
             try: theirs = safetensors.torch.load(data)
             except Exception: theirs = None
@@ -559,8 +655,11 @@ def test_a_thousand_mutations(tmp_path, fmt):
                     same = t.dtype == theirs[k].dtype and t.shape == theirs[k].shape and raw(t) == raw(theirs[k])
                     assert same, f"mutation {i}: {k} has other numbers"
     tracemalloc.stop()
-    print(f"{fmt}: {refused} refused, {accepted} read; at most {worst:.1f} bytes of memory for a byte of file, {slowest:.3f} s; "
+    print(f"{fmt}: {refused} refused, {accepted} read; at most {worst:.1f} bytes of memory for a byte of file, "
+          f"{slowest:.3f} s; "
           f"{stricter} refused here but not by the library")
-    assert refused + accepted == MUTATIONS and refused > MUTATIONS // 3 and accepted > MUTATIONS // 50, "the mutations test nothing"
+    assert refused + accepted == MUTATIONS and refused > MUTATIONS // 3 and accepted > MUTATIONS // 50, (
+        "the mutations test nothing"
+    )
     assert worst < 16 and slowest < 5
     assert stricter <= MUTATIONS // 50, "far stricter than the library"

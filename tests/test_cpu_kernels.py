@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from checks import cached_is_uncached, ragged_is_single, some_tokens, tiny, worst
-from llm_workbench.architecture.decoder import Decoder
+from llm_workbench import Decoder
 from llm_workbench.architecture.matrices import Linear
 from llm_workbench.architecture.ops import REFERENCE, TORCH
-from llm_workbench.errors import UnsupportedError
+from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.kernels import cpu
 from llm_workbench.kernels.cpu import CPU
 
@@ -171,7 +171,7 @@ WRONG = {
 def test_wrong_shapes_are_refused_as_torch_refuses_them(what, monkeypatch):
     "No kernel reads beyond a tensor because its neighbour has another shape."
     names = used(monkeypatch)
-    with pytest.raises((RuntimeError, UnsupportedError)) as of_torch: WRONG[what](TORCH)
+    with pytest.raises((RuntimeError, InputError)) as of_torch: WRONG[what](TORCH)
     with pytest.raises(type(of_torch.value)): WRONG[what](CPU)
     assert not names
 
@@ -188,7 +188,7 @@ def test_more_values_than_keys_reach_no_kernel(monkeypatch):
 @torch.inference_mode()
 def test_a_window_below_one_is_refused():
     q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8)
-    with pytest.raises(UnsupportedError, match="window=0"): CPU.attention(q, k, k, window=0)
+    with pytest.raises(InputError, match="window=0"): CPU.attention(q, k, k, window=0)
 
 
 def test_gradients_take_the_road_of_torch(monkeypatch):

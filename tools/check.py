@@ -15,7 +15,7 @@ from notebooks import ROOT, all_notebooks, problems
 
 
 def contents(folder):
-    "Every file under `folder` and what is in it; caches do not count. Not from git: it says nothing of what is inside new files."
+    "Every file under `folder` and what is in it, without caches. Not from git: it does not say what new files hold."
     return {p.relative_to(ROOT): p.read_bytes() for p in sorted((ROOT / folder).rglob("*"))
             if p.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
 
@@ -30,8 +30,12 @@ def unchanged_by(command, folder, advice):
     return not changed
 
 
-def exported(): return unchanged_by(["nbdev_export"], "llm_workbench", advice="The package does not match the notebooks: run make export and commit.")
-def clean(): return unchanged_by(["nbdev_clean"], "nbs", advice="Notebooks are not clean: run make export and commit.")
+def exported():
+    advice = "The package does not match the notebooks: run make export and commit."
+    return unchanged_by(["nbdev_export"], "llm_workbench", advice)
+
+
+def clean(): return unchanged_by(["nbdev_clean"], "nbs", "Notebooks are not clean: run make export and commit.")
 
 
 def hygiene():
@@ -48,7 +52,8 @@ def notebooks():
 
     def run(path):
         start = time.time()
-        done = subprocess.run(["nbdev_test", "--path", str(path), "--n_workers", "0"], cwd=ROOT, env=env, capture_output=True, text=True)
+        command = ["nbdev_test", "--path", str(path), "--n_workers", "0"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         return path, done, time.time() - start
 
     good = True
@@ -77,7 +82,8 @@ def main(words):
         start = time.time()
         if not step(): failed.append(name)
         took[name] = time.time() - start
-    print("\n" + "\n".join(f"{name:10} {seconds:6.0f} s  {'FAILED' if name in failed else 'ok'}" for name, seconds in took.items()))
+    print()
+    for name, seconds in took.items(): print(f"{name:10} {seconds:6.0f} s  {'FAILED' if name in failed else 'ok'}")
     print(f"{'all':10} {sum(took.values()):6.0f} s")
     sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
 

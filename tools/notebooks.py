@@ -59,9 +59,10 @@ def execute(path, save):
 
 
 def portable(output):
-    "What of an output is worth keeping in a file: no paths of this machine, and no handle of a widget whose kernel is gone where there is a picture of it."
+    "What of an output is worth keeping: no paths of this machine; of a widget its picture, not its dead handle."
     data = output.get("data", {})
-    if "image/png" in data: output = {**output, "data": {k: v for k, v in data.items() if k != "application/vnd.jupyter.widget-view+json"}}
+    if "image/png" in data:
+        output = {**output, "data": {k: v for k, v in data.items() if k != "application/vnd.jupyter.widget-view+json"}}
     return without_paths(output)
 
 
@@ -69,7 +70,7 @@ def without_paths(output):
     "An output with this checkout's absolute path cut out, so that it reads the same on every machine."
     text = json.dumps(output)
     for folder in (ROOT, Path.home()):
-        if folder.parent != folder: text = text.replace(f"{folder}/", "")  # a home of "/" would eat the slashes of addresses
+        if folder.parent != folder: text = text.replace(f"{folder}/", "")  # a home of "/" would eat slashes
     return json.loads(text)
 
 
@@ -78,13 +79,17 @@ def problems(path):
     text = path.read_text(encoding="utf-8")
     nb = json.loads(text)
     found = []
-    if len(text.encode()) > MAX_BYTES: found.append(f"{len(text.encode()):,} bytes; the limit is {MAX_BYTES:,}: draw fewer or smaller figures")
-    if "widgets" in nb["metadata"]: found.append("metadata.widgets is saved: GitHub cannot show such a notebook; run make notebooks")
+    size = len(text.encode())
+    if size > MAX_BYTES: found.append(f"{size:,} bytes; the limit is {MAX_BYTES:,}: draw fewer or smaller figures")
+    if "widgets" in nb["metadata"]:
+        found.append("metadata.widgets is saved: GitHub cannot show such a notebook; run make notebooks")
     first = next((c for c in nb["cells"] if c["cell_type"] == "markdown"), None)
-    if first is None or not "".join(first["source"]).startswith("# "): found.append("the first text cell is not an H1 title")
+    if first is None or not "".join(first["source"]).startswith("# "):
+        found.append("the first text cell is not an H1 title")
     for i, cell in enumerate(nb["cells"]):
         for output in cell.get("outputs", []):
             if output["output_type"] == "error": found.append(f"cell {i} keeps an error output ({output['ename']})")
-            shown = {**output, "data": {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/png")}}
-            if re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", json.dumps(shown)): found.append(f"cell {i} shows an absolute path")
+            data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/png")}
+            if re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", json.dumps({**output, "data": data})):
+                found.append(f"cell {i} shows an absolute path")
     return found

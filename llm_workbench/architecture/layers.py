@@ -48,15 +48,18 @@ class ModelConfig:
     # attention
     attention_bias: bool = False          # of q, k and v
     output_bias: bool = False             # of o
-    qk_norm: str | None = None            # norm of queries and keys: "head" (one weight), "heads" (one per head), "all" (across heads)
+    # norm of queries and keys: "head" (one weight), "heads" (one per head), "all" (across heads)
+    qk_norm: str | None = None
     attention_scale: float | None = None  # on the dot products; None: D ** -0.5
     attention_softcap: float | None = None
     attention_sinks: bool = False         # a learned score per head that takes weight and gives nothing (gpt-oss)
     clip_qkv: float | None = None         # bound on queries, keys and values (DBRX, OLMo 1)
     sliding_window: int | None = None     # keys that a query of a sliding layer may see, itself included
-    layer_types: tuple[str, ...] = ()     # per layer full_attention or sliding_attention; (): all slide where there is a window
+    # per layer full_attention or sliding_attention; (): all slide where there is a window
+    layer_types: tuple[str, ...] = ()
     # latent attention (DeepSeek)
-    kv_lora_rank: int | None = None       # R, numbers per token that keys and values are compressed to; None: ordinary attention
+    # R, numbers per token that keys and values are compressed to; None: ordinary attention
+    kv_lora_rank: int | None = None
     q_lora_rank: int | None = None        # the same for queries; None: not compressed
     qk_rope_head_dim: int = 0             # dimensions of a head that carry the position
     v_head_dim: int | None = None         # Dv
@@ -95,10 +98,15 @@ class ModelConfig:
     def rope(self, layer: int) -> dict | None:
         "The rope_parameters of a layer; None where it has no positions."
         if layer in self.no_rope_layers: return None
-        return self.rope_parameters if "rope_theta" in self.rope_parameters else self.rope_parameters[self.layer_type(layer)]
+        return (
+            self.rope_parameters
+            if "rope_theta" in self.rope_parameters
+            else self.rope_parameters[self.layer_type(layer)]
+        )
 
 # %% ../../nbs/05_architecture/12_layers.ipynb #c6d94890
-def make_norm(config: ModelConfig, size: int | tuple[int, ...], bias: bool | None = None) -> nn.Module:  # bias: None: as configured
+# bias: None: as configured
+def make_norm(config: ModelConfig, size: int | tuple[int, ...], bias: bool | None = None) -> nn.Module:
     "A norm of the configuration's kind over the last dimension of `size`."
     c = config
     if c.norm == "layer": return LayerNorm(size, c.norm_eps, c.norm_weight, c.norm_bias if bias is None else bias)
@@ -134,7 +142,8 @@ def _qk_norm(config: ModelConfig, heads: int) -> nn.Module:  # heads: H for the 
 
 # %% ../../nbs/05_architecture/12_layers.ipynb #a1ca58b8
 class Attention(nn.Module):
-    "Grouped-query attention with the options of the configuration. Holds weights only; cache and ops come with each call."
+    """Grouped-query attention with the options of the configuration. Holds weights only; cache and ops come with each
+    call."""
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.config, c = layer, config, config
@@ -166,14 +175,16 @@ def forward(self: Attention, x: Tensor, step: Step, ops: Ops) -> Tensor:  # (B, 
     "What each token gathers from the tokens that it may see."
     q, k, v = self.project(x, ops)
     if self.turns is not None:
-        both = turn(torch.cat([q, k], 2), step.tables[self.turns], self.config.rope_interleaved, ops)   # (B, T, H + K, D)
+        # (B, T, H + K, D)
+        both = turn(torch.cat([q, k], 2), step.tables[self.turns], self.config.rope_interleaved, ops)
         q, k = both.split([q.shape[2], k.shape[2]], 2)
     out = step.attend(self.layer, q, k, v, ops, sinks=self.sinks, **self.options)                       # (B, T, H, D)
     return self.o_proj(out.flatten(2), ops)
 
 # %% ../../nbs/05_architecture/12_layers.ipynb #538671b9
 class LatentAttention(nn.Module):
-    "Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), absorbed: the cache holds one KV head of `kv_lora_rank + qk_rope_head_dim`."
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), absorbed: the cache holds one KV head of
+    `kv_lora_rank + qk_rope_head_dim`."""
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.config, c = layer, config, config
@@ -181,11 +192,13 @@ class LatentAttention(nn.Module):
         C, H, R, r, D = c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.head_dim
         if c.q_lora_rank:
             self.q_a_proj = Linear(C, c.q_lora_rank, bias=c.attention_bias)
-            self.q_a_norm = RMSNorm(c.q_lora_rank, 1e-6)                  # 1e-6 whatever the configuration says, as in the release
+            # 1e-6 whatever the configuration says, as in the release
+            self.q_a_norm = RMSNorm(c.q_lora_rank, 1e-6)
         self.q_proj = Linear(c.q_lora_rank or C, H * D, bias=False)
         self.kv_a_proj = Linear(C, R + r, bias=c.attention_bias)
         self.kv_a_norm = RMSNorm(R, 1e-6)
-        self.k_b = Stack(H, R, D - r)                                     # per head: latent -> key, without its turned part
+        # per head: latent -> key, without its turned part
+        self.k_b = Stack(H, R, D - r)
         self.v_b = Stack(H, R, c.v_head_dim)                              # per head: latent -> value
         self.o_proj = Linear(H * c.v_head_dim, C, bias=c.output_bias)
         scale = D ** -0.5 if c.attention_scale is None else c.attention_scale
@@ -194,7 +207,8 @@ class LatentAttention(nn.Module):
 # %% ../../nbs/05_architecture/12_layers.ipynb #2a6b1697
 @patch
 def project(self: LatentAttention, x: Tensor, step: Step, ops: Ops) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "(B, T, C) -> queries (B, T, H, D - r) and their turned part (B, T, H, r), latents (B, T, R), turned part of the keys (B, T, 1, r)."
+    """(B, T, C) -> queries (B, T, H, D - r) and their turned part (B, T, H, r), latents (B, T, R), turned part of the
+    keys (B, T, 1, r)."""
     c, R, r = self.config, self.config.kv_lora_rank, self.config.qk_rope_head_dim
     if c.q_lora_rank:
         narrow, latent = ops.several(x, [self.q_a_proj, self.kv_a_proj], ops)
@@ -212,9 +226,11 @@ def forward(self: LatentAttention, x: Tensor, step: Step, ops: Ops) -> Tensor:  
     "What each token gathers, from latents."
     R = self.config.kv_lora_rank
     q, q_turned, latent, k_turned = self.project(x, step, ops)
-    q = torch.cat([self.k_b.transposed(q, ops), q_turned], -1)                           # (B, T, H, R + r): queries for latents
+    # (B, T, H, R + r): queries for latents
+    q = torch.cat([self.k_b.transposed(q, ops), q_turned], -1)
     k = torch.cat([latent.unsqueeze(2), k_turned], -1)                                   # (B, T, 1, R + r)
-    out = step.attend(self.layer, q, k, None, ops, value_dim=R, **self.options)          # (B, T, H, R): the value is in the key
+    # (B, T, H, R): the value is in the key
+    out = step.attend(self.layer, q, k, None, ops, value_dim=R, **self.options)
     return self.o_proj(self.v_b(out, None, ops).flatten(2), ops)
 
 # %% ../../nbs/05_architecture/12_layers.ipynb #de8bb4e3
@@ -227,13 +243,16 @@ def mixture(config: ModelConfig) -> MoE:
 
 # %% ../../nbs/05_architecture/12_layers.ipynb #0668f8b0
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
-    "The second half of a block: experts where the layer has them, else a gated or plain MLP. Raises UnsupportedError (activation)."
+    """The second half of a block: experts where the layer has them, else a gated or plain MLP. Raises UnsupportedError
+    (activation)."""
     c = config
     if layer in c.moe_layers: return mixture(c)
     gates = {"silu": "swiglu", "gelu_tanh": "geglu"} if c.mlp == "gated" else {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
     if c.hidden_act not in gates:
-        raise UnsupportedError(f"a {c.mlp} MLP with the activation {c.hidden_act!r} is not built; there are {', '.join(gates)}. "
-                               "Add it to norms_and_mlps to run this model.")
+        raise UnsupportedError(
+            f"a {c.mlp} MLP with the activation {c.hidden_act!r} is not built; there are {', '.join(gates)}. "
+            "Add it to norms_and_mlps to run this model."
+        )
     if c.mlp == "plain": return PlainMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, c.hidden_act == "gelu_tanh")
     return GatedMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, gates[c.hidden_act])
 
@@ -245,18 +264,21 @@ def mixer(self: ModelConfig, layer: int) -> str:
     "Which of `MIXERS` a layer has."
     return "latent" if self.kv_lora_rank else "attention"
 
+# %% ../../nbs/05_architecture/12_layers.ipynb #e1905f64
 class Block(nn.Module):
     "A mixer and a feed-forward layer around the residual stream, arranged as `BLOCKS[config.block]` says."
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c = config
-        if c.block not in BLOCKS: raise UnsupportedError(f"there is no block {c.block!r}; there are {', '.join(BLOCKS)}")
+        if c.block not in BLOCKS:
+            raise UnsupportedError(f"there is no block {c.block!r}; there are {', '.join(BLOCKS)}")
         norms, self.arrange = BLOCKS[c.block]
         self.multiplier = c.residual_multiplier
         for name in ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm"):
             setattr(self, name, make_norm(c, c.hidden_size) if name in norms else None)
         self.self_attn = MIXERS[c.mixer(layer)](c, layer)
-        beside = "moe_norm" in norms                                     # experts stand beside the dense MLP, not in its place
+        # experts stand beside the dense MLP, not in its place
+        beside = "moe_norm" in norms
         self.mlp = feed_forward(replace(c, moe_layers=()) if beside else c, layer)
         beside = beside and layer in c.moe_layers
         self.moe_norm, self.moe = (make_norm(c, c.hidden_size), mixture(c)) if beside else (None, None)
@@ -275,7 +297,8 @@ def sequential(block: Block, x: Tensor, step: Step, ops: Ops) -> Tensor:
     attended = block.self_attn(_normed(block.attn_norm, x, ops), step, ops)
     out = _added(block, x, _normed(block.attn_post_norm, attended, ops))
     more = _normed(block.mlp_post_norm, block.mlp(_normed(block.mlp_norm, out, ops), ops), ops)
-    if block.moe is not None: more = more + block.moe(block.moe_norm(x, ops), ops)       # Arctic's experts read the block's input
+    if block.moe is not None:
+        more = more + block.moe(block.moe_norm(x, ops), ops)       # Arctic's experts read the block's input
     return _added(block, out, more)
 
 def parallel(block: Block, x: Tensor, step: Step, ops: Ops) -> Tensor:
@@ -283,6 +306,7 @@ def parallel(block: Block, x: Tensor, step: Step, ops: Ops) -> Tensor:
     h = block.attn_norm(x, ops)
     return x + block.self_attn(h, step, ops) + block.mlp(h if block.mlp_norm is None else block.mlp_norm(x, ops), ops)
 
+# %% ../../nbs/05_architecture/12_layers.ipynb #1b49d233
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable]] = {       # the norms that a block has, and the order of its halves
     "pre": (("attn_norm", "mlp_norm"), sequential),
     "post": (("attn_post_norm", "mlp_post_norm"), sequential),

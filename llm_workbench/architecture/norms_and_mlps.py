@@ -19,7 +19,7 @@ def layer_norm(
     bias: Tensor | None,    # (C,), or None (Command R, MPT)
     eps: float,             # added to the variance, inside the root
 ) -> Tensor:                # (..., C) in the dtype of x
-    "Centre every vector and scale it to variance 1 (Ba et al. 2016, arXiv 1607.06450), computed in float32 and rounded once."
+    "Centre every vector and scale it to variance 1 (Ba et al. 2016, arXiv 1607.06450), in float32, rounded once."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
     out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -30,10 +30,10 @@ def layer_norm(
 # %% ../../nbs/05_architecture/04_norms_and_mlps.ipynb #326eb594
 def rms_norm(
     x: Tensor,              # (..., C)
-    weight: Tensor | None,  # (C,); wider than x: applied before rounding (Gemma, OLMo 2); else after it (Llama); None: no weight
+    weight: Tensor | None,  # (C,); wider than x: applied before rounding (Gemma, OLMo 2); else after it (Llama)
     eps: float,             # added to the mean square, inside the root
 ) -> Tensor:                # (..., C) in the dtype of x
-    "Scale every vector to root mean square 1 (Zhang and Sennrich 2019, arXiv 1910.07467), in float32, rounded as the model family does."
+    "Scale every vector to root mean square 1 (Zhang and Sennrich 2019, arXiv 1910.07467), rounded as in the family."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is None: return wide.to(x.dtype)

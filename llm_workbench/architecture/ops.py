@@ -19,6 +19,7 @@ from .matrices import FEW, Linear, Stack, linear, packed_linear, several, stack_
 from .moe import moe, route
 from .norms_and_mlps import geglu, layer_norm, rms_norm, swiglu
 from .rope import inverse_frequencies, rope_tables, rotate
+from ..errors import InputError, did_you_mean
 
 # %% ../../nbs/05_architecture/06_ops.ipynb #b9077ea0
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Ops:
     attention: Callable = attention           # (B, Tq, H, D), (B, Tk, K, D), (B, Tk, K, Dv), options -> (B, Tq, H, Dv)
     moe: Callable = moe                       # (N, C), stack (2F, C), stack (C, F), (N, k), (N, k), act, ops -> (N, C)
 
+    def but(self, **functions: Callable) -> "Ops":
+        "This set with some functions replaced, `REFERENCE.but(rms_norm=mine)`. Raises InputError for an unknown name."
+        known = [f.name for f in fields(self)]
+        if unknown := functions.keys() - set(known):
+            near = did_you_mean(min(unknown), known)
+            raise InputError(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(known)}.{near}")
+        return replace(self, **functions)
+
 REFERENCE = Ops()
 
 # %% ../../nbs/05_architecture/06_ops.ipynb #74f6d761
@@ -52,13 +61,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, win
     where = dict(causal=causal, window=window, lengths=lengths, spans=spans)
     if softcap or sinks is not None: return attention(q, k, v, softcap=softcap, sinks=sinks, scale=scale, **where)
     Tq, Tk = q.shape[1], k.shape[1]
-    all_valid = lengths is None and spans is None and (window is None or window >= Tk)      # only causality hides anything
+    all_valid = lengths is None and spans is None and (window is None or window >= Tk)   # only causality hides anything
     triangle = all_valid and causal and Tq == Tk > 1
     mask = None
     if not (triangle or all_valid and (Tq == 1 or not causal)):
         mask = visible(Tq, Tk, device=q.device, **where)[:, None]                           # (B or 1, 1, Tq, Tk)
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # (B, K, Tk, D)
-    if Tq == 1:                                     # heads that share a KV head become queries of one head: it is read once
+    if Tq == 1:                                  # heads that share a KV head become its queries: it is read once
         grouped = q[:, 0].unflatten(1, (k.shape[1], -1))                                    # (B, K, G, D)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=triangle, scale=scale,
@@ -66,40 +75,56 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, win
     return out.transpose(1, 2)
 
 # %% ../../nbs/05_architecture/06_ops.ipynb #eae0d3ba
+def _in_groups(x: Tensor, weight: Tensor, which: Tensor) -> Tensor:
+    "Rows sorted by their matrix, all groups in one product, and back into the old order. Nothing is read by the host."
+    sorted_by, order = which.sort(stable=True)                                      # (N,) each
+    ends = torch.searchsorted(sorted_by, torch.arange(len(weight), device=x.device), right=True).int()   # (S,)
+    return F.grouped_mm(x[order], weight.transpose(1, 2), offs=ends)[order.argsort()]
+
 def grouped_linear(x: Tensor, weight: Tensor, which: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     "`stack_linear` on a GPU without asking how many rows each matrix has: torch's grouped product over sorted rows."
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     fits = x.is_cuda and x.dtype is weight.dtype is torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
-    if which is None or not fits or len(x) <= FEW or torch.is_grad_enabled(): return stack_linear(x, weight, which, bias)
-    sorted_by, order = which.sort(stable=True)
-    ends = torch.searchsorted(sorted_by, torch.arange(len(weight), device=x.device), right=True).int()   # (S,) where each matrix's rows end
-    out = F.grouped_mm(x[order], weight.transpose(1, 2), offs=ends)[order.argsort()]
+    if which is None or not fits or len(x) <= FEW or torch.is_grad_enabled():
+        return stack_linear(x, weight, which, bias)
+    out = _in_groups(x, weight, which)
     return out if bias is None else out + bias[which]
 
-TORCH = replace(REFERENCE, rms_norm=fused_rms_norm, attention=fused_attention, stack_linear=grouped_linear)
+TORCH = REFERENCE.but(rms_norm=fused_rms_norm, attention=fused_attention, stack_linear=grouped_linear)
 
 # %% ../../nbs/05_architecture/06_ops.ipynb #8bcde6a8
-def example_inputs(op: str, config, n_tokens: int, past: int = 0, dtype: torch.dtype = torch.float32,
-                   device: str = "cpu") -> tuple[tuple, dict]:
-    "Random positional and keyword arguments for `op` in the shapes of a ModelConfig."
-    c, make = config, lambda *shape: torch.randn(*shape, dtype=dtype, device=device)
-    T, H, K, D, C, width = n_tokens, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size
-    matrix = lambda out: Linear(C, out, bias=False).to(device, dtype)
-    if op == "linear": return (make(1, T, C), make(width, C) * C ** -0.5), {}
-    if op == "packed_linear": return (make(1, T, C), SimpleNamespace(unpack=matrix(width).dense)), {}
-    if op == "several": return (make(1, T, C), [matrix(n * D) for n in (H, K, K)], REFERENCE), {}
-    if op == "rms_norm": return (make(1, T, C), make(C), 1e-6), {}
-    if op == "layer_norm": return (make(1, T, C), make(C), make(C), 1e-6), {}
-    if op in ("swiglu", "geglu"): return (make(1, T, width), make(1, T, width)), {}
-    if op == "rotate":
-        tables = rope_tables(torch.arange(past, past + T, device=device), inverse_frequencies(D), dtype=dtype)
-        return (make(1, T, H, D), *tables), {}
-    if op == "attention": return (make(1, T, H, D), make(1, past + T, K, D), make(1, past + T, K, D)), {}
+def example_inputs(
+    op: str,                # name of a field of Ops
+    config,                 # a ModelConfig, or anything with its sizes
+    n_tokens: int,          # T, new tokens
+    past: int = 0,          # keys before them
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple:
+    "Random arguments for `op` in the shapes of a model. Raises InputError for a name that is no op."
+    c, T, C, D = config, n_tokens, config.hidden_size, config.head_dim
+    H, K = c.num_attention_heads, c.num_key_value_heads
     E, k = getattr(c, "num_experts", 0) or 8, getattr(c, "num_experts_per_tok", 0) or 2
-    width = getattr(c, "moe_intermediate_size", 0) or width
-    if op == "stack_linear": return (make(T, C), make(E, width, C) * C ** -0.5, torch.randint(E, (T,), device=device)), {}
-    up, down = (Stack(E, *sizes).to(device, dtype) for sizes in ((C, 2 * width), (width, C)))
-    return (make(T, C), up, down, *route(make(T, E), k), swiglu, REFERENCE), {}
+    mlp, expert = c.intermediate_size, getattr(c, "moe_intermediate_size", 0) or c.intermediate_size
+    def make(*shape): return torch.randn(*shape, dtype=dtype, device=device)
+    def matrix(out): return Linear(C, out, bias=False).to(device, dtype)
+    def stack(inner, out): return Stack(E, inner, out).to(device, dtype)
+    def tables(): return rope_tables(torch.arange(past, past + T, device=device), inverse_frequencies(D), dtype=dtype)
+    inputs = dict(
+        linear=lambda: (make(1, T, C), matrix(mlp).dense()),
+        packed_linear=lambda: (make(1, T, C), SimpleNamespace(unpack=matrix(mlp).dense)),
+        stack_linear=lambda: (make(T, C), stack(C, expert).dense(), torch.randint(E, (T,), device=device)),
+        several=lambda: (make(1, T, C), [matrix(n * D) for n in (H, K, K)], REFERENCE),
+        rms_norm=lambda: (make(1, T, C), make(C), 1e-6),
+        layer_norm=lambda: (make(1, T, C), make(C), make(C), 1e-6),
+        swiglu=lambda: (make(1, T, mlp), make(1, T, mlp)),
+        geglu=lambda: (make(1, T, mlp), make(1, T, mlp)),
+        rotate=lambda: (make(1, T, H, D), *tables()),
+        attention=lambda: (make(1, T, H, D), make(1, past + T, K, D), make(1, past + T, K, D)),
+        moe=lambda: (make(T, C), stack(C, 2 * expert), stack(expert, C), *route(make(T, E), k), swiglu, REFERENCE))
+    if op not in inputs:
+        raise InputError(f"there is no op {op!r}; there are {', '.join(inputs)}.{did_you_mean(op, inputs)}")
+    return inputs[op]()
 
 # %% ../../nbs/05_architecture/06_ops.ipynb #a376b44b
 def _error(got, want) -> float:
@@ -119,14 +144,14 @@ def compare_ops(candidate: Ops | dict,  # a whole set, or replacements by name: 
     import pandas as pd
     from llm_workbench.hardware.machine import best_seconds
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    candidate = candidate if isinstance(candidate, Ops) else replace(REFERENCE, **candidate)
+    candidate = candidate if isinstance(candidate, Ops) else REFERENCE.but(**candidate)
     rows = []
     for f in fields(Ops):
         mine, plain = getattr(candidate, f.name), getattr(REFERENCE, f.name)
         if mine is plain: continue
         for phase, (T, before) in {"prompt": (n_tokens, 0), "decode": (1, past)}.items():
-            args, options = example_inputs(f.name, config, T, before, dtype, device)
-            error = _error(mine(*args, **options), plain(*args, **options))
-            times = [best_seconds(lambda: function(*args, **options), 0.05, sync) for function in (plain, mine)]
+            args = example_inputs(f.name, config, T, before, dtype, device)
+            error = _error(mine(*args), plain(*args))
+            times = [best_seconds(lambda: function(*args), 0.05, sync) for function in (plain, mine)]
             rows.append((f.name, phase, error, times[0] / times[1]))
     return pd.DataFrame(rows, columns=["op", "phase", "relative error", "times faster"]).set_index(["op", "phase"])

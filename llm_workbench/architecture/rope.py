@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #af021c1d
 def inverse_frequencies(dim: int,                        # rotated dimensions of a head (even)
-                        theta: float | Tensor = 10_000.0, # base of the ladder, `rope_theta`; (..., 1): one for each text
+                        theta: float | Tensor = 10_000.0, # base of the ladder; (..., 1): one for each text
                         device: torch.device | str | None = None,
                        ) -> Tensor:                      # (dim/2,) or (..., dim/2) radians per token
     "The angle per token of each pair, fastest first (RoFormer, arXiv 2104.09864, section 3.2.2)."
@@ -30,7 +30,7 @@ def rope_tables(positions: Tensor,              # (T,) or (B, T) int64
                 inv_freq: Tensor,               # (D/2,) radians per token; (B, T or 1, D/2) where they differ
                 attention_factor: float | Tensor = 1.0,  # scales both tables (YaRN and LongRoPE; else 1)
                 dtype: torch.dtype = torch.float32,
-                sections: list[int] | None = None,  # pairs that turn by each of three axes, where positions are (3, B, T)
+                sections: list[int] | None = None,  # pairs that turn by each of three axes; positions (3, B, T)
                ) -> tuple[Tensor, Tensor]:      # cos and sin, each (T, D) or (B, T, D)
     "Cosine and sine of every position's angles, repeated for the two halves of a head."
     angles = positions[..., None].float() * inv_freq.to(positions.device)   # (..., T, D/2), in fp32
@@ -56,7 +56,8 @@ def rotate(x: Tensor,    # (B, T, H, D) queries or keys
 # %% ../../nbs/05_architecture/02_rope.ipynb #f4f5f2b9
 def half_from_interleaved(x: Tensor,  # (..., D) pairs stored as neighbours
                          ) -> Tensor: # (..., D) pairs stored as (i, i + D/2)
-    "Reorder dimensions so that `rotate` serves checkpoints of the interleaved layout. A dot product of two reordered vectors stays the same."
+    """Reorder dimensions so that `rotate` serves checkpoints of the interleaved layout. A dot product of two reordered
+    vectors stays the same."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #7374062f
@@ -70,11 +71,13 @@ def linear_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #51f7ba78
 def ntk_theta(theta: float, dim: int, factor: float | Tensor) -> float | Tensor:
-    "The base that slows the slowest pair by `factor` and leaves the fastest alone (bloc97, 2023; arXiv 2309.00071, section 3.1)."
+    """The base that slows the slowest pair by `factor` and leaves the fastest alone (bloc97, 2023; arXiv 2309.00071,
+    section 3.1)."""
     return theta * factor ** (dim / (dim - 2))
 
 def dynamic_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]:
-    "NTK-aware scaling that grows with the text: nothing up to `original_max_position_embeddings`, then more with every token."
+    """NTK-aware scaling that grows with the text: nothing up to `original_max_position_embeddings`, then more with
+    every token."""
     return inverse_frequencies(dim, ntk_theta(rope["rope_theta"], dim, dynamic_stretch(rope, n_tokens))), 1.0
 
 def dynamic_stretch(rope: dict, n_tokens: int | Tensor) -> float | Tensor:
@@ -85,9 +88,11 @@ def dynamic_stretch(rope: dict, n_tokens: int | Tensor) -> float | Tensor:
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #b2987b41
 def llama3_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, float]:
-    "Llama 3.1's scaling: fast pairs kept, slow pairs divided by `factor`, a ramp between (Llama 3.1 release, model.py)."
+    """Llama 3.1's scaling: fast pairs kept, slow pairs divided by `factor`, a ramp between (Llama 3.1 release,
+    model.py)."""
     freqs = inverse_frequencies(dim, rope["rope_theta"])
-    turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)      # full turns within the trained context
+    # full turns within the trained context
+    turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)                             # 1: keep, 0: divide
     return keep * freqs + (1 - keep) * freqs / rope["factor"], 1.0
@@ -127,31 +132,42 @@ def longrope_rope(dim: int, rope: dict, n_tokens: int = 0) -> tuple[Tensor, floa
     return inverse_frequencies(dim, rope["rope_theta"]) / divisors, attention_factor
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #35ae37d2
-ROPE_TYPES: dict[str, Callable] = dict(default=default_rope, linear=linear_rope, dynamic=dynamic_rope, llama3=llama3_rope,
-                                       yarn=yarn_rope, longrope=longrope_rope)
+ROPE_TYPES: dict[str, Callable] = dict(
+    default=default_rope,
+    linear=linear_rope,
+    dynamic=dynamic_rope,
+    llama3=llama3_rope,
+    yarn=yarn_rope,
+    longrope=longrope_rope,
+)
 
 def rope_frequencies(dim: int,           # rotated dimensions of a head
-                     rope: dict,         # transformers' `rope_parameters`: rope_type, rope_theta and what the type needs
+                     rope: dict,         # `rope_parameters`: rope_type, rope_theta and what the type needs
                      n_tokens: int = 0,  # length of the text so far (dynamic and longrope depend on it)
                     ) -> tuple[Tensor, float]:  # (dim/2,) radians per token, and the factor for `rope_tables`
-    "Frequencies and attention factor of a configuration. Raises UnsupportedError for an unknown type or a missing entry."
+    """Frequencies and attention factor of a configuration. Raises UnsupportedError for an unknown type or a missing
+    entry."""
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise UnsupportedError(f"rope_type {kind!r} is not implemented; there are {', '.join(ROPE_TYPES)}. "
                                "If the model was extended by another rule, add it to ROPE_TYPES.")
     try: return ROPE_TYPES[kind](dim, rope, n_tokens)
-    except KeyError as e: raise UnsupportedError(f"rope_type {kind!r} needs the entry {e.args[0]!r} in rope_parameters") from None
+    except KeyError as e: raise UnsupportedError(f"rope_type {kind!r} needs the entry {e.args[0]!r} in "
+                                                 "rope_parameters") from None
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #64b3fca7
 class Rope:
-    "The frequencies of one `rope_parameters`, kept where the tokens are. Raises UnsupportedError as `rope_frequencies` does."
+    """The frequencies of one `rope_parameters`, kept where the tokens are. Raises UnsupportedError as
+    `rope_frequencies` does."""
     def __init__(self,
                  dim: int,     # rotated dimensions of a head
                  rope: dict):  # transformers' `rope_parameters`
         self.dim, self.rope = dim, rope
         self.trained = rope.get("original_max_position_embeddings", 0)
-        with torch.device("cpu"):                                        # also where a model is built without storage (meta)
-            both = [rope_frequencies(dim, rope, n) for n in (self.trained, self.trained + 1)]   # of a short and of a long text
+        # also where a model is built without storage (meta)
+        with torch.device("cpu"):
+            # of a short and of a long text
+            both = [rope_frequencies(dim, rope, n) for n in (self.trained, self.trained + 1)]
             self.freqs = torch.stack([freqs for freqs, _ in both])       # (2, dim/2)
             self.factors = torch.tensor([[factor] for _, factor in both])  # (2, 1)
 
@@ -168,7 +184,8 @@ class Rope:
 
 # %% ../../nbs/05_architecture/02_rope.ipynb #e34759f5
 @patch
-def of_texts(self: Rope, texts: int | Tensor) -> tuple[Tensor, Tensor]:  # frequencies (..., dim/2) and factor (1,) or (..., 1)
+# frequencies (..., dim/2) and factor (1,) or (..., 1)
+def of_texts(self: Rope, texts: int | Tensor) -> tuple[Tensor, Tensor]:
     "What applies to texts of these lengths."
     kind, device = self.rope.get("rope_type", "default"), self.freqs.device
     if kind == "longrope":
@@ -178,4 +195,6 @@ def of_texts(self: Rope, texts: int | Tensor) -> tuple[Tensor, Tensor]:  # frequ
     if kind != "dynamic": return self.freqs[0], self.factors[0]
     stretch = dynamic_stretch(self.rope, texts if isinstance(texts, int) else texts.double())
     theta = ntk_theta(self.rope["rope_theta"], self.dim, stretch)
-    return inverse_frequencies(self.dim, theta if isinstance(texts, int) else theta[..., None].float(), device), self.factors[0]
+    return inverse_frequencies(
+        self.dim, theta if isinstance(texts, int) else theta[..., None].float(), device
+    ), self.factors[0]

@@ -10,12 +10,19 @@ from collections.abc import Sequence
 
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 from .kv_cache import ContiguousCache, RowLengths, write_rows
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 
 # %% ../../nbs/05_architecture/08_sliding_cache.ipynb #cf7f0f45
-def shifted(old, drop, held, size):  # (B, slots, ...) -> (B, size, ...): forget the first drop[b] slots of row b, keep the next `held`
+def shifted(
+    old: Tensor,          # (B, slots, ...)
+    drop: list[int],      # tokens that each row forgets, its oldest
+    held: int,            # tokens to keep behind them: those of the longest row
+    size: int,            # slots of the new store
+) -> Tensor:              # (B, size, ...)
+    "A store in which each row's next `held` tokens stand in front, with zeros behind them."
     new = old.new_zeros(old.shape[0], size, *old.shape[2:])
     if len(set(drop)) == 1: new[:, :held] = old[:, drop[0]:drop[0] + held]
     else:
@@ -24,6 +31,7 @@ def shifted(old, drop, held, size):  # (B, slots, ...) -> (B, size, ...): forget
         new[:, :held] = old[rows, slots.clamp(max=old.shape[1] - 1)]
     return new
 
+# %% ../../nbs/05_architecture/08_sliding_cache.ipynb #9a12e38c
 class SlidingCache(ContiguousCache):
     "Layers with a window keep the keys that a later token can still see; the other layers keep all."
     def __init__(self,
@@ -36,49 +44,54 @@ class SlidingCache(ContiguousCache):
         if bad := [w for w in windows if w is not None and w < 1]:
             raise InputError(f"a window is 1 or more tokens, or None for a layer that sees everything; not {bad}")
         self.windows, self.rewind, self.slack = list(windows), rewind, slack
-        self._held = {w: RowLengths() for w in set(windows) - {None}}                # slots in use; the same in all layers of one window
+        self._held = {w: RowLengths() for w in set(windows) - {None}}          # slots in use, by window
 
     def _room(self, window): return window + self.rewind + self.slack
+    def _counters(self): return [*super()._counters(), *self._held.values()]
 
-    def attend(self, step, layer, q, k, v, ops, *, value_dim=None, **options):
-        kept, asked = self.windows[layer], options.get("window")
-        if kept is not None and (not asked or asked > kept):
-            raise InputError(f"layer {layer} attends with window {asked}, but its cache keeps {kept}: "
-                             "give SlidingCache the model's windows")
-        return super().attend(step, layer, q, k, v, ops, value_dim=value_dim, **options)
+# %% ../../nbs/05_architecture/08_sliding_cache.ipynb #ed9a3292
+@patch
+def _append(self: SlidingCache, layer, k, v):
+    window, T = self.windows[layer], k.shape[1]
+    if window is None: return super(SlidingCache, self)._append(layer, k, v)
+    held, room = self._held[window], self._room(window)
+    # the first key that the first query sees
+    start = 0 if held.rows is not None else max(0, held.value - (window - 1))
+    k_all = write_rows(self.store[layer], "k", k, held, self.capacity, room)
+    v_all = write_rows(self.store[layer], "v", v, held, self.capacity, room)
+    return k_all[:, start:], None if v is None else v_all[:, start:], held.value + T - start
 
-    def _append(self, layer, k, v):
-        window, T = self.windows[layer], k.shape[1]
-        if window is None: return super()._append(layer, k, v)
-        held, end = self._held[window], self._held[window].longest + T
-        k = write_rows(self.store[layer], "k", k, held, self.capacity, self._room(window))
-        v = write_rows(self.store[layer], "v", v, held, self.capacity, self._room(window))
-        # all rows agree: from the first key that the first new query sees
-        start = 0 if held.rows is not None else max(0, held.value - (window - 1))
-        return k[:, start:end], None if v is None else v[:, start:end], held.value + T - start
+@patch
+def attend(self: SlidingCache, step, layer, q, k, v, ops, *, value_dim=None, **options):
+    "See `Cache.attend`. Raises InputError for a layer that looks back further than its keys are kept."
+    kept, asked = self.windows[layer], options.get("window")
+    if kept is not None and (not asked or asked > kept):
+        raise InputError(f"layer {layer} attends with window {asked}, but its cache keeps {kept}: "
+                         "give SlidingCache the model's windows")
+    return super(SlidingCache, self).attend(step, layer, q, k, v, ops, value_dim=value_dim, **options)
 
 # %% ../../nbs/05_architecture/08_sliding_cache.ipynb #e47cde26
 @patch
 def _moved(self: SlidingCache, by):
     for window, held in self._held.items():
         held.add(by, self._device)
-        layers = [layer for layer, w in zip(self.store, self.windows) if w == window and layer]
+        layers = [kept for kept, w in zip(self.store, self.windows) if w == window and kept]
         room, keep = self._room(window), window - 1 + self.rewind
-        if layers and (held.longest >= room or layers[0]["k"].shape[1] > room):       # full, or a long prompt made it larger
+        if layers and (held.longest >= room or max(kept["k"].shape[1] for kept in layers) > room):
             drop = [max(0, n - keep) for n in held.per_row(self._batch)]
             held.add([-d for d in drop], self._device)
-            for layer in layers:
-                for name in layer: layer[name] = shifted(layer[name], drop, held.longest, room)
+            for kept in layers:
+                for name in kept: kept[name] = shifted(kept[name], drop, held.longest, room)
 
-@patch
-def _counters(self: SlidingCache): return [self._lengths, self._text, *self._held.values()]
-
+# %% ../../nbs/05_architecture/08_sliding_cache.ipynb #360aca5f
 @patch
 def _rewound(self: SlidingCache, by):
     lengths = [n + b for n, b in zip(self._lengths.per_row(len(by)), by)]
     for window, held in self._held.items():
         left = [n + b for n, b in zip(held.per_row(len(by)), by)]
         if any(kept < min(n, window - 1) for kept, n in zip(left, lengths)):
-            raise UnsupportedError(f"cannot truncate to {lengths}: layers with window {window} have dropped keys that are needed there; "
-                                   "build SlidingCache(..., rewind=n) to keep n more, or run the text again in a new cache")
+            raise UnsupportedError(f"cannot truncate to {lengths}: layers with window {window} have dropped keys that "
+                                   "are needed there; build SlidingCache(..., rewind=n) to keep n more, or run the "
+                                   "text "
+                                   "again in a new cache")
     for held in self._held.values(): held.add(by, self._device)

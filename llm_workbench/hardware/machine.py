@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'SMOLLM2_135M', 'cgroup_limit', 'usable_cores', 'usable_memory', 'cpu_caches', 'cpu_name', 'Machine',
-           'torch_build', 'installed', 'torch_gpus', 'describe_machine', 'best_seconds', 'torch_threads',
-           'read_bandwidth', 'matmul_flops', 'Roofline', 'model_shape', 'count_parameters', 'flops_per_token',
-           'kv_bytes_per_token', 'decode_bytes', 'decode_limit', 'prefill_limit', 'activation_bytes', 'memory_budget',
-           'fits']
+           'torch_build', 'installed', 'torch_gpus', 'describe_machine', 'wait_for_gpu', 'best_seconds',
+           'torch_threads', 'read_bandwidth', 'matmul_flops', 'Roofline', 'model_shape', 'dense_parameters',
+           'flops_per_token', 'kv_bytes_per_token', 'decode_bytes', 'decode_limit', 'prefill_limit', 'activation_bytes',
+           'memory_budget', 'fits']
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #824c9a76
 import math
@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import torch
 
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #8bf696cd
 def cgroup_limit(file: Path,  # a control-group file, such as /sys/fs/cgroup/memory.max
@@ -44,12 +43,22 @@ def usable_cores() -> int:
     return max(1, math.floor(min(allowed, cgroup_limit(Path("/sys/fs/cgroup/cpu.max")))))
 
 
+def _host_memory() -> tuple[int, int]:  # (all, free) in bytes
+    "Of the whole machine; asked of the system where psutil is missing."
+    try: import psutil
+    except ImportError:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    ram = psutil.virtual_memory()
+    return ram.total, ram.available
+
+
 def usable_memory() -> tuple[int, int]:  # (all, free) in bytes
     "Memory that this process may use, and how much of it is free now."
-    ram, limit = psutil.virtual_memory(), cgroup_limit(Path("/sys/fs/cgroup/memory.max"))
-    if limit >= ram.total: return ram.total, ram.available
+    (total, free), limit = _host_memory(), cgroup_limit(Path("/sys/fs/cgroup/memory.max"))
+    if limit >= total: return total, free
     used = cgroup_limit(Path("/sys/fs/cgroup/memory.current"))
-    return int(limit), int(max(0, min(ram.available, limit - used)))
+    return int(limit), int(max(0, min(free, limit - used)))
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #19e9ff58
 def _sysctl(name):
@@ -61,8 +70,8 @@ def cpu_caches() -> dict[str, int]:  # {"L1": bytes, "L2": bytes, "L3": bytes}
     "Size of the data caches that one core sees (an L3 is shared with others); empty where the system does not tell."
     found = {}
     for entry in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((entry / f).read_text().strip() for f in ("level", "type", "size"))
-        if kind != "Instruction": found[f"L{level}"] = int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]]
+        level, holds, size = ((entry / f).read_text().strip() for f in ("level", "type", "size"))
+        if holds != "Instruction": found[f"L{level}"] = int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]]
     for level, name in {"L1": "hw.l1dcachesize", "L2": "hw.l2cachesize", "L3": "hw.l3cachesize"}.items():
         if _sysctl(name): found[level] = int(_sysctl(name))
     return found
@@ -75,7 +84,8 @@ def cpu_name() -> str:
     return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #95b7214e
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "llama-cpp-python", "triton", "gguf", "safetensors", "tokenizers", "peft", "trl", "numpy")
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "llama-cpp-python", "triton", "gguf", "safetensors", "tokenizers",
+             "peft", "trl", "numpy")
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,8 @@ class Machine:
     def slug(self) -> str:
         "A short name for folders: the GPU where there is one, else the processor and its cores."
         name = self.gpus[0]["name"] if self.gpus else f"{self.cpu} {self.cores} cores"
-        words = "".join(c if c.isascii() and c.isalnum() else " " for c in name.lower().replace("(r)", "").replace("(tm)", "")).split()
+        name = name.lower().replace("(r)", "").replace("(tm)", "")
+        words = "".join(c if c.isascii() and c.isalnum() else " " for c in name).split()
         return "-".join(words)
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #71de8bd4
@@ -131,13 +142,19 @@ def describe_machine() -> Machine:
         versions={name: v for name in LIBRARIES if (v := installed(name))})
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #62cb2ad8
-def best_seconds(work: Callable[[], object],   # what to time
-                 seconds: float = 0.1,         # how long to keep measuring
-                 sync: Callable[[], None] = lambda: None,  # waits until the device is done
+def wait_for_gpu() -> None:
+    "Return when torch's current GPU has done all that it was given; at once where this process has used none."
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+
+
+def best_seconds(work: Callable[[], object],     # what to time
+                 seconds: float = 0.1,           # how long to keep measuring
+                 sync: Callable[[], object] = wait_for_gpu,  # returns when the device is done with its work
                  clock: Callable[[], float] = time.perf_counter,
-                 ) -> float:                   # seconds of one call, in the best round
+                 ) -> float:                     # seconds of one call, in the best round
     "Time `work`: warm up once, then rounds of at least a millisecond for `seconds`; the best round counts."
-    work(); sync()
+    work()
+    sync()
     calls, best, end = 1, math.inf, clock() + seconds
     while True:
         start = clock()
@@ -165,8 +182,8 @@ def read_bandwidth(nbytes: int = 512 * 2**20,   # size of the buffer: larger tha
                    ) -> float:                  # bytes per second
     "How fast `nbytes` of memory can be read, over and over: x . x touches every byte once."
     x = torch.ones(max(1, nbytes // 4), device=device)  # touched: untouched pages are not memory yet
-    sync = torch.cuda.synchronize if x.is_cuda else lambda: None
-    with torch_threads(threads): return x.nbytes / best_seconds(lambda: torch.dot(x, x), seconds, sync)
+    with torch_threads(threads), torch.cuda.device_of(x):
+        return x.nbytes / best_seconds(lambda: torch.dot(x, x), seconds)
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #2e2a4439
 def matmul_flops(dtype: torch.dtype = torch.float32,
@@ -177,8 +194,8 @@ def matmul_flops(dtype: torch.dtype = torch.float32,
                  ) -> float:                  # FLOPs per second
     "How fast torch multiplies two (n, n) matrices: 2 n^3 FLOPs over the best time."
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    sync = torch.cuda.synchronize if a.is_cuda else lambda: None
-    with torch_threads(threads): return 2 * n**3 / best_seconds(lambda: a @ b, seconds, sync)
+    with torch_threads(threads), torch.cuda.device_of(a):
+        return 2 * n**3 / best_seconds(lambda: a @ b, seconds)
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #a5308f6d
 @dataclass(frozen=True)
@@ -203,44 +220,50 @@ class Roofline:
 # %% ../../nbs/02_hardware/01_machine.ipynb #2f721258
 def model_shape(config: dict,  # the vocabulary of transformers' config.json
                 ) -> tuple[int, ...]:  # C, F, L, H, K, D, V
-    "The seven sizes of a dense Llama-style model. Raises UnsupportedError if one is missing or the model has experts."
+    "The seven sizes of a dense Llama-style model. Raises InputError (one is missing), UnsupportedError (experts)."
     if any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise UnsupportedError("This accounting is for dense models; a mixture of experts reads only the chosen experts: see architecture.moe")
-    try: C, F, L, H, V = (config[n] for n in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
-    except KeyError as e: raise UnsupportedError(f"The configuration has no {e}: pass the fields of a Llama-style config.json") from None
+        raise UnsupportedError("This accounting is for dense models; a mixture of experts reads only the chosen ones: "
+                               "landscape.models.count_parameters counts both")
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    try: C, F, L, H, V = (config[name] for name in needed)
+    except KeyError as error:
+        raise InputError(f"The configuration has no {error}: pass the fields of a Llama-style config.json") from None
     return C, F, L, H, config.get("num_key_value_heads") or H, config.get("head_dim") or C // H, V
 
 
-def count_parameters(config: dict) -> int:
-    "Parameters of a dense Llama-style model, from its configuration alone."
+def dense_parameters(config: dict) -> int:
+    "Parameters of a dense Llama-style model, by formula from its configuration."
     C, F, L, H, K, D, V = model_shape(config)
     layer = 2 * C * H * D + 2 * C * K * D + 3 * C * F + 2 * C
     return L * layer + C + V * C * (1 if config.get("tie_word_embeddings") else 2)
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #96a3b84c
-SMOLLM2_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                    vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192)
+SMOLLM2_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                    num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192)
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #1ae2765f
 def flops_per_token(config: dict, context: int = 0) -> int:
-    "FLOPs to compute one more token after `context` others: 2 per matrix parameter, and 4 H D per layer and visible key."
+    "FLOPs of one more token after `context` others: 2 per matrix parameter, and 4 H D per layer and visible key."
     C, F, L, H, K, D, V = model_shape(config)
-    matrices = L * (2 * C * H * D + 2 * C * K * D + 3 * C * F) + V * C  # the head is used whole, the embedding is one row
+    # the head is used whole, the embedding is one row
+    matrices = L * (2 * C * H * D + 2 * C * K * D + 3 * C * F) + V * C
     return 2 * matrices + 4 * L * H * D * (context + 1)
 
 
 def kv_bytes_per_token(config: dict, bits: float = 16) -> float:
-    "Bytes that one more token adds to the KV cache: a key and a value for each KV head of each layer."
+    "Bytes that one more token adds to a dense model's KV cache: a key and a value for each KV head of each layer."
     C, F, L, H, K, D, V = model_shape(config)
     return 2 * L * K * D * bits / 8
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #812d38a7
-def decode_bytes(config: dict, bits_per_weight: float = 32, context: int = 0, kv_bits: float = 16, batch: int = 1) -> float:
+def decode_bytes(config: dict, bits_per_weight: float = 32, context: int = 0, kv_bits: float = 16,
+                 batch: int = 1) -> float:
     "Bytes that one decode step reads: all weights once, and the KV cache of each of `batch` sequences."
-    return count_parameters(config) * bits_per_weight / 8 + batch * context * kv_bytes_per_token(config, kv_bits)
+    return dense_parameters(config) * bits_per_weight / 8 + batch * context * kv_bytes_per_token(config, kv_bits)
 
 
-def decode_limit(config: dict, roof: Roofline, bits_per_weight: float = 32, context: int = 0, kv_bits: float = 16, batch: int = 1) -> float:
+def decode_limit(config: dict, roof: Roofline, bits_per_weight: float = 32, context: int = 0, kv_bits: float = 16,
+                 batch: int = 1) -> float:
     "Tokens per second, over all `batch` sequences, that no decoder on this machine can exceed."
     flops = batch * flops_per_token(config, context)
     return batch / roof.seconds(flops, decode_bytes(config, bits_per_weight, context, kv_bits, batch))
@@ -248,7 +271,8 @@ def decode_limit(config: dict, roof: Roofline, bits_per_weight: float = 32, cont
 
 def prefill_limit(config: dict, roof: Roofline, tokens: int, bits_per_weight: float = 32) -> float:
     "Tokens per second of reading a prompt of `tokens` tokens that no implementation can exceed."
-    flops = sum(flops_per_token(config, t) for t in (0, tokens - 1)) / 2 * tokens  # the mean token sees half of the others
+    # the mean token sees half of the others
+    flops = sum(flops_per_token(config, t) for t in (0, tokens - 1)) / 2 * tokens
     return tokens / roof.seconds(flops, decode_bytes(config, bits_per_weight))
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #1e8b799f
@@ -268,7 +292,8 @@ def memory_budget(config: dict, bits_per_weight: float = 16, context: int = 2048
                   bits: float = 16,   # of cache and activations
                   ) -> dict[str, float]:  # bytes by purpose
     "What must be in memory at once: weights, KV cache, activations."
-    return dict(weights=count_parameters(config) * bits_per_weight / 8, kv_cache=batch * context * kv_bytes_per_token(config, bits),
+    return dict(weights=dense_parameters(config) * bits_per_weight / 8,
+                kv_cache=batch * context * kv_bytes_per_token(config, bits),
                 activations=activation_bytes(config, min(prompt, context), batch, bits))
 
 # %% ../../nbs/02_hardware/01_machine.ipynb #b521450c

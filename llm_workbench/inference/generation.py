@@ -28,13 +28,13 @@ from ..text.tokenizers import Tokenizer
 def next_logits(decoder: Decoder,
                 tokens: Tensor,                # (B, T) int64: a prompt, or one token per row
                 cache: Cache,                  # of `decoder.new_cache()`; moves on by T, or by `counts`
-                counts: Tensor | None = None,  # (B,) real tokens of each row, where rows are padded on the right
+                counts: Tensor | Sequence[int] | None = None,  # (B,) real tokens of each right-padded row; None: all
                 ) -> Tensor:                   # (B, V)
     "Scores for the token after each row's last real one."
     hidden = decoder.hidden(tokens, cache, counts)                               # (B, T, C)
     if counts is None: return decoder.logits(hidden[:, -1])
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return decoder.logits(hidden[rows, counts - 1])                              # the head sees (B, C)
+    rows, last = (torch.as_tensor(at, device=hidden.device) for at in (range(len(hidden)), counts))
+    return decoder.logits(hidden[rows, last - 1])                                # the head sees (B, C)
 
 # %% ../../nbs/07_inference/02_generation.ipynb #ec36db18
 @dataclass(eq=False)                                  # a row is itself, whatever it holds
@@ -122,17 +122,18 @@ class Batch:
         self.rows = [Row(prompt, max_new_tokens) for prompt in prompts]    # all of them, those that are over too
         self.standing = list(self.rows)                                    # those in the batch; what follows is theirs
         self.cache = cache
-        self.waiting, self.counts = padded(prompts, 0, device)             # (B, T) not in the cache yet; (B,) real ones
+        self.waiting = padded(prompts, 0, device)                          # (B, T) tokens that are not in the cache yet
+        lengths = [len(prompt) for prompt in prompts]
+        self.counts = lengths if len(set(lengths)) > 1 else None           # real ones of each row; None: all
         self.sampler, self.generators = sampler.to(device), seeded(seed, len(prompts), device)
         self.said = None                                                   # (B, V) how often each token came
-        if sampler.needs_counts: self.said = token_counts(padded(prompts, -1, device)[0], config.vocab_size)
+        if sampler.looks_back: self.said = token_counts(padded(prompts, -1, device), config.vocab_size)
 
 # %% ../../nbs/07_inference/02_generation.ipynb #7797c88a
-def padded(rows: Sequence[Sequence[int]], value: int, device=None) -> tuple[Tensor, Tensor | None]:
-    "Rows in one tensor (B, longest), filled up on the right, and their lengths (B,); None where all are equal."
-    lengths = [len(row) for row in rows]
-    filled = [[*row, *[value] * (max(lengths) - len(row))] for row in rows]
-    return torch.tensor(filled, device=device), None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device)
+def padded(rows: Sequence[Sequence[int]], value: int, device=None) -> Tensor:  # (B, longest) int64
+    "Rows of unequal length in one tensor, filled up on the right."
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
 
 
 def seeded(seed: int | None, n_rows: int, device=None) -> list[torch.Generator] | None:
@@ -175,7 +176,7 @@ def choose(self: Batch, logits: Tensor) -> Tensor:   # (B, V) -> (B,), -1 for a 
     "The next token of each row."
     self.logits = logits if self.mask is None else masked(self.mask, self.standing, logits)
     noise = None if self.sampler.greedy or self.generators is None else gumbel(logits, self.generators)
-    return self.sampler.choose(self.logits, self.said, noise)
+    return self.sampler.pick(self.logits, self.said, noise)
 
 
 def masked(mask, rows: list[Row], logits: Tensor) -> Tensor:
@@ -223,9 +224,8 @@ def _keep(self: Batch, stay: list[int]) -> None:
     if not stay: return
     self.cache.select(stay)
     self.sampler = self.sampler.select(stay)
-    self.generators = None if self.generators is None else [self.generators[i] for i in stay]
-    per_row = (self.waiting, self.counts, self.said)
-    self.waiting, self.counts, self.said = (None if t is None else t[stay] for t in per_row)
+    self.generators, self.counts = (None if a is None else [a[i] for i in stay] for a in (self.generators, self.counts))
+    self.waiting, self.said = (None if t is None else t[stay] for t in (self.waiting, self.said))
 
 # %% ../../nbs/07_inference/02_generation.ipynb #56c7eb7a
 @patch
@@ -236,10 +236,11 @@ def steps(self: Batch) -> Iterator[list[Row]]:
 
 def generate_tokens(decoder: Decoder,
                     prompts: Sequence[Sequence[int]],   # token ids, of any lengths
+                    *, batch: type[Batch] = Batch,      # who decides the tokens
                     **settings,                         # of `Batch`
                     ) -> Iterator[list[Row]]:           # the same rows after every step
     "Write tokens after each prompt. Bad input raises at once: see `check_prompts`."
-    return Batch(decoder, prompts, **settings).steps()
+    return batch(decoder, prompts, **settings).steps()
 
 # %% ../../nbs/07_inference/02_generation.ipynb #4f7db0f4
 class StopStrings:

@@ -181,8 +181,8 @@ class Sampler:
     def greedy(self) -> bool: return not isinstance(self.temperature, Tensor) and self.temperature == 0
 
     @property
-    def needs_counts(self) -> bool:
-        "Whether a penalty is on, so that the tokens of the text have to be counted."
+    def looks_back(self) -> bool:
+        "Whether a penalty is on, so that the tokens so far have to be counted."
         off = dict(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
         return any(isinstance(getattr(self, k), Tensor) or getattr(self, k) != v for k, v in off.items())
 
@@ -214,7 +214,7 @@ def check_setting(name: str, value, rule: str, fits) -> None:
 @patch
 def penalized(self: Sampler, logits: Tensor, counts: Tensor | None = None) -> Tensor:
     "(B, V) logits after the penalties; unchanged where they are off or nothing was counted."
-    if counts is None or not self.needs_counts: return logits
+    if counts is None or not self.looks_back: return logits
     return penalize(logits, counts, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
 
 
@@ -231,7 +231,7 @@ def adjust(self: Sampler,
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #c8af5135
 @patch
-def choose(self: Sampler,
+def pick(self: Sampler,
            logits: Tensor,                 # (B, V)
            counts: Tensor | None = None,   # (B, V) of `token_counts`
            noise: Tensor | None = None,    # (B, V) of `gumbel`; None: drawn here, from torch's own generator
@@ -249,7 +249,7 @@ def __call__(self: Sampler,
              ) -> Tensor:                    # (B,) int64
     "One token per row. Raises WorkbenchError when a row has no finite best logit (NaN, overflow)."
     noise = None if self.greedy else gumbel(logits, generator)
-    return checked(self.choose(logits, counts, noise), logits)
+    return checked(self.pick(logits, counts, noise), logits)
 
 # %% ../../nbs/07_inference/01_sampling.ipynb #94421b3f
 @patch
