@@ -399,6 +399,7 @@ def test_bad_input_raises_at_the_call(oracle, monkeypatch, prompts, n, error, wo
 
 @pytest.mark.parametrize("settings, words", [
     (dict(seed="a"), "seed is 'a'"), (dict(seed=1.5), "seed is 1.5"), (dict(seed=2**64), "seed is"),
+    (dict(seed=-1), "seed is -1"), (dict(seed=True), "seed is True"),
     (dict(eos_ids=["x"]), "end token is 'x'"), (dict(eos_ids=5), "end token is 5"),
     (dict(eos_ids="ab"), "end token is 'ab'"),
     (dict(sampler=Sampler(temperature=torch.tensor([1.0, 2.0]))), "temperature has 2 settings for 1 rows")])
