@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architecture import matrices, ops, rope
+from ..architecture import ops, rope
 from ..errors import UnsupportedError
 from ..hardware.machine import cpu_name
 
@@ -168,7 +168,7 @@ def linear(x: Tensor,                   # (..., in)
     given = (x, weight) if bias is None else (x, weight, bias)
     fits = (x.shape[-1] == ins and 0 < x.numel() <= ins * MOST_ROWS.get(x.dtype, 0)
             and (bias is None or bias.shape == (outs,)))
-    if not (fits and takes(*given)): return matrices.linear(*given)
+    if not (fits and takes(*given)): return ops.linear(*given)
     wide, out = x.float(), x.new_empty(*x.shape[:-1], outs)
     compiled(LINEAR, x.dtype)(weight.data_ptr(), wide.data_ptr(), None if bias is None else bias.data_ptr(),
                               out.data_ptr(), outs, ins, x.numel() // ins)
@@ -275,7 +275,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
               softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None,
               lengths: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
     "`architecture.attention.attention` of one query per row, in C."
-    plain = causal and not softcap and sinks is None and spans is None and (window is None or window > 0)
+    plain = causal and not softcap and sinks is spans is None and (window is None or window > 0)
     if q.shape[1] == 1: q = q.contiguous()
     if not (plain and _fits(q, k, v, lengths)):
         return ops.fused_attention(q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
