@@ -1,5 +1,4 @@
-"""The C kernels: random shapes against float64, memory next to what they write, fallbacks, the compiler's moods,
-and whole models."""
+"The C kernels: random shapes against float64, memory beside the output, fallbacks, the compiler's moods, whole models."
 import os
 import random
 import subprocess
@@ -11,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import cached_is_uncached, ragged_is_single, worst
+from checks import cached_is_uncached, ragged_is_single, some_tokens, tiny, worst
+from llm_workbench import Decoder
+from llm_workbench.architecture.matrices import Linear
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.kernels import cpu
@@ -29,16 +30,12 @@ def used(monkeypatch):
 
 
 def as_good_as(plain, mine, *tensors, room=2e-6, **options):
-    """Against float64, `mine` errs at most twice as much as `plain` does in the same dtype, and `room` (relative) for
-    what no program can avoid."""
+    "Against float64, `mine` errs at most twice as much as `plain` in the same dtype, plus `room` (relative)."
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
     truth, same, got = plain(*wide, **options), plain(*tensors, **options), mine(*tensors, **options)
     assert got.dtype == same.dtype and got.shape == same.shape and not got.isnan().any()
-    size = truth.abs().max().item() or 1.0
-    assert worst(got.double(), truth) <= 2 * worst(same.double(), truth) + room * size, (
-        worst(got.double(), truth),
-        worst(same.double(), truth),
-    )
+    mine, theirs, size = worst(got.double(), truth), worst(same.double(), truth), truth.abs().max().item() or 1.0
+    assert mine <= 2 * theirs + room * size, (mine, theirs)
 
 
 @each_dtype
@@ -46,38 +43,19 @@ def as_good_as(plain, mine, *tensors, room=2e-6, **options):
 def test_random_shapes(dtype, monkeypatch):
     names, draw = used(monkeypatch), random.Random(0)
     torch.manual_seed(0)
+    make = lambda *shape: torch.randn(*shape).to(dtype)
     for _ in range(60):
-        rows, ins, outs = (
-            draw.randint(1, cpu.MOST_ROWS[dtype]),
-            draw.choice([1, 2, 63, 64, 65, 100, 576, 1000]),
-            draw.choice([1, 3, 17, 192, 700]),
-        )
+        rows, ins = draw.randint(1, cpu.MOST_ROWS[dtype]), draw.choice([1, 2, 63, 64, 65, 100, 576, 1000])
+        outs = draw.choice([1, 3, 17, 192, 700])
         shape = draw.choice([(rows, ins), (1, rows, ins), (rows, 1, ins)] + [(ins,)] * (rows == 1))
-        as_good_as(
-            REFERENCE.linear,
-            CPU.linear,
-            torch.randn(shape).to(dtype),
-            torch.randn(outs, ins).to(dtype),
-            draw.choice([None, torch.randn(outs).to(dtype)]),
-        )
-        as_good_as(
-            REFERENCE.rms_norm,
-            CPU.rms_norm,
-            (torch.randn(shape) * 10 ** draw.uniform(-4, 3)).to(dtype),
-            torch.randn(ins).to(dtype),
-            1e-5,
-        )
+        as_good_as(REFERENCE.linear, CPU.linear, make(*shape), make(outs, ins), draw.choice([None, make(outs)]))
+        x = (torch.randn(shape) * 10 ** draw.uniform(-4, 3)).to(dtype)
+        as_good_as(REFERENCE.rms_norm, CPU.rms_norm, x, make(ins), 1e-5)
         B, T, H, D = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 9), draw.choice([8, 10, 64, 80])
         R, rows = draw.choice([D, D // 2 // 2 * 2, 2]), draw.choice([(), (B,)])
-        as_good_as(
-            REFERENCE.rotate,
-            CPU.rotate,
-            torch.randn(B, T, H, D).to(dtype),
-            *(torch.randn(*rows, T, R).to(dtype) for _ in range(2)),
-        )
-    assert {name: names.count(name) for name in set(names)} == dict(linear=60, rms_norm=60, rotate=60), (
-        "a fallback was tested instead of the kernel"
-    )
+        as_good_as(REFERENCE.rotate, CPU.rotate, make(B, T, H, D), make(*rows, T, R), make(*rows, T, R))
+    ran = {name: names.count(name) for name in set(names)}
+    assert ran == dict(linear=60, rms_norm=60, rotate=60), "a fallback was tested instead of the kernel"
 
 
 @each_dtype
@@ -85,91 +63,96 @@ def test_random_shapes(dtype, monkeypatch):
 def test_random_attention(dtype, monkeypatch):
     names, draw = used(monkeypatch), random.Random(1)
     torch.manual_seed(1)
+    make = lambda *shape: torch.randn(*shape).to(dtype)
     for _ in range(80):
-        B, K, G, D, n = (
-            draw.randint(1, 3),
-            draw.randint(1, 3),
-            draw.randint(1, 5),
-            draw.choice([1, 8, 17, 64, 96]),
-            draw.choice([1, 2, 63, 64, 65, 129, 300]),
-        )
-        Dv, room = draw.choice([D, 5]), draw.choice([0, 7])
-        q, k, v = (
-            torch.randn(B, 1, K * G, D).to(dtype),
-            torch.randn(B, n + room, K, D).to(dtype)[:, :n],
-            torch.randn(B, n + room, K, Dv).to(dtype)[:, :n],
-        )
-        if draw.random() < 0.3:
-            v = k[..., :D // 2 + 1]                     # latent attention: the value is a part of the key
+        B, K, G, D = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 5), draw.choice([1, 8, 17, 64, 96])
+        n, Dv, free = draw.choice([1, 2, 63, 64, 65, 129, 300]), draw.choice([D, 5]), draw.choice([0, 7])
+        q, k, v = make(B, 1, K * G, D), make(B, n + free, K, D)[:, :n], make(B, n + free, K, Dv)[:, :n]
+        if draw.random() < 0.3: v = k[..., :D // 2 + 1]              # latent attention: the value is a part of the key
         options = dict(window=draw.choice([None, 1, 5, 64, 1000]), scale=draw.choice([None, 0.1, 3.0]),
                        lengths=draw.choice([None, torch.randint(0, n + 1, (B,))]))
-        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0].double(), k.double().repeat_interleave(G, 2)) * (
-            D**-0.5 if options["scale"] is None else options["scale"]
-        )
-        # fp32 rounds the scores, and a score's error is its weight's
-        room = torch.finfo(torch.float32).eps * (4 + 2 * scores.abs().max().item())
+        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0].double(), k.double().repeat_interleave(G, 2))
+        largest = scores.abs().max().item() * (D ** -0.5 if options["scale"] is None else options["scale"])
+        room = torch.finfo(torch.float32).eps * (4 + 2 * largest)    # the rounding of a score is its weight's error
         as_good_as(REFERENCE.attention, CPU.attention, q, k, v, room=room, **options)
     assert names == ["attention"] * 80
 
 
 @each_dtype
+@torch.inference_mode()
+def test_slots_that_are_not_in_use_are_not_read(dtype, monkeypatch):
+    "A static cache hands over all slots; what stands beyond the lengths cannot matter, not even a NaN."
+    names, (q, lengths) = used(monkeypatch), (torch.randn(3, 1, 6, 16).to(dtype), torch.tensor([1, 700, 64]))
+    for window in (None, 50):
+        k, v = torch.randn(2, 3, 4000, 2, 16).to(dtype)
+        clean = CPU.attention(q, k, v, lengths=lengths, window=window)
+        for row, n in enumerate(lengths.tolist()):
+            alone = CPU.attention(q[row:row + 1], k[row:row + 1, :n], v[row:row + 1, :n], window=window)
+            assert torch.equal(clean[row:row + 1], alone)
+            for slots in [slice(n, None)] + [slice(0, max(n - 50, 0))] * (window is not None):
+                k[row, slots] = v[row, slots] = float("nan")
+        assert torch.equal(CPU.attention(q, k, v, lengths=lengths, window=window), clean)
+    assert names == ["attention"] * 10
+
+
+@each_dtype
 def test_nothing_is_written_beside_the_output(dtype):
     "Every kernel writes into the middle of a guarded buffer, and must fill just that."
+    address = lambda x: x.data_ptr() if isinstance(x, torch.Tensor) else x
     def guarded(kernel, n, *before, after=()):
         buffer = torch.full((n + 256,), 77.0, dtype=dtype)
-        cpu.compiled(kernel, dtype)(
-            *(t.data_ptr() if isinstance(t, torch.Tensor) else t for t in before),
-            buffer[128:].data_ptr(),
-            *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in after),
-        )
-        assert (buffer[:128] == 77).all() and (buffer[128 + n:] == 77).all(), f"{kernel.name} writes beyond its output"
+        cpu.compiled(kernel, dtype)(*map(address, before), buffer[128:].data_ptr(), *map(address, after))
+        around = torch.cat([buffer[:128], buffer[128 + n:]])
+        assert (around == 77).all(), f"{kernel.name} writes beyond its output"
         assert (buffer[128:128 + n] != 77).all(), f"{kernel.name} leaves a part of its output"
     make = lambda *shape: torch.randn(shape).to(dtype)
     guarded(cpu.LINEAR, 3 * 65, make(65, 63), torch.randn(3, 63), make(65), after=(65, 63, 3))
     guarded(cpu.RMS_NORM, 3 * 65, make(3, 65), make(65), after=(3, 65, 1e-5))
     guarded(cpu.ROTATE, 2 * 3 * 10, make(2, 3, 10), make(2, 4), make(2, 4), after=(2, 3, 10, 4, 2))
     n, K, G, D = 70, 2, 3, 17
-    guarded(
-        cpu.ATTENTION,
-        6 * D,
-        make(6, D),
-        make(n, K, D),
-        make(n, K, D),
-        after=(None, 1, K * G, G, D, D, n, 0, K * D, D, 0, K * D, D, 0, 0.5),
-    )
+    sizes, steps = (1, K * G, G, D, D, n), (0, K * D, D)
+    options = (None, *sizes, *steps, *steps, 0, 0.5)
+    guarded(cpu.ATTENTION, 6 * D, make(6, D), make(n, K, D), make(n, K, D), after=options)
 
 
 @torch.inference_mode()
 def test_what_the_kernels_do_not_take_goes_to_torch(monkeypatch):
     "Other dtypes, other layouts, many rows: the answer of TORCH, bit for bit, and no kernel runs."
     names = used(monkeypatch)
-    x, w = torch.randn(1, 8), torch.randn(6, 8)
-    for a, b in [
-        (x.half(), w.half()),
-        (x.double(), w.double()),
-        (torch.randn(64, 8), w),
-        (x, torch.randn(8, 6).T),
-        (torch.randn(2, 16)[:, ::2], w),
-        (torch.randn(0, 8), w),
-    ]:
-        assert torch.equal(CPU.linear(a, b), TORCH.linear(a, b))
-    for a in (x.half(), torch.randn(2, 16)[:, ::2], torch.randn(5000, 8), torch.randn(0, 8)):
-        assert torch.equal(
-            CPU.rms_norm(a, torch.ones(8, dtype=a.dtype), 1e-5), TORCH.rms_norm(a, torch.ones(8, dtype=a.dtype), 1e-5)
-        )
-    assert torch.equal(CPU.rms_norm(x, None, 1e-5), TORCH.rms_norm(x, None, 1e-5))
-    assert torch.equal(
-        CPU.rms_norm(x.bfloat16(), torch.ones(8), 1e-5), TORCH.rms_norm(x.bfloat16(), torch.ones(8), 1e-5)
-    ), "a wider weight is another order of rounding"
+    def same(op, *given, **options):
+        assert torch.equal(getattr(CPU, op)(*given, **options), getattr(TORCH, op)(*given, **options)), (op, options)
+    x, w, strided = torch.randn(1, 8), torch.randn(6, 8), torch.randn(2, 16)[:, ::2]
+    for a, b in [(x.half(), w.half()), (x.double(), w.double()), (torch.randn(64, 8), w), (x, torch.randn(8, 6).T),
+                 (strided, w), (torch.randn(0, 8), w)]: same("linear", a, b)
+    for a in (x.half(), strided, torch.randn(5000, 8), torch.randn(0, 8)):
+        same("rms_norm", a, torch.ones(8, dtype=a.dtype), 1e-5)
+    same("rms_norm", x, None, 1e-5)
+    same("rms_norm", x.bfloat16(), torch.ones(8), 1e-5)              # a wider weight is another order of rounding
     q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 9, 2, 8)
-    for options in (dict(softcap=5.0), dict(sinks=torch.randn(4)), dict(causal=False)):
-        assert torch.equal(CPU.attention(q, k, k, **options), TORCH.attention(q, k, k, **options))
-    assert torch.equal(CPU.attention(q.half(), k.half(), k.half()), TORCH.attention(q.half(), k.half(), k.half()))
-    assert torch.equal(
-        CPU.attention(torch.randn(2, 3, 4, 8), k, k, lengths=torch.tensor([9, 4])).isnan(),
-        torch.zeros(2, 3, 4, 8, dtype=torch.bool),
-    )
+    span = torch.tensor([[0], [-1]])
+    for options in (dict(softcap=5.0), dict(sinks=torch.randn(4)), dict(causal=False), dict(spans=span),
+                    dict(spans=span, lengths=torch.tensor([9, 4]), window=3)): same("attention", q, k, k, **options)
+    same("attention", q.half(), k.half(), k.half())
+    prompt = CPU.attention(torch.randn(2, 3, 4, 8), k, k, lengths=torch.tensor([9, 4]))
+    assert not prompt.isnan().any()
     assert not names
+
+
+@torch.inference_mode()
+def test_a_compiled_step_takes_the_functions_of_torch(monkeypatch):
+    "torch.compile cannot follow an address into C: no graph break, no kernel, the same logits."
+    decoder, tokens = Decoder.from_transformers(tiny()).with_ops(CPU), some_tokens(T=1)
+    want, names = decoder(tokens), used(monkeypatch)
+    got = torch.compile(lambda tokens: decoder(tokens), fullgraph=True, backend="aot_eager")(tokens)
+    assert worst(got, want) <= 1e-4 and not names
+
+
+@torch.inference_mode()
+def test_a_matrix_kept_narrower_than_its_input_is_multiplied(monkeypatch):
+    "bf16 weights, fp32 input: the matrix widens itself, and the kernel sees one dtype."
+    names, matrix = used(monkeypatch), Linear(8, 6).bfloat16()
+    x = torch.randn(1, 8)
+    assert worst(matrix(x, CPU), matrix(x, REFERENCE)) <= 1e-5 and names == ["linear"]
 
 
 WRONG = {
@@ -204,25 +187,8 @@ def test_more_values_than_keys_reach_no_kernel(monkeypatch):
 
 @torch.inference_mode()
 def test_a_window_below_one_is_refused():
-    q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
-    with pytest.raises(InputError, match="window=0"): CPU.attention(q, k, v, window=0)
-
-
-@torch.inference_mode()
-def test_spans_go_to_the_plain_versions(monkeypatch):
-    names, (q, k, v) = used(monkeypatch), [torch.randn(1, 6, n, 8) for n in (4, 2, 2)]
-    spans = torch.tensor([[-1, 0, 0, 0, -1, -1]])
-    assert worst(CPU.attention(q, k, v, spans=spans), REFERENCE.attention(q, k, v, spans=spans)) <= 1e-5 and not names
-
-
-@torch.inference_mode()
-def test_few_valid_keys_of_many_slots_are_read_alone(monkeypatch):
-    "What a cache of fixed shape hands over: the slots behind a row's length hold NaN here, and nobody may look."
-    names, lengths = used(monkeypatch), torch.tensor([3, 17])
-    q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 512, 2, 16), torch.randn(2, 512, 2, 16)
-    want = REFERENCE.attention(q, k, v, lengths=lengths)
-    for b, n in enumerate(lengths): k[b, n:], v[b, n:] = float("nan"), float("nan")
-    assert worst(CPU.attention(q, k, v, lengths=lengths), want) <= 1e-5 and names == ["attention"]
+    q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 2, 8)
+    with pytest.raises(InputError, match="window=0"): CPU.attention(q, k, k, window=0)
 
 
 def test_gradients_take_the_road_of_torch(monkeypatch):
@@ -284,13 +250,11 @@ def test_another_source_macro_or_processor_is_another_library(empty_cache, monke
 
 
 def test_processes_may_compile_at_the_same_time(empty_cache):
-    code = (
-        f"import ctypes; from llm_workbench.kernels import cpu; print(ctypes.CDLL(str(cpu.build({SOURCE!r}))).number())"
-    )
+    build = f"ctypes.CDLL(str(cpu.build({SOURCE!r})))"
+    code = f"import ctypes; from llm_workbench.kernels import cpu; print({build}.number())"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [p.communicate(timeout=120)[0].strip() for p in running] == ["42"] * 3 and len(
-        list(empty_cache.iterdir())
-    ) == 1
+    assert [p.communicate(timeout=120)[0].strip() for p in running] == ["42"] * 3
+    assert len(list(empty_cache.iterdir())) == 1
 
 
 def test_a_refusal_leaves_nothing_behind(empty_cache):
@@ -305,15 +269,15 @@ def test_no_compiler_is_one_clear_sentence(empty_cache, monkeypatch):
 
 def test_without_openmp_one_thread_and_a_warning(empty_cache, monkeypatch):
     monkeypatch.setattr(cpu, "openmp", lambda: ["-fno-such-flag-anywhere"])
-    with pytest.warns(UserWarning, match="one thread"): assert cpu.build(cpu.PRELUDE + cpu.LINEAR.source).exists()
+    with pytest.warns(UserWarning, match="one thread"): library = cpu.build(cpu.PRELUDE + cpu.LINEAR.source)
+    assert library.exists()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cpu.build(SOURCE).exists() and cpu.cache_folder() == cpu.cache_folder(), (
-        "a folder of the process' own, the same at every call"
-    )
+    assert cpu.build(SOURCE).exists()
+    assert cpu.cache_folder() == cpu.cache_folder(), "a folder of the process' own, the same at every call"
 
 
 # ------------------------------------------------------------------------------------------------------- the real model
@@ -330,16 +294,17 @@ def test_ragged_batch_is_single(lm):
 def test_the_real_model_token_by_token_equals_transformers(lm, hf_model, monkeypatch):
     "A hundred tokens written with the kernels: the logits of every step are those of one pass of transformers."
     names, decoder = used(monkeypatch), lm.decoder.with_ops(CPU)
-    ids = lm.tokenizer.encode("The lighthouse stood at the edge of the sea, and every evening the keeper climbed")
+    text = "The lighthouse stood at the edge of the sea, and every evening the keeper climbed"
+    ids = lm.tokenizer.encode(text)
     written = replace(lm, decoder=decoder).generate_ids([ids], max_new_tokens=100, stop_at_eos=False)[0]
+    whole = torch.tensor([ids + written[:-1]])
     with torch.inference_mode():
-        theirs = hf_model(torch.tensor([ids + written[:-1]])).logits[0, len(ids) - 1:]
+        theirs = hf_model(whole).logits[0, len(ids) - 1:]
         cache, steps = decoder.new_cache(), []
-        for piece in torch.tensor([ids + written[:-1]]).split([len(ids)] + [1] * 99, 1):
-            steps.append(decoder(piece, cache)[0, -1])
+        for piece in whole.split([len(ids)] + [1] * 99, 1): steps.append(decoder(piece, cache)[0, -1])
     assert written == theirs.argmax(-1).tolist()
-    print("\n100 tokens with the kernels: largest logit difference to transformers "
-          f"{worst(torch.stack(steps), theirs):.1e}")
-    assert worst(torch.stack(steps), theirs) <= 2e-3
+    difference = worst(torch.stack(steps), theirs)
+    print(f"\n100 tokens with the kernels: largest logit difference to transformers {difference:.1e}")
+    assert difference <= 2e-3
     per_step = dict(linear=211, rms_norm=61, rotate=30, attention=30)
     assert all(names.count(name) >= 2 * 99 * n for name, n in per_step.items()), "the kernels did not run"

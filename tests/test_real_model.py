@@ -8,9 +8,8 @@ from llm_workbench.architecture.ops import REFERENCE, TORCH
 from checks import cached_is_uncached, ragged_is_single, worst
 
 PROMPTS = ["Why is the sky blue?", "Write a short poem about rain.", "List three prime numbers.", "def fibonacci(n):",
-           "Translate 'good morning' into French.", "What is the capital of Peru?", "Once upon a time, in a small "
-                                                                                    "village,", "Explain gravity to a "
-                                                                                                "child."]
+           "Translate 'good morning' into French.", "What is the capital of Peru?",
+           "Once upon a time, in a small village,", "Explain gravity to a child."]
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +39,17 @@ def test_fused_ops_equal_the_reference(lm, ours, prose_ids):
 
 @pytest.fixture(scope="module")
 def continuations(lm):
-    """Token ids of the eight prompts in the chat template, and our greedy 128 tokens for each, written as one ragged
-    batch."""
-    ids = [lm.tokenizer.encode(lm.tokenizer.chat([{"role": "user", "content": p}]), special=True) for p in PROMPTS]
+    "Token ids of the eight prompts in the chat template, and our greedy 128 tokens for each, written as one batch."
+    ids = [lm.chat_ids(p) for p in PROMPTS]
     return list(zip(ids, lm.generate_ids(ids, max_new_tokens=128, stop_at_eos=False)))
 
 
 def test_greedy_continuations_are_those_of_transformers(continuations, hf_model):
-    """Every token is the one that transformers ranks first after the same prefix: its greedy continuation, in one pass
-    a prompt."""
+    "Every token is the one that transformers ranks first after the same prefix: its greedy continuation, in one pass."
     for prompt, (ids, ours) in zip(PROMPTS, continuations):
         assert len(ours) == 128
-        with torch.inference_mode():
-            theirs = hf_model(torch.tensor([ids + ours[:-1]])).logits[0, len(ids) - 1:].argmax(-1).tolist()
+        with torch.inference_mode(): logits = hf_model(torch.tensor([ids + ours[:-1]])).logits
+        theirs = logits[0, len(ids) - 1:].argmax(-1).tolist()
         same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), 128)
         assert ours == theirs, f"{prompt!r}: the first {same} of 128 tokens agree"
 
@@ -60,10 +57,10 @@ def test_greedy_continuations_are_those_of_transformers(continuations, hf_model)
 @pytest.mark.parametrize("number", [0, 4])
 def test_greedy_continuation_equals_generate(continuations, hf_model, number):
     ids, ours = continuations[number]
-    theirs = hf_model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                               max_new_tokens=128, min_new_tokens=128, do_sample=False,
-                               eos_token_id=None)[0, len(ids):].tolist()
-    assert ours == theirs
+    prompt = torch.tensor([ids])
+    theirs = hf_model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=128, min_new_tokens=128,
+                               do_sample=False, eos_token_id=None)
+    assert ours == theirs[0, len(ids):].tolist()
 
 
 def test_cached_is_uncached_at_every_split(lm, prose_ids):

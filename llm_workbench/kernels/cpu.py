@@ -154,16 +154,16 @@ void run(const T *w, const float *x, const T *bias, T *y, int64_t outs, int64_t 
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2}   # more rows than this: torch's matrix product is as fast, or faster
 
 def takes(first: Tensor, *others: Tensor) -> bool:
-    "Whether the kernels can work on these: on the CPU, contiguous, all fp32 or all bf16, and no gradient is asked for."
+    "Whether the kernels can work on these: CPU, contiguous, all fp32 or all bf16, no gradient, not while compiling."
     dtype = first.dtype
-    return (dtype in DEFINES and not torch.is_grad_enabled() and first.is_cpu and first.is_contiguous()
-            and all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in others))
+    if dtype not in DEFINES or torch.is_grad_enabled() or torch.compiler.is_compiling(): return False
+    return all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in (first, *others))
 
 def linear(x: Tensor,                   # (..., in)
            weight: Tensor,              # (out, in)
            bias: Tensor | None = None,  # (out,)
           ) -> Tensor:                  # (..., out)
-    "`architecture.norms_and_mlps.linear` for a few rows, in C."
+    "`architecture.matrices.linear` for a few rows, in C."
     outs, ins = weight.shape
     given = (x, weight) if bias is None else (x, weight, bias)
     fits = (x.shape[-1] == ins and 0 < x.numel() <= ins * MOST_ROWS.get(x.dtype, 0)
