@@ -203,8 +203,8 @@ def in_fresh_python(code):
 
 
 def test_import_costs_less_than_a_third_of_a_second_beyond_torch():
-    code = ("import json, time; import torch; start = time.perf_counter(); import llm_workbench; "
-            "print(json.dumps(time.perf_counter() - start))")
+    code = ("import json, time; import torch; start = time.process_time(); import llm_workbench; "
+            "print(json.dumps(time.process_time() - start))")
     assert min(in_fresh_python(code) for _ in range(5)) < 0.3
 
 

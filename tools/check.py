@@ -44,20 +44,22 @@ def hygiene():
     return not found
 
 
-def notebooks():
-    # One process each, so that no chapter sees what another left behind; two at a time with one thread each,
-    # because more threads than cores spin against each other and are many times slower.
-    workers = min(2, os.cpu_count())
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))}
+# Two processes at a time, and the cores shared among their threads: more threads than cores spin against each other
+# and are many times slower.
+WORKERS = min(2, os.cpu_count())
+SHARED = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // WORKERS))}
 
+
+def notebooks():
+    # One process each, so that no chapter sees what another left behind.
     def run(path):
         start = time.time()
         command = ["nbdev_test", "--path", str(path), "--n_workers", "0"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **SHARED}, capture_output=True, text=True)
         return path, done, time.time() - start
 
     good = True
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for path, done, seconds in pool.map(run, all_notebooks()):
             print(f"{seconds:6.1f} s  {path.relative_to(ROOT)}{'  FAILED' if done.returncode else ''}", flush=True)
             if done.returncode: print(done.stdout, done.stderr, sep="\n")
@@ -66,7 +68,8 @@ def notebooks():
 
 
 def pytest():
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "--durations=15", "tests"], cwd=ROOT).returncode == 0
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=15", "-n", str(WORKERS), "--dist", "loadfile", "tests"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **SHARED}).returncode == 0
 
 
 STEPS = dict(exported=exported, clean=clean, hygiene=hygiene, notebooks=notebooks, pytest=pytest)
