@@ -68,7 +68,8 @@ def notebooks():
 
 
 def pytest():
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=15", "-n", str(WORKERS), "--dist", "loadfile", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=15", "tests"]
+    command += ["-n", str(WORKERS), "--dist", "loadfile"]   # a file's tests stay together: its fixtures are made once
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **SHARED}).returncode == 0
 
 
