@@ -141,6 +141,9 @@ def test_messages_are_checked():
     for bad in ("hello", [{"content": "x"}], ["x"], [{"role": 1}], None, 3):
         with pytest.raises(InputError, match="role"): tok().chat(bad)
     with pytest.raises(InputError, match="plain values"): tok().chat([{"role": "user", "content": object()}])
+    for content in (None, 5, ["a"]):
+        talk = [*TALK[:1], {"role": "user", "content": content}]
+        with pytest.raises(InputError, match=r"messages\[1\] has no text"): tok().chat(talk)
     with pytest.raises(InputError, match="JSON schema"): render_chat(TOOLS, TALK, tools=[print])
     for bad in (None, b"{{ 1 }}", 3):
         with pytest.raises(InputError, match="Jinja source"): render_chat(bad, TALK)

@@ -174,8 +174,8 @@ def plain_values(value: object) -> object:
 
 # %% ../../nbs/04_text/05_chat_templates.ipynb #c0d441a1
 @contextmanager
-def _named_errors():
-    "Whatever goes wrong in a template ends in one of our errors."
+def _named_errors(messages: list[dict]):
+    "Whatever goes wrong in a template ends in one of our errors: the template's, or that of a message without text."
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import SecurityError
     try: yield
@@ -185,7 +185,10 @@ def _named_errors():
     except TemplateSyntaxError as e:
         raise CheckpointError(f"The chat template is not valid Jinja (line {e.lineno}: {e.message}).") from e
     except Exception as e:
-        raise CheckpointError(f"The chat template fails on this conversation ({type(e).__name__}: {e}).") from e
+        why = f"({type(e).__name__}: {e})"
+        odd = [i for i, message in enumerate(messages) if not isinstance(message.get("content"), str)]
+        if odd: raise InputError(f"The chat template fails {why}: messages[{odd[0]}] has no text as its content.") from e
+        raise CheckpointError(f"The chat template fails on this conversation {why}.") from e
 
 # %% ../../nbs/04_text/05_chat_templates.ipynb #1e396850
 def _written(template: str, values: dict) -> str:
@@ -218,5 +221,5 @@ def render_chat(template: str,         # Jinja source
     values["messages"] = plain_values(messages)
     token = _budget.set([MAX_STEPS, time.monotonic() + MAX_SECONDS])
     try:
-        with _named_errors(): return _written(template, values)
+        with _named_errors(messages): return _written(template, values)
     finally: _budget.reset(token)
