@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layout', 'pack_codes', 'unpack_codes', 'Packed', 'Format', 'check_weight', 'check_importance']
 
-# %% ../../nbs/08_quantization/02_packing.ipynb #a6469169
+# %% ../../nbs/08_quantization/02_packing.ipynb #f1e8549c
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError
 
-# %% ../../nbs/08_quantization/02_packing.ipynb #2aa30b36
+# %% ../../nbs/08_quantization/02_packing.ipynb #c0fe5237
 def pack_codes(
     codes: Tensor,    # (..., n) whole numbers, 0 to 2**bits - 1; n * bits a multiple of 8
     bits: int,        # b, 1 to 8
@@ -47,7 +47,7 @@ def _check_width(bits, n):
     if n * bits % 8:
         raise InputError(f"{n} codes of {bits} bits are no whole bytes: give a multiple of {8 // math.gcd(8, bits)}")
 
-# %% ../../nbs/08_quantization/02_packing.ipynb #3bb25af3
+# %% ../../nbs/08_quantization/02_packing.ipynb #3576a0b2
 @dataclass(frozen=True)
 class Packed:
     "A weight in some format: its tensors by name, `data` (the codes) among them."
@@ -72,7 +72,7 @@ class Packed:
         lead = torch.empty(self.shape[:-1], device="meta")[rows].shape
         return Packed(self.format, (*lead, self.shape[-1]), own)
 
-# %% ../../nbs/08_quantization/02_packing.ipynb #f853703e
+# %% ../../nbs/08_quantization/02_packing.ipynb #a417d885
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]     # of each tensor: its shape and its dtype
 
 class Format:
@@ -100,14 +100,17 @@ class Format:
         self.check(packed)
         return self._unpack(packed.tensors, packed.shape, dtype)
 
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        "Bytes that a weight of this shape takes, scales and all."
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in self.layout(tuple(shape)).values())
+
     def bits(self, shape: tuple[int, ...]) -> float:
-        "Bits per weight of a matrix of this shape, scales and all."
-        nbytes = sum(math.prod(size) * dtype.itemsize for size, dtype in self.layout(tuple(shape)).values())
-        return 8 * nbytes / math.prod(shape)
+        "Bits per weight of this shape, scales and all."
+        return 8 * self.nbytes(shape) / math.prod(shape)
 
     def __repr__(self) -> str: return f"<{self.name}>"
 
-# %% ../../nbs/08_quantization/02_packing.ipynb #1af9319d
+# %% ../../nbs/08_quantization/02_packing.ipynb #930bc619
 def check_weight(weight: Tensor, format: Format) -> None:
     "Raise InputError unless `format` can pack this weight."
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
@@ -128,7 +131,7 @@ def check_importance(importance: Tensor, columns: int) -> None:
     if not (importance.isfinite().all() and (importance >= 0).all()):
         raise InputError("the importance holds negative numbers, NaN or infinity: give mean squares of inputs")
 
-# %% ../../nbs/08_quantization/02_packing.ipynb #5290a388
+# %% ../../nbs/08_quantization/02_packing.ipynb #a147b2e8
 @patch
 def check(self: Format, packed: Packed) -> None:
     "Raise CheckpointError unless the tensors are those of the layout."
