@@ -135,7 +135,8 @@ def check_importance(importance: Tensor, columns: int) -> None:
 @patch
 def check(self: Format, packed: Packed) -> None:
     "Raise CheckpointError unless the tensors are those of the layout."
-    if not packed.shape or any(not isinstance(n, int) or n < 1 for n in packed.shape) or len(packed.shape) < 2:
+    sizes = packed.shape                                                       # no rows are fine, no columns are not
+    if len(sizes) < 2 or any(not isinstance(n, int) or n < 0 for n in sizes) or not sizes[-1]:
         raise CheckpointError(f"{packed.shape} is no shape of a weight: the file is damaged")
     if packed.shape[-1] % self.columns:
         raise CheckpointError(f"{packed.shape[-1]} columns are not whole groups of {self.columns} of {self.name}")
