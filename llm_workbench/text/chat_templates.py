@@ -175,7 +175,7 @@ def plain_values(value: object) -> object:
 # %% ../../nbs/04_text/05_chat_templates.ipynb #c0d441a1
 @contextmanager
 def _named_errors(messages: list[dict]):
-    "Whatever goes wrong in a template ends in one of our errors: the template's, or that of a message without text."
+    "Whatever goes wrong ends in one of our errors: the template's, or that of a message without text."
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import SecurityError
     try: yield
@@ -187,7 +187,7 @@ def _named_errors(messages: list[dict]):
     except Exception as e:
         why = f"({type(e).__name__}: {e})"
         odd = [i for i, message in enumerate(messages) if not isinstance(message.get("content"), str)]
-        if odd: raise InputError(f"The chat template fails {why}: messages[{odd[0]}] has no text as its content.") from e
+        if odd: raise InputError(f"messages[{odd[0]}] has no text as its content: the template fails {why}.") from e
         raise CheckpointError(f"The chat template fails on this conversation {why}.") from e
 
 # %% ../../nbs/04_text/05_chat_templates.ipynb #1e396850
