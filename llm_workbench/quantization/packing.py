@@ -25,10 +25,7 @@ def pack_codes(
     _check_width(bits, codes.shape[-1])
     if codes.numel() and not 0 <= codes.min() <= codes.max() < 2**bits:
         raise InputError(f"codes go from {codes.min()} to {codes.max()}: {bits} bits hold 0 to {2**bits - 1}")
-    at = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = (codes.to(torch.uint8)[..., None] >> at & 1).flatten(-2)                  # (..., n * b) zeros and ones
-    place = torch.arange(8, device=codes.device, dtype=torch.uint8)
-    return (stream.unflatten(-1, (-1, 8)) << place).sum(-1, dtype=torch.uint8)
+    return _regroup(codes.to(torch.uint8), bits, 8)
 
 def unpack_codes(
     data: Tensor,     # (..., bytes) uint8
@@ -36,11 +33,14 @@ def unpack_codes(
 ) -> Tensor:          # (..., 8 * bytes / bits) uint8
     "What `pack_codes` packed."
     _check_width(bits, data.shape[-1] * 8 // bits)
-    if bits == 8: return data
-    place = torch.arange(8, device=data.device, dtype=torch.uint8)
-    stream = (data[..., None] >> place & 1).flatten(-2)                                # (..., n * b)
-    at = torch.arange(bits, device=data.device, dtype=torch.uint8)
-    return (stream.unflatten(-1, (-1, bits)) << at).sum(-1, dtype=torch.uint8)
+    return _regroup(data, 8, bits)
+
+def _regroup(numbers: Tensor, wide: int, into: int) -> Tensor:
+    "A stream of numbers of `wide` bits cut into numbers of `into` bits."
+    common = math.gcd(wide, into)                                    # bits that stay together: 4 for nibbles and bytes
+    def places(width): return torch.arange(0, width, common, device=numbers.device, dtype=torch.uint8)
+    pieces = (numbers[..., None] >> places(wide) & 2**common - 1).flatten(-2)
+    return (pieces.unflatten(-1, (-1, into // common)) << places(into)).sum(-1, dtype=torch.uint8)
 
 def _check_width(bits, n):
     if not isinstance(bits, int) or not 1 <= bits <= 8: raise InputError(f"a code has 1 to 8 bits, not {bits}")
