@@ -17,27 +17,27 @@ from ..errors import InputError
 # %% ../../nbs/08_quantization/01_number_formats.ipynb #788994af
 @dataclass(frozen=True)
 class FloatFormat:
-    "What the bits of a float mean: sign first, then the exponent's field, then the mantissa. Raises InputError."
+    "What the bits of a float mean: sign, the exponent's field, mantissa. Raises InputError for what cannot be."
     name: str
     exponent: int             # e, bits of the exponent's field; 0: whole numbers
     mantissa: int             # m, bits
     bias: int                 # field f stands for 2**(f - bias)
-    top: str                  # the last codes: "ieee" infinity and NaNs, "nan" one NaN, "finite" numbers like all others
+    top: str                  # the last codes: "ieee" infinity and NaNs, "nan" one NaN, "finite" numbers
     signed: bool = True
-    subnormals: bool = True   # field 0 has no leading one; without them it is a field like the others, and nothing is 0
+    subnormals: bool = True   # field 0 has no leading one; False: it has, and no code is zero
 
     def __post_init__(self):
         if self.top not in ("ieee", "nan", "finite"):
             raise InputError(f"top of {self.name} is {self.top!r}: give 'ieee', 'nan' or 'finite'")
-        if self.exponent < 0 or self.mantissa < 0 or self.last < 1:
-            raise InputError(f"{self.name} has {self.exponent} bits of exponent and {self.mantissa} of mantissa: too few")
+        if min(self.exponent, self.mantissa - (self.top == "ieee")) < 0 or self.last < 1:
+            raise InputError(f"{self.name} has {self.exponent} bits of exponent, {self.mantissa} of mantissa: too few")
         if self.emin - self.mantissa < -149 or (self.last >> self.mantissa) - self.bias > 127:
-            raise InputError(f"{self.name} reaches beyond float32, which decode answers in: give it another bias")
+            raise InputError(f"{self.name} reaches beyond float32, which `decode` returns: give it another bias")
 
     @property
     def bits(self) -> int: return self.signed + self.exponent + self.mantissa
     @property
-    def emin(self) -> int: return self.subnormals - self.bias        # exponent of the smallest numbers' step
+    def emin(self) -> int: return self.subnormals - self.bias   # the lowest exponent
     @property
     def last(self) -> int:
         "The code of the largest number."
@@ -65,22 +65,24 @@ def decode(
     format: FloatFormat,
 ) -> Tensor:                # float32, same shape
     "The numbers that codes stand for. Raises InputError for what is no code."
-    _check_codes(codes, format)
+    codes = _checked_codes(codes, format)
     e, m = format.exponent, format.mantissa
-    size = codes.long() & (1 << e + m) - 1                        # the code without its sign
+    size = codes & (1 << e + m) - 1                               # the code without its sign
     field, digits = size >> m, size & (1 << m) - 1
     leading = (field > 0) | (not format.subnormals)
     step = _power_of_two((field - format.bias).clamp(min=format.emin) - m)
     x = (digits + (leading << m)) * step
     beyond = torch.where(size == format.last + 1, torch.inf, torch.nan) if format.top == "ieee" else torch.nan
     x = torch.where(size > format.last, beyond, x)
-    return torch.where(codes.long() >> e + m > 0, -x, x).float()
+    return torch.where(codes >> e + m > 0, -x, x).float()
 
-def _check_codes(codes, format):
+def _checked_codes(codes, format):
     if codes.is_floating_point() or codes.is_complex():
         raise InputError(f"codes are whole numbers, not {codes.dtype}: `encode` makes them from floats")
+    codes = codes.long()
     if codes.numel() and not 0 <= codes.min() <= codes.max() < 2**format.bits:
         raise InputError(f"codes go from {codes.min()} to {codes.max()}: {format.name} has 0 to {2**format.bits - 1}")
+    return codes
 
 # %% ../../nbs/08_quantization/01_number_formats.ipynb #2435e076
 def values(format: FloatFormat) -> Tensor:   # (2**bits,) float32
@@ -101,13 +103,14 @@ def encode(
     format: FloatFormat,
     saturate: bool = False,  # what is too large becomes the largest number, not infinity or NaN
 ) -> Tensor:                 # int64 codes, same shape
-    """The code of the nearest number; of two equally near ones that with an even mantissa. What is too large becomes what
-    the format has there. Raises InputError where it has nothing: NaN, negative numbers."""
+    """The code of the nearest number; of two equally near ones, that with an even mantissa. What is too large becomes
+    infinity, NaN or the largest number, as the format has it. Raises InputError for NaN or negative numbers where the
+    format has none."""
     _check_numbers(x, format)
     x = x.detach().double()
     size, m = x.abs(), format.mantissa
-    e = ((size.view(torch.int64) >> 52) - 1023).clamp(format.emin, 1023)                    # size is below 2**(e + 1)
-    steps = torch.where(size.isfinite(), size * _power_of_two(m - e), 0).round().long()     # half to even
+    e = ((size.view(torch.int64) >> 52) - 1023).clamp(format.emin, 1023)   # 2**e <= size < 2**(e + 1), if not clamped
+    steps = torch.where(size.isfinite(), size * _power_of_two(m - e), 0).round().long()   # half to even
     code = (e + format.bias - 1 << m) + steps               # a full mantissa counts on into the exponent
     code = code.clamp(0, format.last + (not saturate and format.top != "finite"))
     code = torch.where(x.isnan(), (1 << format.exponent + m) - 1, code)
@@ -120,6 +123,7 @@ def _check_numbers(x, format):
     if not format.signed and (x < 0).any():
         raise InputError(f"{format.name} has no sign: give numbers that are not negative")
 
+# %% ../../nbs/08_quantization/01_number_formats.ipynb #41cb62ae
 def round_to(
     x: Tensor,               # floats, any shape
     format: FloatFormat,
