@@ -48,7 +48,7 @@ def _check_width(bits, n):
         raise InputError(f"{n} codes of {bits} bits are no whole bytes: give a multiple of {8 // math.gcd(8, bits)}")
 
 # %% ../../nbs/08_quantization/02_packing.ipynb #3576a0b2
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     "A weight in some format: its tensors by name, `data` (the codes) among them."
     format: "Format"
