@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'Keep', 'PackedMatrix', 'PackedStack', 'format_of', 'packs', 'hold', 'quantize', 'check_plan', 'as_stored',
            'as_format']
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #4560420f
+# %% ../../nbs/08_quantization/08_formats.ipynb #242f724b
 from collections.abc import Callable
 
 import torch
@@ -17,10 +17,11 @@ from ..architecture.matrices import FEW, Matrix, Stack, swapped
 from ..display import progress
 from ..errors import InputError, UnsupportedError, did_you_mean
 from ..files.parts import Part, is_blocks
+from .gguf_blocks import UNPACK, BlockFormat
 from .packing import Format, Packed
 from .round_to_nearest import Binary, Integers, Ternary
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #3563058e
+# %% ../../nbs/08_quantization/08_formats.ipynb #37e1a88c
 class _Holder(nn.Module):
     "What packed matrices and stacks have in common: the tensors of a `Packed` as buffers."
     def __init__(self,
@@ -31,10 +32,15 @@ class _Holder(nn.Module):
         nn.Module.__init__(self)
         self.format, self.shape, self.names, self._dtype = packed.format, packed.shape, tuple(packed.tensors), dtype
         for name, tensor in packed.tensors.items(): self.register_buffer(name, tensor)
-        self.bias = bias
+        self.bias, self._packed = bias, packed
 
     @property
-    def packed(self) -> Packed: return Packed(self.format, self.shape, {n: self._buffers[n] for n in self.names})
+    def packed(self) -> Packed:
+        "The same object as long as the tensors are the same: kernels remember what they worked out for it."
+        tensors = {n: self._buffers[n] for n in self.names}
+        if any(t is not self._packed.tensors[n] for n, t in tensors.items()):
+            self._packed = Packed(self.format, self.shape, tensors)
+        return self._packed
     @property
     def device(self) -> torch.device: return self._buffers["data"].device
     @property
@@ -51,7 +57,7 @@ class _Holder(nn.Module):
         for name, tensor in packed.items(): self._buffers[name] = tensor.to(like.device)
         return self
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #a2c8d1ac
+# %% ../../nbs/08_quantization/08_formats.ipynb #eaefbb17
 class PackedMatrix(_Holder, Matrix):
     "A matrix kept in a format; `ops.packed_linear` multiplies by it."
     def forward(self, x: Tensor, ops) -> Tensor:                                       # (..., I) -> (..., O)
@@ -61,7 +67,7 @@ class PackedMatrix(_Holder, Matrix):
         found = self.packed[ids.flatten()].unpack(dtype or self.dtype)                 # only these are unpacked
         return found.view(*ids.shape, -1)
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #417c3bcc
+# %% ../../nbs/08_quantization/08_formats.ipynb #e57e36e7
 class PackedStack(_Holder, Stack):
     "Many matrices of one shape in one format, each unpacked only when rows are multiplied by it."
     def forward(self, x: Tensor, which: Tensor | None, ops) -> Tensor:   # (N, I), or (..., S, I) without `which`
@@ -78,7 +84,7 @@ class PackedStack(_Holder, Stack):
         done = [ops.packed_linear(rows, self.packed[i], None) for i, rows in groups if len(rows) or not len(x)]
         return torch.cat(done)[order.argsort()]
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #97100983
+# %% ../../nbs/08_quantization/08_formats.ipynb #652f9c88
 def _named(formats) -> dict[str, Format]: return {f.name: f for f in formats}
 
 FORMATS: dict[str, Format] = _named([
@@ -86,6 +92,7 @@ FORMATS: dict[str, Format] = _named([
     *(Integers(bits, group) for bits in (4, 3, 2) for group in (32, 64, 128)),
     *(Integers(bits, group, symmetric=False) for bits in (8, 4, 3, 2) for group in (32, 64, 128)),
     Ternary(), Binary(),
+    *(BlockFormat(kind.lower()) for kind in UNPACK),
 ])
 
 def format_of(format: str | Format) -> Format:
@@ -96,7 +103,7 @@ def format_of(format: str | Format) -> Format:
                          f"{did_you_mean(format, FORMATS)}")
     return FORMATS[format]
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #ddd02ab2
+# %% ../../nbs/08_quantization/08_formats.ipynb #be252645
 def packs(name: str, module: nn.Module) -> bool:
     "Whether `quantize` packs this by default: matrices and stacks, but no routers."
     return isinstance(module, (Matrix, Stack)) and not name.endswith((".gate", ".shared_expert_gate"))
@@ -132,7 +139,7 @@ def check_plan(plan: dict[str, tuple[nn.Module, Format]]) -> None:
 
 def _shape(module): return module.shape if isinstance(module, _Holder) else module.weight.shape
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #9e18f483
+# %% ../../nbs/08_quantization/08_formats.ipynb #1aaeba1c
 Keep = Callable[[str, nn.Module, Part], nn.Module | None]
 
 def as_stored(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
