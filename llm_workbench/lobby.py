@@ -4,38 +4,53 @@ from pathlib import Path
 import torch
 
 from llm_workbench.architecture.ops import TORCH, Ops
-from llm_workbench.errors import InputError, UnsupportedError
+from llm_workbench.errors import InputError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.inference.generation import LM
-from llm_workbench.kernels import cpu
+from llm_workbench.kernels import cpu, packed_cpu
+from llm_workbench.quantization.formats import Keep, as_format, as_stored, format_of
+from llm_workbench.quantization.packing import Format
 
 
 def load(source: str | Path | None = None,  # None: the embedded model; a folder, a .gguf file, or a hub id: "org/name"
-         *, dtype: torch.dtype = torch.float32,   # what the weights are kept in
+         *, dtype: torch.dtype = torch.float32,   # of the numbers between matrices, and of matrices that are not packed
          device: str | torch.device = "cpu",
-         weights: str | None = None,              # a format to keep the matrices in; None: as `dtype` says
+         weights: str | Format | None = None,     # how matrices are kept: see `keeping`
          ops: Ops | None = None,                  # how each primitive is computed; None: the fastest that there is here
          ) -> LM:
     """Open a checkpoint and make it ready to be asked.
 
     Raises SourceError, CheckpointError or UnsupportedError; InputError for a wrong argument or an absent device."""
-    if weights is not None:
-        raise UnsupportedError(f"weights={weights!r}: no packed formats are built yet; leave it out, or choose a dtype")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16")
     if ops is not None and not isinstance(ops, Ops):
         raise InputError(f"ops is {ops!r}: give a set of functions, such as TORCH of llm_workbench.architecture.ops")
     device = usable(device)
-    checkpoint = open_checkpoint(source)
     ops = fastest_ops(device) if ops is None else ops
-    decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype=dtype, device=device, ops=ops)
+    keep = keeping(weights, dtype, device, ops)
+    checkpoint = open_checkpoint(source)
+    decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, device, ops, keep)
     return LM(decoder, checkpoint.tokenizer, checkpoint.card)
+
+
+def keeping(weights: str | Format | None,  # "stored", "dense", a format or its name; None: the fastest that there is
+            dtype: torch.dtype, device: torch.device, ops: Ops) -> Keep | None:
+    """How `Decoder.from_checkpoint` shall keep matrices.
+
+    "stored" keeps the file's own blocks where there are any, "dense" keeps tensors of `dtype`. None is "stored" for
+    the formats that the C kernels multiply by, if these are the ops, and dense for all else. Raises InputError for an
+    unknown format."""
+    if weights == "dense": return None
+    if weights == "stored": return as_stored(dtype, device)
+    if weights is not None: return as_format(format_of(weights), dtype, device)
+    return as_stored(dtype, device, packed_cpu.BLOCKS) if ops is packed_cpu.CPU else None
 
 
 def fastest_ops(device: str | torch.device = "cpu") -> Ops:
     "C kernels on a CPU (TORCH and a warning where there is no compiler), TORCH elsewhere."
-    return cpu.fastest() if torch.device(device).type == "cpu" else TORCH
+    if torch.device(device).type != "cpu": return TORCH
+    return packed_cpu.CPU if cpu.fastest() is cpu.CPU else TORCH
 
 
 def usable(device: str | torch.device) -> torch.device:

@@ -45,6 +45,11 @@ class Decoder(nn.Module):
         "Of the residual stream."
         return self.embed_tokens.dtype
 
+    @property
+    def nbytes(self) -> int:
+        "Bytes of all weights, as they are kept."
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+
     # (B, T) -> (B, T, V)
     def forward(self, tokens: Tensor, cache: Cache | None = None, counts=None, **where) -> Tensor:
         "Logits for every token; see `hidden` for the arguments."

@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'Keep', 'PackedMatrix', 'PackedStack', 'format_of', 'packs', 'hold', 'quantize', 'check_plan', 'as_stored',
            'as_format']
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #242f724b
-from collections.abc import Callable
+# %% ../../nbs/08_quantization/08_formats.ipynb #f12e2da8
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .gguf_blocks import UNPACK, BlockFormat
 from .packing import Format, Packed
 from .round_to_nearest import Binary, Integers, Ternary
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #37e1a88c
+# %% ../../nbs/08_quantization/08_formats.ipynb #29a8e0dd
 class _Holder(nn.Module):
     "What packed matrices and stacks have in common: the tensors of a `Packed` as buffers."
     def __init__(self,
@@ -57,7 +57,7 @@ class _Holder(nn.Module):
         for name, tensor in packed.items(): self._buffers[name] = tensor.to(like.device)
         return self
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #eaefbb17
+# %% ../../nbs/08_quantization/08_formats.ipynb #ccb953cd
 class PackedMatrix(_Holder, Matrix):
     "A matrix kept in a format; `ops.packed_linear` multiplies by it."
     def forward(self, x: Tensor, ops) -> Tensor:                                       # (..., I) -> (..., O)
@@ -67,7 +67,7 @@ class PackedMatrix(_Holder, Matrix):
         found = self.packed[ids.flatten()].unpack(dtype or self.dtype)                 # only these are unpacked
         return found.view(*ids.shape, -1)
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #e57e36e7
+# %% ../../nbs/08_quantization/08_formats.ipynb #bfecdbdf
 class PackedStack(_Holder, Stack):
     "Many matrices of one shape in one format, each unpacked only when rows are multiplied by it."
     def forward(self, x: Tensor, which: Tensor | None, ops) -> Tensor:   # (N, I), or (..., S, I) without `which`
@@ -84,7 +84,7 @@ class PackedStack(_Holder, Stack):
         done = [ops.packed_linear(rows, self.packed[i], None) for i, rows in groups if len(rows) or not len(x)]
         return torch.cat(done)[order.argsort()]
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #652f9c88
+# %% ../../nbs/08_quantization/08_formats.ipynb #328eba11
 def _named(formats) -> dict[str, Format]: return {f.name: f for f in formats}
 
 FORMATS: dict[str, Format] = _named([
@@ -103,7 +103,7 @@ def format_of(format: str | Format) -> Format:
                          f"{did_you_mean(format, FORMATS)}")
     return FORMATS[format]
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #be252645
+# %% ../../nbs/08_quantization/08_formats.ipynb #a8af2452
 def packs(name: str, module: nn.Module) -> bool:
     "Whether `quantize` packs this by default: matrices and stacks, but no routers."
     return isinstance(module, (Matrix, Stack)) and not name.endswith((".gate", ".shared_expert_gate"))
@@ -139,16 +139,21 @@ def check_plan(plan: dict[str, tuple[nn.Module, Format]]) -> None:
 
 def _shape(module): return module.shape if isinstance(module, _Holder) else module.weight.shape
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #1aaeba1c
+# %% ../../nbs/08_quantization/08_formats.ipynb #9e319d65
 Keep = Callable[[str, nn.Module, Part], nn.Module | None]
 
-def as_stored(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
+def as_stored(
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    only: Container[str] = FORMATS,      # formats to keep; others are unpacked
+) -> Keep:
     "For `from_checkpoint(keep=...)`: keep the file's own blocks where there are any."
     def keep(name, old, part):
-        if not is_blocks(part.type) or part.type.lower() not in FORMATS or not packs(name, old): return None
+        kind = part.type.lower()
+        if not is_blocks(part.type) or kind not in FORMATS or kind not in only or not packs(name, old): return None
         try: data = part.packed()
         except UnsupportedError: return None                               # computed from what is stored
-        return hold(old, Packed(FORMATS[part.type.lower()], part.shape, {"data": data.clone().to(device)}), dtype)
+        return hold(old, Packed(FORMATS[kind], part.shape, {"data": data.clone().to(device)}), dtype)
     return keep
 
 def as_format(format: str | Format, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
