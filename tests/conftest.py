@@ -57,9 +57,9 @@ def hf_model(gguf_path):
 
 @pytest.fixture(scope="session")
 def lm():
-    "The embedded model in our decoder, fp32."
+    "The embedded model in our decoder, all of it in float32."
     import llm_workbench
-    return llm_workbench.load()
+    return llm_workbench.load(weights="dense")
 
 
 def pytest_addoption(parser):
