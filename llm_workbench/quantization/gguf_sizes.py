@@ -7,7 +7,7 @@ __all__ = ['OUTSIDE', 'FUSED_QKV', 'STACKS', 'PLAIN_FILES', 'SIMPLE', 'BASE', 'T
            'gguf_shapes', 'Facts', 'facts_of', 'outer_type', 'more', 'value_type', 'down_type', 'inner_type', 'fitting',
            'is_matrix', 'types_of', 'tensor_types', 'predict_bytes', 'predict_bits']
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #c62eba54
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #43c6e5e2
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +21,7 @@ from ..families.loading import shapes_of
 from ..families.table import family_of, read_config
 from .gguf_blocks import block_type
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #ec60d1d1
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #db9edd5f
 OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "layers": "blk"}
 FUSED_QKV = {"falcon", "gptneox", "phi3", "dbrx"}     # architectures whose files keep Q, K and V in one tensor
 STACKS = [Entry((f"{GATE_UP}.weight",), ("ffn_gate_exps.weight", "ffn_up_exps.weight"), join=lambda t: t.chunk(2, 1)),
@@ -43,7 +43,7 @@ def _rope_shapes(c):
     kinds = {"llama3": ("rope_freqs",), "longrope": ("rope_factors_long", "rope_factors_short")}
     return {f"{name}.weight": pairs for name in kinds.get(c.rope_parameters.get("rope_type"), ())}
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #a156e920
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #a3ee472d
 PLAIN_FILES = ("F32", "F16", "BF16")
 SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ3_XXS",
           "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0")
@@ -66,7 +66,7 @@ class Facts:
     falcon: bool
     large: bool          # what llama.cpp calls 70B
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #f23e60e9
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #be4835ab
 def facts_of(config: Mapping, mixture: str, importance: bool = False) -> Facts:
     "What the rules ask for. Raises UnsupportedError for an unknown mixture."
     if mixture not in BASE:
@@ -78,7 +78,7 @@ def facts_of(config: Mapping, mixture: str, importance: bool = False) -> Facts:
     large = L == 80 and (arch in ("qwen2", "olmo") or arch == "llama" and H != K)
     return Facts(mixture, importance, L, H // K, c.num_experts or 0, c.tie_word_embeddings, arch == "falcon", large)
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #a0cc3dac
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #cd56b24a
 EMBEDDING = TINY | {"IQ3_XXS": "IQ3_S", "TQ1_0": "Q4_K", "TQ2_0": "Q4_K", "Q2_0": "Q4_K"}
 
 def outer_type(f: Facts, output: bool, columns: int) -> str:   # output: the output matrix, or an embedding that is both
@@ -90,7 +90,7 @@ def outer_type(f: Facts, output: bool, columns: int) -> str:   # output: the out
     if m in TINY or m == "IQ3_XXS": return "Q5_K"
     return kind if kind == "Q8_0" else "Q6_K"
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #e89285bb
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #17a532c2
 def more(i: int, n: int) -> bool:
     "Layer i of n is in the first or the last eighth, or every third between."
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
@@ -112,7 +112,7 @@ def value_type(f: Facts, i: int) -> str:
     if f.large and kind in ("Q3_K", "Q4_K"): kind = "Q5_K"
     return "Q8_0" if f.experts == 8 else kind
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #6c35527f
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #96472068
 def down_type(f: Facts, i: int) -> str:
     "The type of the down projection of layer i."
     m, n, kind = f.mixture, f.layers, BASE[f.mixture]
@@ -132,11 +132,12 @@ def down_type(f: Facts, i: int) -> str:
         case "Q4_0" | "Q5_0" if early and f.importance: return m[:-1] + "1"
     return kind
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #8b296aa7
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #9e6b0f35
 OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_XXS": "IQ3_S", "IQ3_M": "Q4_K", "IQ1_S": "IQ2_XXS",
           "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}
 # mixtures that write the attention output of a model with eight experts in Q5_K
-EIGHT = {*TINY, "Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS"}
+EIGHT = {*TINY, "Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL",
+         "IQ4_XS"}
 
 def inner_type(f: Facts, part: str, i: int, stack: bool) -> str:   # part: "attn_q", "ffn_up_exps", ...
     "The type of a matrix, or a stack of them, of layer i."
@@ -153,8 +154,9 @@ def inner_type(f: Facts, part: str, i: int, stack: bool) -> str:   # part: "attn
     middle = f.layers // 8 <= i < 7 * f.layers // 8
     return "IQ3_XXS" if m == "IQ3_XS" and middle and part.startswith(("ffn_gate", "ffn_up")) else kind
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #7ebeb2ae
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #0f69a4fe
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+            **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
             **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")}
 
 def fitting(kind: str, columns: int) -> str:
@@ -162,10 +164,11 @@ def fitting(kind: str, columns: int) -> str:
     items = block_type(kind).items
     if columns % items == 0: return kind
     if kind not in FALLBACK and items > 32:
-        raise UnsupportedError(f"rows of {columns} are not whole {kind} blocks of {items}, and llama.cpp has no other type for them")
+        raise UnsupportedError(f"rows of {columns} weights are not whole {kind} blocks of {items}, and llama.cpp has "
+                               "no other type for them: choose another mixture")
     return "F16" if columns % 32 else FALLBACK[kind]
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #3bbcd4ad
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #8c6b092e
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     "Whether llama.cpp quantizes a tensor: matrices and stacks, but no norms and no routers."
     small = ("_norm.weight", "ffn_gate_inp.weight")
@@ -185,7 +188,7 @@ def types_of(shapes: Mapping[str, tuple[int, ...]], f: Facts) -> dict[str, str]:
         types[name] = kind if f.mixture in PLAIN_FILES or kind == "F32" else fitting(kind, shape[-1])
     return types
 
-# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #8fec8ff1
+# %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #5db23751
 def tensor_types(
     config: Mapping,            # transformers' config.json as a dict
     mixture: str,               # what llama-quantize is asked for, such as "Q4_K_M"
@@ -197,8 +200,8 @@ def tensor_types(
 def predict_bytes(config: Mapping, mixture: str, importance: bool = False) -> int:
     "The bytes of all tensors of the GGUF. Raises UnsupportedError, CheckpointError, InputError."
     shapes = gguf_shapes(config)
-    blocks = ((prod(shapes[name]), block_type(kind)) for name, kind in types_of(shapes, facts_of(config, mixture, importance)).items())
-    return sum(n // block.items * block.nbytes for n, block in blocks)
+    types = types_of(shapes, facts_of(config, mixture, importance))
+    return sum(prod(shapes[name]) // block_type(kind).items * block_type(kind).nbytes for name, kind in types.items())
 
 def predict_bits(config: Mapping, mixture: str, importance: bool = False) -> float:
     "Bits per weight over all tensors of the GGUF. Raises UnsupportedError, CheckpointError, InputError."
