@@ -195,7 +195,7 @@ def search_scale(
         q = nearest_int(inverse_scale * w).clamp(-most, most - 1).float()
         return q, in_order(counts * w * q), in_order(counts * q * q)
     q, wq, qq = attempt(over(-most, top))
-    d = torch.where(qq > 0, wq / qq, 0)
+    d = torch.where(qq != 0, wq / qq, 0)
     best = d * wq
     for step in (*range(-9, 0), *range(1, 10)):
         tried, wq, qq = attempt(-(most + torch.tensor(0.1) * step) / top)

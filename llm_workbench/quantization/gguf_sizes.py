@@ -73,8 +73,7 @@ def facts_of(config: Mapping, mixture: str, importance: bool = False) -> Facts:
         raise UnsupportedError(f"{mixture!r} is no mixture of llama-quantize.{did_you_mean(mixture, BASE)} "
                                f"There are {', '.join(BASE)}")
     c, arch = read_config(config), family_of(config["model_type"]).gguf.architecture
-    L, H = c.num_hidden_layers, c.num_attention_heads
-    K = 1 if c.kv_lora_rank else c.num_key_value_heads          # latent attention: one head for all
+    L, H, K = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads
     large = L == 80 and (arch in ("qwen2", "olmo") or arch == "llama" and H != K)
     return Facts(mixture, importance, L, H // K, c.num_experts or 0, c.tie_word_embeddings, arch == "falcon", large)
 
