@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError, did_you_mean
@@ -76,7 +77,7 @@ def c_quantize(
     written = library.ggml_quantize_chunk(number, weight.data_ptr(), out.data_ptr(), 0, rows, columns,
                                           None if importance is None else importance.data_ptr())
     if written != out.numel():
-        raise UnsupportedError(f"this C library writes {written} bytes of {kind}, not {out.numel()}: it is another version")
+        raise UnsupportedError(f"the C library wrote {written} bytes of {kind}, not {out.numel()}: another version?")
     return out
 
 # %% ../../nbs/08_quantization/05_gguf_blocks.ipynb #7e54aa5f
@@ -194,7 +195,7 @@ def search_scale(
         q = nearest_int(inverse_scale * w).clamp(-most, most - 1).float()
         return q, in_order(counts * w * q), in_order(counts * q * q)
     q, wq, qq = attempt(over(-most, top))
-    d = torch.where(qq > 0, wq / qq, 0)
+    d = torch.where(qq != 0, wq / qq, 0)
     best = d * wq
     for step in (*range(-9, 0), *range(1, 10)):
         tried, wq, qq = attempt(-(most + torch.tensor(0.1) * step) / top)
@@ -213,15 +214,16 @@ def search_scale_and_min(
 ) -> tuple[Tensor, Tensor, Tensor]:   # (N, 1) scale; (N, 1) minimum, at most 0; (N, n) codes
     "make_qkx3_quants in ggml-quants.c: for each scale tried, the best line through the codes by least squares."
     high, m = w.amax(1, keepdim=True), w.gather(1, w.argmin(1, keepdim=True)).clamp(max=0)
-    flat, m_of_flat = high <= m, m
+    flat = high <= m
     sum_c, sum_w = in_order(counts), in_order(counts * w)
-    def codes(inverse_scale): return nearest_int(inverse_scale * (w - m)).clamp(0, most).float()
+    def codes(inverse_scale): return nearest_int(inverse_scale * (w - m)).clamp(0, most).float()   # m: the best so far
     def error(d, m, q): return in_order(counts * (d * q + m - w).square())
     d, q = 1 / over(most, high - m), codes(over(most, high - m))
     best, first, step = error(d, m, q), torch.tensor(first), torch.tensor(step)
     for i in range(steps + 1):
         tried = codes((first + step * i + most) / (high - m))
-        sum_q, sum_qq, sum_wq = in_order(counts * tried), in_order(counts * tried * tried), in_order(counts * tried * w)
+        sum_q, sum_wq = in_order(counts * tried), in_order(counts * tried * w)
+        sum_qq = in_order(counts * tried * tried)
         D = sum_c * sum_qq - sum_q * sum_q
         new_d, new_m = (sum_c * sum_wq - sum_w * sum_q) / D, (sum_qq * sum_w - sum_q * sum_wq) / D
         new_d, new_m = torch.where(new_m > 0, sum_wq / sum_qq, new_d), new_m.clamp(max=0)
@@ -229,7 +231,7 @@ def search_scale_and_min(
         better = (D > 0) & (found < best)
         best, q = torch.where(better, found, best), torch.where(better, tried, q)
         d, m = torch.where(better, new_d, d), torch.where(better, new_m, m)
-    return torch.where(flat, 0, d), torch.where(flat, m_of_flat, m), torch.where(flat, 0, q)
+    return torch.where(flat, 0, d), m, q
 
 # %% ../../nbs/08_quantization/05_gguf_blocks.ipynb #6d7444f9
 def pack_q4_0(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 32) float32 -> (N, 18) uint8
@@ -378,7 +380,7 @@ TRITS = ((0, 160, 32), (160, 240, 16), (240, 256, 4))   # weights from, to, and 
 def unpack_tq1_0(blocks: Tensor) -> Tensor:   # (N, 54) uint8 -> (N, 256) float32
     "w = d (t - 1), t the digits of fractions in base 3."
     parts = blocks[:, :52].split([nbytes for _, _, nbytes in TRITS], dim=1)
-    digits = [(data * 3**j).int() * 3 >> 8                                             # uint8: the product loses its top
+    digits = [(data * 3**j).int() * 3 >> 8                                             # uint8: products lose their top
               for (start, stop, nbytes), data in zip(TRITS, parts) for j in range((stop - start) // nbytes)]
     return torch.cat(digits, dim=1).float().sub_(1).mul_(fp16_at(blocks, 52))
 
@@ -389,7 +391,7 @@ def pack_tq1_0(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 2
     for start, stop, nbytes in TRITS:
         digits = q[:, start:stop].int().unflatten(1, (-1, nbytes))                     # (N, 5 or 4, bytes)
         powers = torch.tensor([81, 27, 9, 3, 1][:digits.shape[1]], device=w.device)[:, None]
-        data.append((((digits * powers).sum(1) * 256 + 242) // 243).to(torch.uint8))   # rounded up, or digits would change
+        data.append((((digits * powers).sum(1) * 256 + 242) // 243).to(torch.uint8))   # rounded up: no digit changes
     return torch.cat([*data, fp16_bytes(d)], dim=1)
 
 # %% ../../nbs/08_quantization/05_gguf_blocks.ipynb #855d821c
@@ -416,11 +418,11 @@ UNPACK: dict[str, Callable] = files.UNPACK | dict(
     Q5_0=unpack_q5_0, Q5_1=unpack_q5_1, IQ4_NL=unpack_iq4_nl, MXFP4=unpack_mxfp4, NVFP4=unpack_nvfp4,
     TQ1_0=unpack_tq1_0, TQ2_0=unpack_tq2_0, Q1_0=unpack_q1_0, Q2_0=unpack_q2_0)
 PACK: dict[str, Callable] = dict(
-    Q8_0=pack_q8_0, Q4_0=pack_q4_0, Q4_1=pack_q4_1, Q5_0=pack_q5_0, Q5_1=pack_q5_1, IQ4_NL=pack_iq4_nl, MXFP4=pack_mxfp4,
-    NVFP4=pack_nvfp4, TQ1_0=pack_tq1_0, TQ2_0=pack_tq2_0, Q1_0=pack_q1_0, Q2_0=pack_q2_0)
+    Q8_0=pack_q8_0, Q4_0=pack_q4_0, Q4_1=pack_q4_1, Q5_0=pack_q5_0, Q5_1=pack_q5_1, IQ4_NL=pack_iq4_nl,
+    MXFP4=pack_mxfp4, NVFP4=pack_nvfp4, TQ1_0=pack_tq1_0, TQ2_0=pack_tq2_0, Q1_0=pack_q1_0, Q2_0=pack_q2_0)
 
 class BlockFormat(Format):
-    "A block type of llama.cpp: `data` are the bytes that a GGUF file holds. Raises UnsupportedError for an unknown one."
+    "A block type of llama.cpp: `data` are the bytes that a GGUF file holds. Raises UnsupportedError for unknown types."
     def __init__(self,
         name: str,                        # in lower case, such as "q4_0"
         pack: Callable | None = None,     # ((N, n) float32, importance or None) -> (N, bytes) uint8; None: PACK's
@@ -428,7 +430,8 @@ class BlockFormat(Format):
     ):
         self.name, self.block = name, block_type(name.upper())
         self.columns, self.weigh = self.block.items, WEIGH.get(self.block.name)
-        self.pack_blocks, self.unpack_blocks = pack or PACK.get(self.block.name), unpack or UNPACK.get(self.block.name)
+        self.pack_blocks = pack or PACK.get(self.block.name)
+        self.unpack_blocks = unpack or UNPACK.get(self.block.name)
         if self.unpack_blocks is None: raise UnsupportedError(f"{name} has no code here: give `unpack`")
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -436,22 +439,22 @@ class BlockFormat(Format):
         return {"data": ((*lead, columns // self.block.items * self.block.nbytes), torch.uint8)}
 
 # %% ../../nbs/08_quantization/05_gguf_blocks.ipynb #1d744e1d
-from fastcore.basics import patch as patch_class
-
-@patch_class
+@patch
 def _pack(self: BlockFormat, weight, importance):
     if self.pack_blocks is None: raise UnsupportedError(f"{self.name} can be read here, not written")
     size, dtype = self.layout(tuple(weight.shape))["data"]
-    rows, out = weight.reshape(-1, weight.shape[-1]), torch.empty(weight[..., 0].numel(), size[-1], dtype=dtype)
+    rows = weight.reshape(-1, weight.shape[-1])
+    out = torch.empty(len(rows), size[-1], dtype=dtype)
     for i in range(0, len(rows), step := max(1, files.CHUNK // rows.shape[1])):
         part, counts = rows[i:i + step].float().cpu(), None      # on the CPU: other devices round otherwise
         if importance is not None:
             counts = importance.float().cpu()
-            counts = (self.weigh(part, counts) if self.weigh else counts.expand_as(part)).reshape(-1, self.columns)
+            counts = self.weigh(part, counts) if self.weigh else counts.expand_as(part)
+            counts = counts.reshape(-1, self.columns)
         out[i:i + step] = self.pack_blocks(part.reshape(-1, self.columns), counts).view(len(part), -1)
     return {"data": out.view(size).to(weight.device)}
 
-@patch_class
+@patch
 def _unpack(self: BlockFormat, tensors, shape, dtype):
     blocks = tensors["data"].reshape(-1, self.block.nbytes)
     out = torch.empty(len(blocks), self.columns, dtype=dtype, device=blocks.device)

@@ -73,8 +73,7 @@ def facts_of(config: Mapping, mixture: str, importance: bool = False) -> Facts:
         raise UnsupportedError(f"{mixture!r} is no mixture of llama-quantize.{did_you_mean(mixture, BASE)} "
                                f"There are {', '.join(BASE)}")
     c, arch = read_config(config), family_of(config["model_type"]).gguf.architecture
-    L, H = c.num_hidden_layers, c.num_attention_heads
-    K = 1 if c.kv_lora_rank else c.num_key_value_heads          # latent attention: one head for all
+    L, H, K = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads
     large = L == 80 and (arch in ("qwen2", "olmo") or arch == "llama" and H != K)
     return Facts(mixture, importance, L, H // K, c.num_experts or 0, c.tie_word_embeddings, arch == "falcon", large)
 
@@ -136,7 +135,8 @@ def down_type(f: Facts, i: int) -> str:
 OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_XXS": "IQ3_S", "IQ3_M": "Q4_K", "IQ1_S": "IQ2_XXS",
           "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}
 # mixtures that write the attention output of a model with eight experts in Q5_K
-EIGHT = {*TINY, "Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS"}
+EIGHT = {*TINY, "Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL",
+         "IQ4_XS"}
 
 def inner_type(f: Facts, part: str, i: int, stack: bool) -> str:   # part: "attn_q", "ffn_up_exps", ...
     "The type of a matrix, or a stack of them, of layer i."
@@ -154,7 +154,8 @@ def inner_type(f: Facts, part: str, i: int, stack: bool) -> str:   # part: "attn
     return "IQ3_XXS" if m == "IQ3_XS" and middle and part.startswith(("ffn_gate", "ffn_up")) else kind
 
 # %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #0f69a4fe
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+            **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
             **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")}
 
 def fitting(kind: str, columns: int) -> str:
@@ -162,7 +163,8 @@ def fitting(kind: str, columns: int) -> str:
     items = block_type(kind).items
     if columns % items == 0: return kind
     if kind not in FALLBACK and items > 32:
-        raise UnsupportedError(f"rows of {columns} are not whole {kind} blocks of {items}, and llama.cpp has no other type for them")
+        raise UnsupportedError(f"rows of {columns} weights are not whole {kind} blocks of {items}, and llama.cpp has "
+                               "no other type for them: choose another mixture")
     return "F16" if columns % 32 else FALLBACK[kind]
 
 # %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #8c6b092e
@@ -197,8 +199,8 @@ def tensor_types(
 def predict_bytes(config: Mapping, mixture: str, importance: bool = False) -> int:
     "The bytes of all tensors of the GGUF. Raises UnsupportedError, CheckpointError, InputError."
     shapes = gguf_shapes(config)
-    blocks = ((prod(shapes[name]), block_type(kind)) for name, kind in types_of(shapes, facts_of(config, mixture, importance)).items())
-    return sum(n // block.items * block.nbytes for n, block in blocks)
+    types = types_of(shapes, facts_of(config, mixture, importance))
+    return sum(prod(shapes[name]) // block_type(kind).items * block_type(kind).nbytes for name, kind in types.items())
 
 def predict_bits(config: Mapping, mixture: str, importance: bool = False) -> float:
     "Bits per weight over all tensors of the GGUF. Raises UnsupportedError, CheckpointError, InputError."
