@@ -6,7 +6,7 @@
 __all__ = ['VECTORS', 'BLOCKS', 'ROWS', 'DOTS', 'DENSE', 'PIECE', 'CPU', 'Blocks', 'kernels', 'Plan', 'plan', 'packed_linear',
            'several']
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #7424c994
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #22b33737
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from .cpu import Kernel, compiled, takes
 from ..quantization.formats import FORMATS, PackedMatrix
 from ..quantization.packing import Packed
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #254b591e
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #df2430ac
 VECTORS = r"""
 #include <stdint.h>
 typedef float V __attribute__((vector_size(64)));                 // 16 floats
@@ -75,7 +75,7 @@ static inline B second(B even, B odd) {                           // and 16 to 3
 #endif
 """
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #8ce9becf
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #daba6710
 @dataclass(frozen=True)
 class Blocks:
     "How the kernels read a format."
@@ -97,7 +97,7 @@ BLOCKS = {
                                  w[0] = d * wide(b & 15) + m; w[1] = d * wide(b >> 4) + m;"""),
 }
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #2c1c2ae4
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #5c729887
 ROWS = 8   # rows of x; with more it pays to unpack a piece of the matrix and let torch multiply
 
 DOTS = r"""
@@ -135,7 +135,7 @@ void run(const Matrix *matrices, const float *x, T *y, int64_t outs, int64_t ins
 }
 """
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #53b608a8
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #c09562c1
 DENSE = r"""
 #define PARTS (ITEMS / 16)
 static inline void unpack(const uint8_t *q, const uint8_t *s, V *w) { SOURCE }
@@ -162,7 +162,7 @@ def kernels(name: str) -> tuple[Kernel, Kernel]:   # a key of BLOCKS
     body = lambda source: head + source.replace("SOURCE", b.source)
     return Kernel(f"linear {name}", "pppnnn", body(DOTS)), Kernel(f"unpack {name}", "pppnnn", body(DENSE))
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #95868840
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #b71d772e
 class Plan:
     "Where some packed matrices with the same input stand, as the kernels want to know it."
     def __init__(self, packed: tuple[Packed, ...]):
@@ -188,7 +188,7 @@ def _known(packed: Packed) -> bool:
     fits = blocks is not None and len(packed.shape) == 2 and packed.shape[0] > 0 and packed.shape[1] % blocks.items == 0
     return fits and all(t.is_cpu and t.is_contiguous() for t in packed.tensors.values()) and FORMATS.get(name) == packed.format
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #2d3cef60
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #c5ef3625
 _plans: WeakKeyDictionary[Packed, dict] = WeakKeyDictionary()
 
 def plan(*packed: Packed) -> Plan | None:
@@ -200,7 +200,7 @@ def plan(*packed: Packed) -> Plan | None:
         if packed[0].format.name in BLOCKS and found[key]: packed[0].format.check(packed[0])
     return found[key]
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #c2dc8e0f
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #4c8a1594
 PIECE = 2**20   # weights unpacked at once: 4 MB of float32, 2 of bfloat16
 
 def packed_linear(x: Tensor,                   # (..., ins)
@@ -224,7 +224,7 @@ def _by_pieces(x: Tensor, packed: Packed, found: Plan) -> Tensor:
         out[..., o:o + n] = F.linear(x, piece[:n])
     return out
 
-# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #b836fdb0
+# %% ../../nbs/09_kernels/02_packed_cpu.ipynb #f8106dbf
 def several(x: Tensor, modules, ops) -> list[Tensor]:   # (..., ins), matrices -> [(..., outs)]
     "`architecture.matrices.several`: packed matrices of one format and few rows in one call."
     packed = [m.packed for m in modules] if all(isinstance(m, PackedMatrix) for m in modules) else []
