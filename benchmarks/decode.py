@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode                  # the embedded model on the CPU (our C kernels, and TORCH)
     python -m benchmarks.decode --prompt 2048    # after a longer text, where reading the cache takes its share
+    python -m benchmarks.decode --packed         # weights as the file stores them, in 8 bits and in 4
     python -m benchmarks.decode --device cuda    # random weights in the shapes of real models (no llama.cpp)
 
 Every peer has a process of its own, all with the same number of threads: torch and llama.cpp bring different thread
@@ -26,10 +27,12 @@ from llm_workbench import Decoder
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.embedded import embedded_model
 from llm_workbench.hardware.machine import read_bandwidth
-from llm_workbench.kernels.cpu import CPU
+from llm_workbench.kernels.packed_cpu import CPU
 from llm_workbench.lobby import load
 
 DTYPES = ("float32", "bfloat16")
+PACKED = ("stored", "int8", "int4_g32")      # what `load(weights=...)` keeps
+PLAIN = ("ours with TORCH", "transformers")  # without our kernels
 SHAPES = {  # sizes of released configurations, for devices that do not hold the embedded file
     "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
@@ -139,7 +142,8 @@ def measure_llama_cpp(llm, prompt, n_new, device):
 def models(who, dtype, args):
     "Our decoder, and a function that makes transformers' model with the same weights."
     if args.device == "cpu":
-        decoder = load(dtype=dtype, ops=CPU if who == "ours" else TORCH).decoder
+        weights = who.removeprefix("ours in ") if who.removeprefix("ours in ") in PACKED else "dense"
+        decoder = load(dtype=dtype, weights=weights, ops=TORCH if who in PLAIN else CPU).decoder
         state = lambda: decoder.transformers_state() | {"lm_head.weight": decoder.lm_head.dense().detach()}
         return decoder, lambda: transformers_model(decoder.source, dtype, "cpu", state())
     theirs = transformers_model({**SHAPES[args.shape], **MORE}, dtype, args.device)
@@ -155,7 +159,7 @@ def prepare(args):
                                 n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
         return model, measure_llama_cpp, model.n_vocab(), embedded_model().stat().st_size
     decoder, make = models(who, getattr(torch, dtype), args)
-    sizes = decoder.config.vocab_size, sum(p.nbytes for p in decoder.parameters())
+    sizes = decoder.config.vocab_size, decoder.nbytes
     if who == "transformers": return make(), measure_transformers, *sizes
     if who == "ours in a CUDA graph": return Recorded(decoder, args.prompt + args.new + 16), measure_recorded, *sizes
     return decoder, measure_ours, *sizes
@@ -203,7 +207,7 @@ class Peer:
         self.process.wait(30)
 
 
-def peak_of_load(dtype, threads):
+def peak_of_load(dtype, threads, weights="dense"):
     "Peak resident memory that load() adds in a fresh process, over the bytes of the weights that it keeps."
     code = f"""
 import torch
@@ -211,8 +215,8 @@ torch.set_num_threads({threads})
 import llm_workbench.lobby
 def memory(key): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if l.startswith(key))
 before = memory('VmRSS')
-lm = llm_workbench.load(dtype=torch.{dtype})
-print((memory('VmHWM') - before) / sum(p.nbytes for p in lm.decoder.parameters()))
+lm = llm_workbench.load(dtype=torch.{dtype}, weights={weights!r})
+print((memory('VmHWM') - before) / lm.decoder.nbytes)
 """
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -220,6 +224,8 @@ print((memory('VmHWM') - before) / sum(p.nbytes for p in lm.decoder.parameters()
 def peers_of(args):
     "The names of all peers."
     on_cpu = args.device == "cpu"
+    if args.packed:
+        return ["transformers float32", "ours float32", *(f"ours in {w} float32" for w in PACKED), "llama.cpp Q4_1"]
     ours = ["ours", "ours with TORCH"] if on_cpu else ["ours", "ours in a CUDA graph"]
     return [f"{who} {d}" for d in DTYPES for who in [*ours, "transformers"]] + ["llama.cpp Q4_1"] * on_cpu
 
@@ -257,6 +263,11 @@ def ratios_of(samples):
             for a, b in (("ours", "transformers"), ("ours in a CUDA graph", "ours")):
                 pair = [samples.get(f"{phase}, {who} {dtype}") for who in (a, b)]
                 if all(pair): found[f"{phase}, {dtype}: {a} / {b}"] = statistics.median(x / y for x, y in zip(*pair))
+        for weights in PACKED:
+            ours = samples.get(f"{phase}, ours in {weights} float32", ())
+            for peer in ("transformers float32", "llama.cpp Q4_1") if ours else ():
+                pair = zip(ours, samples[f"{phase}, {peer}"])
+                found[f"{phase}, ours in {weights} / {peer}"] = statistics.median(x / y for x, y in pair)
     return found
 
 
@@ -268,10 +279,12 @@ def main():
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
+    parser.add_argument("--packed", action="store_true", help="weights in 8 and 4 bits, on the CPU")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no NVIDIA GPU: run without --device cuda, or install a CUDA build of torch")
+    if args.device == "cuda" and args.packed: sys.exit("the kernels for packed weights are for the CPU: leave one out")
     if args.peer: return serve(args)
 
     peers, reasons = started(args)
@@ -283,11 +296,14 @@ def main():
     more = dict(threads=args.threads, prompt_tokens=args.prompt, new_tokens=args.new, weight_bytes=weight_bytes,
                 ratios=ratios_of(samples), limits=limits)
     if reasons: more["not measured"] = reasons
-    if args.device == "cpu": more["peak of load() / weights kept"] = {d: peak_of_load(d, args.threads) for d in DTYPES}
+    if args.packed:
+        more["peak of load() / weights kept"] = {w: peak_of_load("float32", args.threads, w) for w in PACKED}
+    elif args.device == "cpu":
+        more["peak of load() / weights kept"] = {d: peak_of_load(d, args.threads) for d in DTYPES}
     else: more["shape"] = args.shape
     units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
     shape, length = [args.shape] * (args.device == "cuda"), [f"{args.prompt}_tokens"] * (args.prompt != 512)
-    out = record("_".join(["decode", *shape, *length]), samples, units, **more)
+    out = record("_".join(["decode", *["packed"] * args.packed, *shape, *length]), samples, units, **more)
     report(middle, units, more)
     print(f"written to {out.relative_to(out.parents[3])}")
 
