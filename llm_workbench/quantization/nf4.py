@@ -7,7 +7,7 @@ __all__ = ['NF4', 'FP4', 'BLOCKS', 'CELLS', 'UNSURE', 'MARKS', 'CHUNK', 'nf4', '
            'normal_levels', 'Codebook', 'inverse', 'float_levels', 'cells_of', 'CodebookFormat', 'dynamic_map',
            'quantize_scales', 'DoubleFormat', 'to_bitsandbytes', 'codebook_format', 'from_bitsandbytes']
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #a99409e5
+# %% ../../nbs/08_quantization/04_nf4.ipynb #454426af
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -20,22 +20,23 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, UnsupportedError
 from .packing import Format, Layout, Packed
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #eedbe4de
+# %% ../../nbs/08_quantization/04_nf4.ipynb #9ceee5a4
 def normal_levels() -> Tensor:      # (16,) float32, rising from -1 to 1
     "The levels of NF4: quantiles of the normal distribution (QLoRA, arXiv 2305.14314, section 3)."
     edge = 0.9677083                                                           # as bitsandbytes writes it
-    left, right = (torch.special.ndtri(torch.linspace(edge, 0.5, steps).double()) for steps in (8, 9))
-    levels = torch.cat([-left, right[:-1].flip(0)]).float()
+    left, right = (torch.special.ndtri(torch.linspace(edge, 0.5, n)[:-1].double()) for n in (8, 9))
+    levels = torch.cat([-left, torch.zeros(1), right.flip(0)]).float()
     return levels / levels.max()
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #9dc68267
+# %% ../../nbs/08_quantization/04_nf4.ipynb #ebf4d53d
 class Codebook:
     "Sixteen levels, and how to find the nearest. Raises InputError for levels that are none."
     def __init__(self,
         levels: Tensor,     # (16,) by code, of magnitude 1 at most
     ):
         if tuple(levels.shape) != (16,) or not levels.isfinite().all() or levels.abs().max() != 1:
-            raise InputError(f"a codebook of 4 bits has 16 levels, the largest of magnitude 1, not {levels.tolist()}"[:300])
+            raise InputError(f"a codebook of 4 bits has 16 finite levels, the largest of magnitude 1, not "
+                             f"{len(levels)} from {levels.min():g} to {levels.max():g}")
         self.levels = levels.float()
         rising, self.order = self.levels.sort(stable=True)      # order: the code of each level, from -1 to 1
         self.middles = (rising[1:] + rising[:-1]) / 2
@@ -47,23 +48,23 @@ class Codebook:
 
 NF4 = Codebook(normal_levels())
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #cb739344
+# %% ../../nbs/08_quantization/04_nf4.ipynb #8be6f453
 def inverse(absmax: Tensor) -> Tensor:       # (N,) -> (N, 1)
     "What to multiply blocks with."
     return 1 / absmax.clamp(min=1e-38)[:, None]
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #f1a79cbc
+# %% ../../nbs/08_quantization/04_nf4.ipynb #dcd2297d
 def float_levels() -> Tensor:      # (16,) float32
     "The levels of bitsandbytes' FP4 in the order of their codes: sign, two bits of exponent, one of mantissa."
     half = [m / 16 if e == 0 else (1 + m / 2) * 2.0 ** (4 - e) for e in range(4) for m in range(2)]
-    return torch.tensor(half + [-v for v in half]) / max(half)
+    return torch.tensor(half + [0 - v for v in half]) / max(half)       # zero has no sign
 
 FP4 = Codebook(float_levels())
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #ba0ab374
+# %% ../../nbs/08_quantization/04_nf4.ipynb #ec18c0d7
 BLOCKS = tuple(2**n for n in range(5, 13))      # weights of a block that bitsandbytes knows: 32 to 4096
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #22989265
+# %% ../../nbs/08_quantization/04_nf4.ipynb #1546f63c
 CELLS = 2**15                                              # on each side of zero
 UNSURE = 0x80                                              # marks a cell with a middle in it
 MARKS = int.from_bytes(bytes([UNSURE]) * 8, "little", signed=True)          # eight codes seen as one number
@@ -75,7 +76,7 @@ def cells_of(book: Codebook) -> Tensor:                    # (2 * CELLS + 1,) ui
     codes = book.order[torch.bucketize(torch.arange(2 * CELLS + 1), with_middle)].to(torch.uint8)
     return codes.index_fill(0, with_middle.long(), UNSURE)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #b340fd0c
+# %% ../../nbs/08_quantization/04_nf4.ipynb #68c04469
 CHUNK = 2**18                           # weights at a time: they stay in the cache
 
 def _in_pairs(codes):                   # (n,) uint8 -> (n/2,) uint8, the first of two in the high half
@@ -102,7 +103,7 @@ def quantize(self: Codebook,
     data.view(-1, 4)[at] = _in_pairs(exact.flatten()).view(-1, 4)
     return data, absmax
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #9210b8cd
+# %% ../../nbs/08_quantization/04_nf4.ipynb #b8feb52f
 @patch
 def dequantize(self: Codebook,
     data: Tensor,                       # (N, G/2) uint8
@@ -119,7 +120,7 @@ def dequantize(self: Codebook,
         torch.mul(part, absmax[i:i + step, None], out=out[i:i + step])
     return out
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #678a75fc
+# %% ../../nbs/08_quantization/04_nf4.ipynb #c47181f6
 class CodebookFormat(Format):
     "Codes of 4 bits that name a level of a codebook, times the largest magnitude of their block."
     def __init__(self,
@@ -127,12 +128,13 @@ class CodebookFormat(Format):
         book: Codebook,
         block: int = 64,                # neighbours in a row that share a scale, one of BLOCKS
     ):
-        if block not in BLOCKS: raise InputError(f"blocks of {block!r} weights: give one of {', '.join(map(str, BLOCKS))}")
+        if block not in BLOCKS: raise InputError(f"blocks of {block!r} weights: give one of {BLOCKS}")
         self.name, self.book, self.columns = name, book, block
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         *lead, columns = shape
-        return {"data": ((*lead, columns // 2), torch.uint8), "absmax": ((*lead, columns // self.columns), torch.float32)}
+        scales = (*lead, columns // self.columns)
+        return {"data": ((*lead, columns // 2), torch.uint8), "absmax": (scales, torch.float32)}
 
     def _pack(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:      # which makes no difference
         made = zip(self.layout(weight.shape).items(), self.book.quantize(weight.reshape(-1, self.columns)))
@@ -144,7 +146,7 @@ class CodebookFormat(Format):
 
 nf4, fp4 = CodebookFormat("nf4", NF4), CodebookFormat("fp4", FP4)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #f975969f
+# %% ../../nbs/08_quantization/04_nf4.ipynb #c5cc3962
 @cache
 def dynamic_map() -> Tensor:       # (256,) float32, rising
     "The 8-bit levels that bitsandbytes keeps scales and optimizer states in."
@@ -154,7 +156,7 @@ def dynamic_map() -> Tensor:       # (256,) float32, rising
         positive += (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
     return torch.tensor(sorted([*positive, *(-v for v in positive), 0.0, 1.0]))
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #27151dda
+# %% ../../nbs/08_quantization/04_nf4.ipynb #31ae1739
 NESTED = 256                       # scales that share a nested scale
 
 @cache
@@ -175,7 +177,7 @@ def quantize_scales(
     codes = _dynamic_cells().to(absmax.device).index_select(0, cell)[:len(left)]
     return codes.view(absmax.shape), nested, offset
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #0a20ac82
+# %% ../../nbs/08_quantization/04_nf4.ipynb #82e9d3af
 class DoubleFormat(CodebookFormat):
     "The same with scales in 8 bits: QLoRA's double quantization."
     shared = frozenset({"nested_absmax", "nested_offset"})
@@ -206,7 +208,7 @@ class DoubleFormat(CodebookFormat):
 
 nf4_dq = DoubleFormat("nf4_dq", NF4)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #3715c5a3
+# %% ../../nbs/08_quantization/04_nf4.ipynb #0f052279
 def to_bitsandbytes(
     packed: Packed,                         # nf4, fp4 or nf4_dq
     dtype: torch.dtype = torch.float32,     # into which bitsandbytes shall unpack
@@ -218,19 +220,19 @@ def to_bitsandbytes(
     packed.format.check(packed)
     t, nested = packed.tensors, {}
     if "nested_absmax" in t:
-        state2 = QuantState(t["nested_absmax"], code=dynamic_map().to(packed.device), blocksize=NESTED, dtype=torch.float32)
-        nested = dict(offset=t["nested_offset"], state2=state2)
-    levels = packed.format.book.levels.to(packed.device)
-    state = QuantState(t["absmax"].flatten(), torch.Size(packed.shape), levels, packed.format.columns, kind, dtype, **nested)
+        inner = QuantState(t["nested_absmax"], None, dynamic_map().to(packed.device), NESTED, dtype=torch.float32)
+        nested = dict(offset=t["nested_offset"], state2=inner)
+    levels, block = packed.format.book.levels.to(packed.device), packed.format.columns
+    state = QuantState(t["absmax"].flatten(), torch.Size(packed.shape), levels, block, kind, dtype, **nested)
     return packed.data.reshape(-1, 1), state
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #c2cd47dc
+# %% ../../nbs/08_quantization/04_nf4.ipynb #442eaf7f
 def codebook_format(kind: str, block: int = 64, double: bool = False) -> CodebookFormat:
     "The format of bitsandbytes' kind `nf4` or `fp4`. Raises UnsupportedError for another."
     if kind not in BOOKS: raise UnsupportedError(f"{kind!r} is not among bitsandbytes' 4-bit kinds {', '.join(BOOKS)}")
-    if block not in BLOCKS: raise UnsupportedError(f"blocks of {block!r} weights; there are {', '.join(map(str, BLOCKS))}")
+    if block not in BLOCKS: raise UnsupportedError(f"blocks of {block!r} weights; there are {BLOCKS}")
     size = "" if block == 64 else f"_b{block}"
     known = {f.name: f for f in (nf4, fp4, nf4_dq)}
     name = f"{kind}{size}{'_dq' if double else ''}"
@@ -245,7 +247,7 @@ def from_bitsandbytes(
     format = codebook_format(state.quant_type, state.blocksize, double=inner is not None)
     shape = tuple(state.shape)
     if len(shape) < 2 or shape[-1] % format.columns:
-        raise UnsupportedError(f"a weight of shape {shape} in blocks of {format.columns}: blocks that cross rows are not supported")
+        raise UnsupportedError(f"a weight of shape {shape} in blocks of {format.columns}: blocks would cross rows")
     _same_levels("quant_map", state.code, format.book.levels)
     *lead, columns = shape
     tensors = {"data": data.contiguous().view(torch.uint8).flatten(), "absmax": state.absmax.flatten()}
@@ -261,7 +263,8 @@ def _same_levels(name, found, wanted):
     if found is None or tuple(found.shape) != tuple(wanted.shape):
         shape = None if found is None else tuple(found.shape)
         raise CheckpointError(f"{name} has shape {shape}, not {tuple(wanted.shape)}: the file is damaged")
-    if not torch.equal(found.float().cpu(), wanted): raise UnsupportedError(f"{name} holds other levels than bitsandbytes' own")
+    if not torch.equal(found.float().cpu(), wanted):
+        raise UnsupportedError(f"{name} holds other levels than bitsandbytes' own")
 
 def _shaped(name, tensor, size):
     if tensor.numel() != math.prod(size):
