@@ -7,7 +7,7 @@ __all__ = ['NF4', 'FP4', 'BLOCKS', 'CELLS', 'UNSURE', 'MARKS', 'CHUNK', 'nf4', '
            'normal_levels', 'Codebook', 'inverse', 'float_levels', 'cells_of', 'CodebookFormat', 'dynamic_map',
            'quantize_scales', 'DoubleFormat', 'to_bitsandbytes', 'codebook_format', 'from_bitsandbytes']
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #454426af
+# %% ../../nbs/08_quantization/04_nf4.ipynb #4f8eb514
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, UnsupportedError
 from .packing import Format, Layout, Packed
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #9ceee5a4
+# %% ../../nbs/08_quantization/04_nf4.ipynb #e82056f9
 def normal_levels() -> Tensor:      # (16,) float32, rising from -1 to 1
     "The levels of NF4: quantiles of the normal distribution (QLoRA, arXiv 2305.14314, section 3)."
     edge = 0.9677083                                                           # as bitsandbytes writes it
@@ -28,7 +28,7 @@ def normal_levels() -> Tensor:      # (16,) float32, rising from -1 to 1
     levels = torch.cat([-left, torch.zeros(1), right.flip(0)]).float()
     return levels / levels.max()
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #ebf4d53d
+# %% ../../nbs/08_quantization/04_nf4.ipynb #2c8d3988
 class Codebook:
     "Sixteen levels, and how to find the nearest. Raises InputError for levels that are none."
     def __init__(self,
@@ -48,12 +48,12 @@ class Codebook:
 
 NF4 = Codebook(normal_levels())
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #8be6f453
+# %% ../../nbs/08_quantization/04_nf4.ipynb #60ffcab6
 def inverse(absmax: Tensor) -> Tensor:       # (N,) -> (N, 1)
     "What to multiply blocks with."
     return 1 / absmax.clamp(min=1e-38)[:, None]
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #dcd2297d
+# %% ../../nbs/08_quantization/04_nf4.ipynb #93282fc3
 def float_levels() -> Tensor:      # (16,) float32
     "The levels of bitsandbytes' FP4 in the order of their codes: sign, two bits of exponent, one of mantissa."
     half = [m / 16 if e == 0 else (1 + m / 2) * 2.0 ** (4 - e) for e in range(4) for m in range(2)]
@@ -61,10 +61,10 @@ def float_levels() -> Tensor:      # (16,) float32
 
 FP4 = Codebook(float_levels())
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #ec18c0d7
+# %% ../../nbs/08_quantization/04_nf4.ipynb #e51f1ec9
 BLOCKS = tuple(2**n for n in range(5, 13))      # weights of a block that bitsandbytes knows: 32 to 4096
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #1546f63c
+# %% ../../nbs/08_quantization/04_nf4.ipynb #26996cec
 CELLS = 2**15                                              # on each side of zero
 UNSURE = 0x80                                              # marks a cell with a middle in it
 MARKS = int.from_bytes(bytes([UNSURE]) * 8, "little", signed=True)          # eight codes seen as one number
@@ -76,7 +76,7 @@ def cells_of(book: Codebook) -> Tensor:                    # (2 * CELLS + 1,) ui
     codes = book.order[torch.bucketize(torch.arange(2 * CELLS + 1), with_middle)].to(torch.uint8)
     return codes.index_fill(0, with_middle.long(), UNSURE)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #68c04469
+# %% ../../nbs/08_quantization/04_nf4.ipynb #02f23dcd
 CHUNK = 2**18                           # weights at a time: they stay in the cache
 
 def _in_pairs(codes):                   # (n,) uint8 -> (n/2,) uint8, the first of two in the high half
@@ -103,7 +103,7 @@ def quantize(self: Codebook,
     data.view(-1, 4)[at] = _in_pairs(exact.flatten()).view(-1, 4)
     return data, absmax
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #b8feb52f
+# %% ../../nbs/08_quantization/04_nf4.ipynb #e6c3f62d
 @patch
 def dequantize(self: Codebook,
     data: Tensor,                       # (N, G/2) uint8
@@ -120,7 +120,7 @@ def dequantize(self: Codebook,
         torch.mul(part, absmax[i:i + step, None], out=out[i:i + step])
     return out
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #c47181f6
+# %% ../../nbs/08_quantization/04_nf4.ipynb #49b5ae80
 class CodebookFormat(Format):
     "Codes of 4 bits that name a level of a codebook, times the largest magnitude of their block."
     def __init__(self,
@@ -146,7 +146,7 @@ class CodebookFormat(Format):
 
 nf4, fp4 = CodebookFormat("nf4", NF4), CodebookFormat("fp4", FP4)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #c5cc3962
+# %% ../../nbs/08_quantization/04_nf4.ipynb #ce09101a
 @cache
 def dynamic_map() -> Tensor:       # (256,) float32, rising
     "The 8-bit levels that bitsandbytes keeps scales and optimizer states in."
@@ -156,7 +156,7 @@ def dynamic_map() -> Tensor:       # (256,) float32, rising
         positive += (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
     return torch.tensor(sorted([*positive, *(-v for v in positive), 0.0, 1.0]))
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #31ae1739
+# %% ../../nbs/08_quantization/04_nf4.ipynb #d6769a39
 NESTED = 256                       # scales that share a nested scale
 
 @cache
@@ -172,12 +172,12 @@ def quantize_scales(
     left = absmax.flatten() - offset
     groups = F.pad(left, (0, -len(left) % NESTED)).view(-1, NESTED)
     nested = groups.abs().amax(1)
-    scaled = (groups / nested[:, None]).nan_to_num(nan=-1)               # 0 / 0 where all scales are alike
+    scaled = (groups * (1 / nested)[:, None]).nan_to_num(nan=-1).clamp(-1, 1)     # 0 * inf: all scales alike
     cell = ((scaled + 1) * 0.5 * 65535 + 0.5).int().flatten()
     codes = _dynamic_cells().to(absmax.device).index_select(0, cell)[:len(left)]
     return codes.view(absmax.shape), nested, offset
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #82e9d3af
+# %% ../../nbs/08_quantization/04_nf4.ipynb #4c640649
 class DoubleFormat(CodebookFormat):
     "The same with scales in 8 bits: QLoRA's double quantization."
     shared = frozenset({"nested_absmax", "nested_offset"})
@@ -208,7 +208,7 @@ class DoubleFormat(CodebookFormat):
 
 nf4_dq = DoubleFormat("nf4_dq", NF4)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #0f052279
+# %% ../../nbs/08_quantization/04_nf4.ipynb #44f0ba17
 def to_bitsandbytes(
     packed: Packed,                         # nf4, fp4 or nf4_dq
     dtype: torch.dtype = torch.float32,     # into which bitsandbytes shall unpack
@@ -228,7 +228,7 @@ def to_bitsandbytes(
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #442eaf7f
+# %% ../../nbs/08_quantization/04_nf4.ipynb #a32f3993
 def codebook_format(kind: str, block: int = 64, double: bool = False) -> CodebookFormat:
     "The format of bitsandbytes' kind `nf4` or `fp4`. Raises UnsupportedError for another."
     if kind not in BOOKS: raise UnsupportedError(f"{kind!r} is not among bitsandbytes' 4-bit kinds {', '.join(BOOKS)}")
