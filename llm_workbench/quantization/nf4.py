@@ -7,7 +7,7 @@ __all__ = ['NF4', 'FP4', 'BLOCKS', 'CELLS', 'UNSURE', 'MARKS', 'CHUNK', 'nf4', '
            'normal_levels', 'Codebook', 'inverse', 'float_levels', 'cells_of', 'CodebookFormat', 'dynamic_map',
            'quantize_scales', 'DoubleFormat', 'to_bitsandbytes', 'codebook_format', 'from_bitsandbytes']
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #4f8eb514
+# %% ../../nbs/08_quantization/04_nf4.ipynb #205ddc45
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, UnsupportedError
 from .packing import Format, Layout, Packed
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #e82056f9
+# %% ../../nbs/08_quantization/04_nf4.ipynb #ee8e5eb7
 def normal_levels() -> Tensor:      # (16,) float32, rising from -1 to 1
     "The levels of NF4: quantiles of the normal distribution (QLoRA, arXiv 2305.14314, section 3)."
     edge = 0.9677083                                                           # as bitsandbytes writes it
@@ -28,7 +28,7 @@ def normal_levels() -> Tensor:      # (16,) float32, rising from -1 to 1
     levels = torch.cat([-left, torch.zeros(1), right.flip(0)]).float()
     return levels / levels.max()
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #2c8d3988
+# %% ../../nbs/08_quantization/04_nf4.ipynb #52e96d9d
 class Codebook:
     "Sixteen levels, and how to find the nearest. Raises InputError for levels that are none."
     def __init__(self,
@@ -48,12 +48,12 @@ class Codebook:
 
 NF4 = Codebook(normal_levels())
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #60ffcab6
+# %% ../../nbs/08_quantization/04_nf4.ipynb #9a3d55ae
 def inverse(absmax: Tensor) -> Tensor:       # (N,) -> (N, 1)
     "What to multiply blocks with."
     return 1 / absmax.clamp(min=1e-38)[:, None]
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #93282fc3
+# %% ../../nbs/08_quantization/04_nf4.ipynb #a8ca1f3a
 def float_levels() -> Tensor:      # (16,) float32
     "The levels of bitsandbytes' FP4 in the order of their codes: sign, two bits of exponent, one of mantissa."
     half = [m / 16 if e == 0 else (1 + m / 2) * 2.0 ** (4 - e) for e in range(4) for m in range(2)]
@@ -61,10 +61,10 @@ def float_levels() -> Tensor:      # (16,) float32
 
 FP4 = Codebook(float_levels())
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #e51f1ec9
+# %% ../../nbs/08_quantization/04_nf4.ipynb #dab3c674
 BLOCKS = tuple(2**n for n in range(5, 13))      # weights of a block that bitsandbytes knows: 32 to 4096
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #26996cec
+# %% ../../nbs/08_quantization/04_nf4.ipynb #5d6ea9f5
 CELLS = 2**15                                              # on each side of zero
 UNSURE = 0x80                                              # marks a cell with a middle in it
 MARKS = int.from_bytes(bytes([UNSURE]) * 8, "little", signed=True)          # eight codes seen as one number
@@ -76,34 +76,37 @@ def cells_of(book: Codebook) -> Tensor:                    # (2 * CELLS + 1,) ui
     codes = book.order[torch.bucketize(torch.arange(2 * CELLS + 1), with_middle)].to(torch.uint8)
     return codes.index_fill(0, with_middle.long(), UNSURE)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #02f23dcd
-CHUNK = 2**18                           # weights at a time: they stay in the cache
+# %% ../../nbs/08_quantization/04_nf4.ipynb #0e1e2da5
+CHUNK = 2**20                           # weights at a time
 
 def _in_pairs(codes):                   # (n,) uint8 -> (n/2,) uint8, the first of two in the high half
     two = codes.view(torch.int16)       # first + 256 * second
-    return ((two * 4097) >> 8).to(torch.uint8)             # times 4096 + 1: its upper byte is 16 * first + second
+    return ((two * 4097) >> 8).to(torch.uint8)             # times 4096 + 1: the upper byte is 16 * first + second
 
 @patch
 def quantize(self: Codebook,
     blocks: Tensor,                     # (N, G) finite floats, G a multiple of 8
 ) -> tuple[Tensor, Tensor]:             # (N, G/2) uint8 and (N,) float32
     "Codes, two to a byte, and the largest magnitude of each block."
-    (n, G), device = blocks.shape, blocks.device
-    data, absmax = torch.empty(n, G // 2, dtype=torch.uint8, device=device), torch.empty(n, device=device)
-    cells, unsure, step = cells_of(self).to(device), [], max(1, CHUNK // G)
+    (n, G), room = blocks.shape, lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device=blocks.device)
+    data, absmax = room(n, G // 2, dtype=torch.uint8), room(n, dtype=torch.float32)
+    step, table, unsure = min(n, CHUNK // G), cells_of(self).to(blocks.device), []
+    scaled, cells, codes = (room(step, G, dtype=d) for d in (torch.float32, torch.int32, torch.uint8))
     for i in range(0, n, step):
-        part = blocks[i:i + step].float()
-        absmax[i:i + step] = largest = part.abs().amax(1)
-        cell = (part * inverse(largest)).mul_(CELLS).add_(CELLS).int()
-        codes = cells.index_select(0, cell.flatten())
-        unsure.append((codes.view(torch.int64) & MARKS).nonzero()[:, 0] + i * G // 8)
-        data[i:i + step] = _in_pairs(codes).view(-1, G // 2)
+        part, largest = blocks[i:i + step].float(), absmax[i:i + step]
+        x, cell, code = scaled[:len(part)], cells[:len(part)].view(-1), codes[:len(part)].view(-1)
+        torch.amax(torch.abs(part, out=x), 1, out=largest)
+        torch.mul(part, inverse(largest), out=x)
+        cell.copy_(x.mul_(CELLS).add_(CELLS).view(-1))
+        torch.index_select(table, 0, cell, out=code)
+        unsure.append((code.view(torch.int64) & MARKS).nonzero()[:, 0] + i * G // 8)
+        data[i:i + step] = _in_pairs(code).view(-1, G // 2)
     at = torch.cat(unsure)              # which eights of weights
     exact = self.nearest(blocks.reshape(-1, 8)[at].float() * inverse(absmax)[at * 8 // G])
     data.view(-1, 4)[at] = _in_pairs(exact.flatten()).view(-1, 4)
     return data, absmax
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #e6c3f62d
+# %% ../../nbs/08_quantization/04_nf4.ipynb #40b86d6f
 @patch
 def dequantize(self: Codebook,
     data: Tensor,                       # (N, G/2) uint8
@@ -114,13 +117,13 @@ def dequantize(self: Codebook,
     n, G = len(data), 2 * data.shape[1]
     levels = self.levels.to(data.device)
     pairs = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()              # (256,)
-    out, step = torch.empty(n, G, dtype=dtype, device=data.device), max(1, CHUNK // G)
+    out, step = torch.empty(n, G, dtype=dtype, device=data.device), CHUNK // G
     for i in range(0, n, step):
         part = pairs.index_select(0, data[i:i + step].flatten().int()).view(torch.float32).view(-1, G)
         torch.mul(part, absmax[i:i + step, None], out=out[i:i + step])
     return out
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #49b5ae80
+# %% ../../nbs/08_quantization/04_nf4.ipynb #bfa20e7e
 class CodebookFormat(Format):
     "Codes of 4 bits that name a level of a codebook, times the largest magnitude of their block."
     def __init__(self,
@@ -146,7 +149,7 @@ class CodebookFormat(Format):
 
 nf4, fp4 = CodebookFormat("nf4", NF4), CodebookFormat("fp4", FP4)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #ce09101a
+# %% ../../nbs/08_quantization/04_nf4.ipynb #d47cf4a5
 @cache
 def dynamic_map() -> Tensor:       # (256,) float32, rising
     "The 8-bit levels that bitsandbytes keeps scales and optimizer states in."
@@ -156,7 +159,7 @@ def dynamic_map() -> Tensor:       # (256,) float32, rising
         positive += (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
     return torch.tensor(sorted([*positive, *(-v for v in positive), 0.0, 1.0]))
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #d6769a39
+# %% ../../nbs/08_quantization/04_nf4.ipynb #0077812c
 NESTED = 256                       # scales that share a nested scale
 
 @cache
@@ -177,7 +180,7 @@ def quantize_scales(
     codes = _dynamic_cells().to(absmax.device).index_select(0, cell)[:len(left)]
     return codes.view(absmax.shape), nested, offset
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #4c640649
+# %% ../../nbs/08_quantization/04_nf4.ipynb #52103ad8
 class DoubleFormat(CodebookFormat):
     "The same with scales in 8 bits: QLoRA's double quantization."
     shared = frozenset({"nested_absmax", "nested_offset"})
@@ -208,7 +211,7 @@ class DoubleFormat(CodebookFormat):
 
 nf4_dq = DoubleFormat("nf4_dq", NF4)
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #44f0ba17
+# %% ../../nbs/08_quantization/04_nf4.ipynb #3bb9b1ea
 def to_bitsandbytes(
     packed: Packed,                         # nf4, fp4 or nf4_dq
     dtype: torch.dtype = torch.float32,     # into which bitsandbytes shall unpack
@@ -228,7 +231,7 @@ def to_bitsandbytes(
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
 
-# %% ../../nbs/08_quantization/04_nf4.ipynb #a32f3993
+# %% ../../nbs/08_quantization/04_nf4.ipynb #dacabc54
 def codebook_format(kind: str, block: int = 64, double: bool = False) -> CodebookFormat:
     "The format of bitsandbytes' kind `nf4` or `fp4`. Raises UnsupportedError for another."
     if kind not in BOOKS: raise UnsupportedError(f"{kind!r} is not among bitsandbytes' 4-bit kinds {', '.join(BOOKS)}")
