@@ -68,9 +68,7 @@ class Packed:
 
     def __getitem__(self, rows) -> "Packed":
         "The same for some rows, or some matrices of a stack: any index of the first dimension."
-        own = {n: t if n in self.format.shared else t[rows] for n, t in self.tensors.items()}
-        lead = torch.empty(self.shape[:-1], device="meta")[rows].shape
-        return Packed(self.format, (*lead, self.shape[-1]), own)
+        return self.format.rows(self, rows)
 
 # %% ../../nbs/08_quantization/02_packing.ipynb #a417d885
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]     # of each tensor: its shape and its dtype
@@ -103,6 +101,12 @@ class Format:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         "Bytes that a weight of this shape takes, scales and all."
         return sum(math.prod(size) * dtype.itemsize for size, dtype in self.layout(tuple(shape)).values())
+
+    def rows(self, packed: Packed, rows) -> Packed:
+        "Some rows, or some matrices of a stack: the own part of each tensor, and what is shared."
+        own = {n: t if n in self.shared else t[rows] for n, t in packed.tensors.items()}
+        lead = torch.empty(packed.shape[:-1], device="meta")[rows].shape
+        return Packed(self, (*lead, packed.shape[-1]), own)
 
     def bits(self, shape: tuple[int, ...]) -> float:
         "Bits per weight of this shape, scales and all."

@@ -1,0 +1,83 @@
+"""How many weights a second do the quantizers make, and read back, against bitsandbytes and against writing memory?
+
+    python -m benchmarks.quantizers                       # one matrix of 4096 x 4096, two threads
+    python -m benchmarks.quantizers --size 1024 --rounds 3
+
+All run in one process and take turns, round after round; a ratio is the median of the ratios of single rounds. What
+is unpacked goes into new memory every time, as it does when a model is loaded, so the limit is measured that way too:
+new memory filled with ones.
+"""
+import argparse
+import logging
+import statistics
+import time
+
+import torch
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import bitsandbytes.functional as bnb
+
+from benchmarks.record import record
+from llm_workbench.quantization.nf4 import fp4, nf4, nf4_dq
+
+FORMATS = {"nf4": nf4, "fp4": fp4, "nf4_dq": nf4_dq}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def peers(weight):
+    "The functions that take turns on one weight, by (what, who)."
+    calls = {}
+    for name, format in FORMATS.items():
+        options = dict(quant_type=name.removesuffix("_dq"), compress_statistics=name.endswith("_dq"))
+        packed, theirs = format.pack(weight), bnb.quantize_4bit(weight, **options)
+        same = torch.equal(packed.unpack(weight.dtype), bnb.dequantize_4bit(*theirs))
+        assert same, f"{name} unpacks to other numbers than bitsandbytes: nothing to compare"
+        calls[f"{name} quantize", "ours"] = lambda f=format: f.pack(weight)
+        calls[f"{name} quantize", "bitsandbytes"] = lambda o=options: bnb.quantize_4bit(weight, **o)
+        calls[f"{name} dequantize", "ours"] = lambda p=packed: p.unpack(weight.dtype)
+        calls[f"{name} dequantize", "bitsandbytes"] = lambda t=theirs: bnb.dequantize_4bit(*t)
+    calls["write", "memory"] = lambda: torch.empty_like(weight).fill_(1)
+    return calls
+
+
+def measure(weight, rounds):
+    "Million weights a second of every peer in every round."
+    calls = peers(weight)
+    speeds = {key: [] for key in calls}
+    for turn in range(rounds + 1):                       # the first is a warm-up
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn: speeds[key].append(weight.numel() / 1e6 / (time.perf_counter() - start))
+    return speeds
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    samples, ratios, shares = {}, {}, {}
+    for short, dtype in DTYPES.items():
+        speeds = measure((torch.randn(args.size, args.size) * 0.02).to(dtype), args.rounds)
+        samples |= {f"{what} {short}, {who}": values for (what, who), values in speeds.items()}
+        for what in dict.fromkeys(what for what, who in speeds if who == "ours"):
+            ours, theirs = speeds[what, "ours"], speeds[what, "bitsandbytes"]
+            ratio = ratios[f"{what} {short}"] = statistics.median(a / b for a, b in zip(ours, theirs))
+            line = f"{what + ' ' + short:23} {statistics.median(ours):7.0f} M weights/s   {ratio:5.2f} x bitsandbytes"
+            if what.endswith("dequantize"):
+                share = shares[f"{what} {short}"] = statistics.median(
+                    a / b for a, b in zip(ours, speeds["write", "memory"]))
+                line += f"   {share:.2f} of writing new memory"
+            print(line, flush=True)
+    out = record("quantizers", samples, "million weights/s", ratios=ratios, shares_of_writing=shares,
+                 settings=dict(size=args.size, rounds=args.rounds, threads=args.threads))
+    print(f"written to {out.relative_to(out.parents[3])}")
+
+
+if __name__ == "__main__":
+    main()
