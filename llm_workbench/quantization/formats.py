@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'Keep', 'PackedMatrix', 'PackedStack', 'format_of', 'packs', 'hold', 'quantize', 'check_plan', 'as_stored',
            'as_format']
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #f12e2da8
+# %% ../../nbs/08_quantization/08_formats.ipynb #0bbf975a
 from collections.abc import Callable, Container
 
 import torch
@@ -18,10 +18,11 @@ from ..display import progress
 from ..errors import InputError, UnsupportedError, did_you_mean
 from ..files.parts import Part, is_blocks
 from .gguf_blocks import UNPACK, BlockFormat
+from .nf4 import fp4, nf4, nf4_dq
 from .packing import Format, Packed
 from .round_to_nearest import Binary, Integers, Ternary
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #29a8e0dd
+# %% ../../nbs/08_quantization/08_formats.ipynb #2c9b5f07
 class _Holder(nn.Module):
     "What packed matrices and stacks have in common: the tensors of a `Packed` as buffers."
     def __init__(self,
@@ -57,7 +58,7 @@ class _Holder(nn.Module):
         for name, tensor in packed.items(): self._buffers[name] = tensor.to(like.device)
         return self
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #ccb953cd
+# %% ../../nbs/08_quantization/08_formats.ipynb #793ab01e
 class PackedMatrix(_Holder, Matrix):
     "A matrix kept in a format; `ops.packed_linear` multiplies by it."
     def forward(self, x: Tensor, ops) -> Tensor:                                       # (..., I) -> (..., O)
@@ -67,7 +68,7 @@ class PackedMatrix(_Holder, Matrix):
         found = self.packed[ids.flatten()].unpack(dtype or self.dtype)                 # only these are unpacked
         return found.view(*ids.shape, -1)
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #bfecdbdf
+# %% ../../nbs/08_quantization/08_formats.ipynb #c2566ff4
 class PackedStack(_Holder, Stack):
     "Many matrices of one shape in one format, each unpacked only when rows are multiplied by it."
     def forward(self, x: Tensor, which: Tensor | None, ops) -> Tensor:   # (N, I), or (..., S, I) without `which`
@@ -84,7 +85,7 @@ class PackedStack(_Holder, Stack):
         done = [ops.packed_linear(rows, self.packed[i], None) for i, rows in groups if len(rows) or not len(x)]
         return torch.cat(done)[order.argsort()]
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #328eba11
+# %% ../../nbs/08_quantization/08_formats.ipynb #ecc0fdd1
 def _named(formats) -> dict[str, Format]: return {f.name: f for f in formats}
 
 FORMATS: dict[str, Format] = _named([
@@ -92,6 +93,7 @@ FORMATS: dict[str, Format] = _named([
     *(Integers(bits, group) for bits in (4, 3, 2) for group in (32, 64, 128)),
     *(Integers(bits, group, symmetric=False) for bits in (8, 4, 3, 2) for group in (32, 64, 128)),
     Ternary(), Binary(),
+    nf4, fp4, nf4_dq,
     *(BlockFormat(kind.lower()) for kind in UNPACK),
 ])
 
@@ -103,7 +105,7 @@ def format_of(format: str | Format) -> Format:
                          f"{did_you_mean(format, FORMATS)}")
     return FORMATS[format]
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #a8af2452
+# %% ../../nbs/08_quantization/08_formats.ipynb #f18f0d64
 def packs(name: str, module: nn.Module) -> bool:
     "Whether `quantize` packs this by default: matrices and stacks, but no routers."
     return isinstance(module, (Matrix, Stack)) and not name.endswith((".gate", ".shared_expert_gate"))
@@ -139,7 +141,7 @@ def check_plan(plan: dict[str, tuple[nn.Module, Format]]) -> None:
 
 def _shape(module): return module.shape if isinstance(module, _Holder) else module.weight.shape
 
-# %% ../../nbs/08_quantization/08_formats.ipynb #9e319d65
+# %% ../../nbs/08_quantization/08_formats.ipynb #5bd302be
 Keep = Callable[[str, nn.Module, Part], nn.Module | None]
 
 def as_stored(
