@@ -30,7 +30,8 @@ def packed_in(name, rows=6, seed=0):
 def test_a_format_keeps_its_promises(name):
     packed = packed_in(name)
     format, weight = packed.format, packed.unpack()
-    assert packed.nbytes == format.nbytes(packed.shape) and format.bits(packed.shape) == 8 * packed.nbytes / weight.numel()
+    assert packed.nbytes == format.nbytes(packed.shape)
+    assert format.bits(packed.shape) == 8 * packed.nbytes / weight.numel()
     assert weight.dtype is torch.float32 and weight.shape == packed.shape and weight.isfinite().all()
     assert torch.equal(packed.unpack(torch.bfloat16), weight.bfloat16())
     for rows in ([4, 1, 1], slice(2, 5), torch.tensor([True, False, False, True, False, True])):
@@ -62,7 +63,9 @@ def mutated(packed, rng):
     if kind == "dtype": tensors[name] = t.to(torch.int32 if t.dtype is not torch.int32 else torch.int64)
     if kind == "nested": tensors[name] = some[None]
     if kind == "empty": tensors[name] = some[:0]
-    if kind == "shape": shape = rng.choice([(), (6,), (*shape, 1), (6, 0), (-6, shape[1]), (6, shape[1] + 1), (7, shape[1])])
+    if kind == "shape":
+        rows, columns = shape
+        shape = rng.choice([(), (6,), (rows, columns, 1), (6, 0), (-6, columns), (6, columns + 1), (7, columns)])
     if kind == "bytes":
         raw = some.clone().contiguous().view(torch.uint8).view(-1)
         for _ in range(4): raw[rng.randrange(len(raw))] = rng.randrange(256)
@@ -86,10 +89,12 @@ def test_weights_that_cannot_be_packed_are_named(name):
     format, columns = FORMATS[name], columns_for(FORMATS[name])
     bad = torch.randn(4, columns)
     bad[1, 2] = math.nan
-    for weight, importance in ((bad, None), (torch.full((4, columns), math.inf), None), (torch.randn(columns), None),
-                               (torch.ones(4, columns, dtype=torch.int64), None), ([[1.0]], None), (torch.randn(0, columns), None),
-                               (torch.randn(4, columns), torch.ones(3)), (torch.randn(4, columns), -torch.ones(columns))):
-        with pytest.raises(InputError): format.pack(weight, importance)
+    wrong = [bad, torch.full((4, columns), math.inf), torch.randn(columns), torch.randn(0, columns), [[1.0]],
+             torch.ones(4, columns, dtype=torch.int64)]
+    for weight in wrong:
+        with pytest.raises(InputError): format.pack(weight)
+    for importance in (torch.ones(3), -torch.ones(columns), torch.full((columns,), math.nan)):
+        with pytest.raises(InputError): format.pack(torch.randn(4, columns), importance)
     if format.columns > 1:
         with pytest.raises(InputError, match="multiple"): format.pack(torch.randn(4, columns + 1))
 
