@@ -62,7 +62,7 @@ static inline float total(V v) {
   for (int n = 8; n; n /= 2) for (int i = 0; i < n; i++) v[i] += v[i + n];
   return v[0];
 }
-static inline B first(B even, B odd) {                            // weights 0, 1, 2 ... 15 of 0, 2, 4 ... and 1, 3, 5 ...
+static inline B first(B even, B odd) {                            // weights 0 to 15 from 0, 2, 4 ... and 1, 3, 5 ...
   B b;
   for (int i = 0; i < 8; i++) b[2 * i] = even[i], b[2 * i + 1] = odd[i];
   return b;
@@ -102,7 +102,7 @@ ROWS = 8   # rows of x; with more it pays to unpack a piece of the matrix and le
 
 DOTS = r"""
 #define PARTS (ITEMS / 16)
-typedef struct { const uint8_t *data, *scale; int64_t outs, step; } Matrix;     // step: bytes from scale to scale, by row
+typedef struct { const uint8_t *data, *scale; int64_t outs, step; } Matrix;     // step: bytes of a row of scales
 static inline void unpack(const uint8_t *q, const uint8_t *s, V *w) { SOURCE }
 static inline __attribute__((always_inline)) void dots(
     const uint8_t *q, const uint8_t *s, const float *x, int64_t ins, int rows, float *out) {
@@ -179,14 +179,16 @@ class Plan:
 
 def _place(packed: Packed) -> list[int]:
     "Addresses of codes and scales, rows, and the bytes of a row of scales."
-    data, scale = packed.data, packed.tensors.get("scale", packed.data)
-    return [data.data_ptr(), scale.data_ptr(), packed.shape[0], scale.nbytes // packed.shape[0] if scale is not data else 0]
+    data, scale, rows = packed.data, packed.tensors.get("scale"), packed.shape[0]
+    if scale is None: return [data.data_ptr(), data.data_ptr(), rows, 0]
+    return [data.data_ptr(), scale.data_ptr(), rows, scale.nbytes // rows]
 
 def _known(packed: Packed) -> bool:
     "Whether the kernels can read this."
-    blocks, name = BLOCKS.get(packed.format.name), packed.format.name
-    fits = blocks is not None and len(packed.shape) == 2 and packed.shape[0] > 0 and packed.shape[1] % blocks.items == 0
-    return fits and all(t.is_cpu and t.is_contiguous() for t in packed.tensors.values()) and FORMATS.get(name) == packed.format
+    name, blocks = packed.format.name, BLOCKS.get(packed.format.name)
+    if blocks is None or FORMATS.get(name) is not packed.format: return False     # a format of the same name is another
+    fits = len(packed.shape) == 2 and packed.shape[0] > 0 and packed.shape[1] % blocks.items == 0
+    return fits and all(t.is_cpu and t.is_contiguous() for t in packed.tensors.values())
 
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #c5ef3625
 _plans: WeakKeyDictionary[Packed, dict] = WeakKeyDictionary()

@@ -136,8 +136,8 @@ def check_plan(plan: dict[str, tuple[nn.Module, Format]]) -> None:
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         needs = next(f for m, f in plan.values() if _shape(m)[-1] % f.columns)
-        raise InputError(f"{needs.name} takes rows of {needs.columns} weights or a multiple; {', '.join(odd[:3])}{more}: "
-                         "choose smaller groups, or leave these out with `choose`")
+        raise InputError(f"{needs.name} takes rows of {needs.columns} weights or a multiple; {', '.join(odd[:3])}"
+                         f"{more}: choose smaller groups, or leave these out with `choose`")
 
 def _shape(module): return module.shape if isinstance(module, _Holder) else module.weight.shape
 

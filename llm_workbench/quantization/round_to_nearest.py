@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..errors import InputError
@@ -66,6 +67,7 @@ class Integers(Format):
         return tensors if self.symmetric else tensors | {"zero": (scales, torch.uint8)}
 
 # %% ../../nbs/08_quantization/03_round_to_nearest.ipynb #c356b7ca
+@patch
 def _pack(self: Integers, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
     shape = self._groups(weight.shape)
     groups = weight.float().reshape(shape)                                              # (..., n, G)
@@ -79,12 +81,11 @@ def _pack(self: Integers, weight: Tensor, importance: Tensor | None) -> dict[str
     tensors = {"data": pack_codes(codes, self.width), "scale": scale.half().squeeze(-1)}
     return tensors if self.symmetric else tensors | {"zero": zero.to(torch.uint8).squeeze(-1)}
 
+@patch
 def _unpack(self: Integers, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     groups = unpack_codes(tensors["data"], self.width).view(self._groups(shape)).float()
     zero = 2 ** (self.width - 1) if self.symmetric else tensors["zero"][..., None].float()
     return ((groups - zero) * tensors["scale"][..., None].float()).view(shape).to(dtype)
-
-Integers._pack, Integers._unpack = _pack, _unpack
 
 # %% ../../nbs/08_quantization/03_round_to_nearest.ipynb #3df554a6
 def clipped(
