@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)     # it warns when its kernels on the hub are not there
-import bitsandbytes.functional as bnb
-
 from llm_workbench.errors import CheckpointError, InputError, UnsupportedError, WorkbenchError
 from llm_workbench.quantization.formats import PackedMatrix
 from llm_workbench.quantization.nf4 import (
@@ -35,6 +32,9 @@ from llm_workbench.quantization.nf4 import (
     to_bitsandbytes,
 )
 from llm_workbench.quantization.packing import Packed
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)     # it warns when its kernels on the hub are not there
+bnb = pytest.importorskip("bitsandbytes.functional")
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
