@@ -89,8 +89,11 @@ class Asked:
         options.dry_run, options.nthread = True, 1
         if importance: options.imatrix = self.one
         self.said.clear()
+        from llama_cpp._logger import llama_log_callback as usual   # ours must not be called when this object is gone
         self.c.llama_log_set(self.callback, ctypes.c_void_p())
-        if self.c.llama_model_quantize(str(path).encode(), b"", ctypes.byref(options)): return None
+        try: failed = self.c.llama_model_quantize(str(path).encode(), b"", ctypes.byref(options))
+        finally: self.c.llama_log_set(usual, ctypes.c_void_p())
+        if failed: return None
         found = re.findall(r"\[ *\d+/ *\d+\] (\S+) +- \[[^\]]*\], type = +(\S+), .*?MiB(?: ->.*?\((\w+)\))?",
                            "".join(self.said))
         return {name: (new or old).upper() for name, old, new in found}

@@ -69,7 +69,7 @@ def notebooks():
 
 def pytest():
     command = [sys.executable, "-m", "pytest", "-q", "--durations=15", "tests"]
-    command += ["-n", str(WORKERS), "--dist", "loadfile"]   # a file's tests stay together: its fixtures are made once
+    command += ["-n", str(WORKERS), "--dist", "loadfile", "--max-worker-restart", "0"]   # a file stays together
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **SHARED}).returncode == 0
 
 
