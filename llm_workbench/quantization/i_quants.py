@@ -7,7 +7,7 @@ __all__ = ['LARGEST', 'UNPACK', 'PACK', 'all_signs', 'as_signs', 'codebook', 'nu
            'unpack_iq2_xxs', 'unpack_iq3_xxs', 'unpack_iq2_xs', 'unpack_iq2_s', 'unpack_iq3_s', 'unpack_iq1_s',
            'unpack_iq1_m', 'make_even', 'search_iq2_xxs', 'needs_importance', 'library_pack']
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #021f7e0c
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #2ba4ff09
 from functools import cache, partial
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import InputError
 from .gguf_blocks import c_quantize, ggml_library, type_number
 from .packing import pack_codes, unpack_codes
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #8a477513
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #66f46ab7
 def all_signs(
     bits: Tensor,   # (..., 7) zeros and ones: 1 is minus
 ) -> Tensor:        # (..., 8) floats 1 and -1
@@ -28,7 +28,7 @@ def as_signs(bits: Tensor) -> Tensor:   # zeros and ones -> 1 and -1
     "1 is minus."
     return 1 - 2.0 * bits
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #699d77f3
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #f2db40a8
 @cache
 def codebook(
     kind: str,             # "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS" or "IQ3_S"; IQ1_M shares IQ1_S's
@@ -40,7 +40,7 @@ def codebook(
     book.init_grid()
     return torch.tensor(book.grid, dtype=torch.float32, device=device).view(book.grid_shape)
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #7f52c087
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #401f8b48
 def number(bits: Tensor) -> Tensor:   # (..., b) zeros and ones -> (...) int64
     "A whole number from its bits, lowest first."
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
@@ -60,7 +60,7 @@ def points(kind: str, index: Tensor) -> Tensor:   # (...) numbers of points -> (
     "Points by their numbers."
     return codebook(kind, str(index.device))[index.long()]
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #19156aa9
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #915d6abd
 def unpack_iq2_xxs(blocks: Tensor) -> Tensor:   # (N, 66) uint8 -> (N, 256) float32
     "w = d (l + 1/2) / 4 times a point of 8; a scale l for 32 weights."
     data = blocks[:, 2:].unflatten(1, (8, 8))                                              # (N, 8, 8)
@@ -78,7 +78,7 @@ def _signs_and_scale(data):   # (N, 8, 4) uint8 -> (N, 8, 4, 8) signs; (N, 8) co
     bits = unpack_codes(data, 1)                                                           # (N, 8, 32)
     return all_signs(bits[..., :28].unflatten(-1, (4, 7))), number(bits[..., 28:])
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #e38586e8
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #e8c91594
 def unpack_iq2_xs(blocks: Tensor) -> Tensor:   # (N, 74) uint8 -> (N, 256) float32
     "w = d (l + 1/2) / 4 times a point of 8; a scale l for 16 weights."
     words = unpack_codes(blocks[:, 2:66], 1).unflatten(1, (32, 16))                        # (N, 32, 16) bits
@@ -99,7 +99,7 @@ def unpack_iq3_s(blocks: Tensor) -> Tensor:   # (N, 110) uint8 -> (N, 256) float
     signed = points("IQ3_S", index).flatten(1) * as_signs(unpack_codes(signs, 1))
     return scaled(scale_of(d) * (1 + 2 * unpack_codes(l, 4)), signed)
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #07f4adc7
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #39d8c3b8
 def unpack_iq1_s(blocks: Tensor) -> Tensor:   # (N, 50) uint8 -> (N, 256) float32
     "w = d (2 l + 1) (t + 1/8 or t - 1/8), t a point of 8; a scale and a direction for 32 weights."
     d, low, rest = blocks.split([2, 32, 16], dim=1)
@@ -119,7 +119,7 @@ def unpack_iq1_m(blocks: Tensor) -> Tensor:   # (N, 56) uint8 -> (N, 256) float3
     moved = points("IQ1_M", low.long() | (rest & 7).long() << 8) + as_signs(rest >> 3)[..., None] / 8
     return scaled(d * (2 * l + 1), moved)
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #346be17c
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #3be39f5d
 def make_even(
     w: Tensor,   # (..., 8)
     c: Tensor,   # (..., 8) how much an error counts
@@ -131,7 +131,7 @@ def make_even(
     minus = minus ^ torch.zeros_like(minus).scatter(-1, least, odd)
     return minus, torch.where(minus, -w, w)
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #beae41ed
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #53e16886
 def search_iq2_xxs(
     w: Tensor,                          # (N, 256) float32
     importance: Tensor | None = None,   # (N, 256); None: all alike
@@ -165,12 +165,12 @@ def _iq2_xxs_bytes(scales, minus, choose):   # a scale is d (2 l + 1), the large
     data = torch.cat([index.to(torch.uint8), pack_codes(bits, 1)], -1)                     # (N, 8, 8)
     return torch.cat([d.view(torch.uint8), data.flatten(1)], 1)
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #7baa67d8
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #005616b6
 def needs_importance(kind: str) -> bool:
     "Whether the C library writes this type only with an importance. Raises UnsupportedError without the library."
     return ggml_library().ggml_quantize_requires_imatrix(type_number(kind))
 
-# %% ../../nbs/08_quantization/07_i_quants.ipynb #92610d9c
+# %% ../../nbs/08_quantization/07_i_quants.ipynb #8517cb6a
 def library_pack(
     w: Tensor,                   # (N, 256) float32
     importance: Tensor | None,   # (N, 256), or None where the type can do without
