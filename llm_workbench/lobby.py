@@ -8,7 +8,7 @@ from llm_workbench.errors import InputError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.inference.generation import LM
-from llm_workbench.kernels import cpu, packed_cpu
+from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
 from llm_workbench.quantization.formats import Keep, as_format, as_stored, format_of
 from llm_workbench.quantization.packing import Format
 
@@ -44,13 +44,14 @@ def keeping(weights: str | Format | None,  # "stored", "dense", a format or its 
     if weights == "dense": return None
     if weights == "stored": return as_stored(dtype, device)
     if weights is not None: return as_format(format_of(weights), dtype, device)
-    return as_stored(dtype, device, packed_cpu.BLOCKS) if ops is packed_cpu.CPU else None
+    in_c = ops.packed_linear is packed_cpu.packed_linear
+    return as_stored(dtype, device, packed_cpu.BLOCKS) if in_c else None
 
 
 def fastest_ops(device: str | torch.device = "cpu") -> Ops:
     "C kernels on a CPU (TORCH and a warning where there is no compiler), TORCH elsewhere."
     if torch.device(device).type != "cpu": return TORCH
-    return packed_cpu.CPU if cpu.fastest() is cpu.CPU else TORCH
+    return fused_cpu.CPU if cpu.fastest() is cpu.CPU else TORCH
 
 
 def usable(device: str | torch.device) -> torch.device:

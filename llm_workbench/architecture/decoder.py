@@ -78,7 +78,7 @@ def hidden(self: Decoder,
     if pieces is not None: where["pieces"] = pieces
     cache = NoCache() if cache is None else cache
     step = fill_tables(cache.begin(*x.shape[:2], x.device, **where), self.ropes, x.dtype)
-    for block in self.layers: x = block(x, step, self.ops)
+    x = self.ops.blocks(x, self.layers, step, self.ops)
     cache.commit(step)
     return self.norm(x, self.ops)
 

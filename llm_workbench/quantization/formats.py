@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'Keep', 'PackedMatrix', 'PackedStack', 'format_of', 'packs
            'as_format']
 
 # %% ../../nbs/08_quantization/08_formats.ipynb #0bbf975a
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from ..architecture.decoder import Decoder
 from ..architecture.matrices import FEW, Matrix, Stack, swapped
 from ..display import progress
 from ..errors import InputError, UnsupportedError, did_you_mean
+from ..files.gguf import dequantize
 from ..files.parts import Part, is_blocks
 from . import i_quants
 from .gguf_blocks import UNPACK, BlockFormat
 from .nf4 import fp4, nf4, nf4_dq
-from .packing import Format, Packed
+from .packing import Format, Packed, rows_at_once
 from .round_to_nearest import Binary, Integers, Ternary
 
 # %% ../../nbs/08_quantization/08_formats.ipynb #2c9b5f07
@@ -155,10 +156,25 @@ def as_stored(
     def keep(name, old, part):
         kind = part.type.lower()
         if not is_blocks(part.type) or kind not in FORMATS or kind not in only or not packs(name, old): return None
-        try: data = part.packed()
+        try: stored = part.packed()
         except UnsupportedError: return None                               # computed from what is stored
-        return hold(old, Packed(FORMATS[kind], part.shape, {"data": data.clone().to(device)}), dtype)
+        data = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+        for to, rows in zip(_some_rows(data), _some_rows(stored)):
+            to.copy_(rows)
+            part.release()                                                 # what was copied is not needed twice
+        return hold(old, Packed(FORMATS[kind], part.shape, {"data": data}), dtype)
     return keep
+
+def _some_rows(t: Tensor): return t.view(-1, t.shape[-1]).split(rows_at_once(t.shape))
+
+def _pieces(part: Part) -> Iterator[Tensor]:
+    "The rows of a part as float32, some at a time where the file lets them be read so."
+    try: stored = part.packed()
+    except UnsupportedError: stored = part.read(torch.float32)             # computed from what is stored
+    blocks = is_blocks(part.type) and stored.dtype is torch.uint8
+    for rows in _some_rows(stored.reshape(*part.shape[:-1], -1)):
+        yield dequantize(rows, part.type) if blocks else rows.float()
+        part.release()
 
 def as_format(format: str | Format, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
     "For `from_checkpoint(keep=...)`: pack each matrix as it is read. Raises InputError for one that does not fit."
@@ -166,6 +182,7 @@ def as_format(format: str | Format, dtype: torch.dtype = torch.float32, device: 
     def keep(name, old, part):
         if not packs(name, old): return None
         check_plan({name: (old, format)})
-        packed = format.pack(part.read(torch.float32))
+        if format.by_rows(part.shape): packed = format.gather(part.shape, _pieces(part))
+        else: packed = format.pack(part.read(torch.float32))
         return hold(old, Packed(format, packed.shape, {n: t.to(device) for n, t in packed.tensors.items()}), dtype)
     return keep

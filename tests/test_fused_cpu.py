@@ -1,0 +1,153 @@
+"A token in one call: every family, every split of a text, caches that grow, weights that move, and threads."
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from models import SMALL, small_model
+
+from checks import some_tokens
+from llm_workbench import Decoder
+from llm_workbench.kernels import fused_cpu, packed_cpu
+from llm_workbench.quantization.formats import quantize
+
+# sizes that the kernel reads: rows of whole blocks
+WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8)
+FUSED = {  # variants whose blocks it knows, with the changes that make them wide
+    ("llama", 0): dict(head_dim=16), ("llama", 1): {}, ("llama", 2): {}, ("mistral", 0): dict(head_dim=16),
+    ("mistral", 1): {}, ("gemma", 0): dict(head_dim=16), ("gemma3_text", 0): dict(head_dim=16), ("qwen2", 0): {},
+    ("qwen2", 1): {}, ("qwen3", 0): dict(head_dim=16), ("qwen3", 1): {}, ("phi3", 0): {}, ("granite", 0): {},
+    ("smollm3", 0): {}, ("smollm3", 1): {}}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad(): yield
+
+
+def decoder_of(family, variant=0):
+    changes = {**SMALL[family][variant], **WIDE, **FUSED[family, variant]}
+    return Decoder.from_transformers(small_model(family, changes=changes), packed_cpu.CPU)
+
+
+def counted(monkeypatch):
+    "How many calls are one call, from now on."
+    calls, original = [], fused_cpu.Plan.run
+    monkeypatch.setattr(fused_cpu.Plan, "run", lambda self, *a: calls.append(1) or original(self, *a))
+    return calls
+
+
+def close(got, want): return (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("family,variant", FUSED, ids=lambda v: str(v))
+@pytest.mark.parametrize("format", [None, "int4_g32"])
+def test_every_split_of_a_text(family, variant, format, monkeypatch):
+    plain = decoder_of(family, variant)
+    if format: plain = quantize(plain, format)
+    assert fused_cpu.why_not(plain.layers[0]) is None
+    one, calls = plain.with_ops(fused_cpu.CPU), counted(monkeypatch)
+    tokens, want = some_tokens(1, 14), None
+    want = plain(tokens)
+    for cut in (1, 6, 13):
+        for width in (1, 3):
+            cache = one.new_cache(capacity=16)
+            cache.expect(14)
+            parts = [one(tokens[:, :cut], cache)]
+            for at in range(cut, 14, width): parts.append(one(tokens[:, at:at + width], cache))
+            assert close(torch.cat(parts, 1), want), (cut, width)
+    assert calls, "the ordinary loop was tested instead of the kernel"
+
+
+def test_families_that_it_does_not_know_go_the_ordinary_way(monkeypatch):
+    calls = counted(monkeypatch)
+    for family, variants in SMALL.items():
+        for variant in range(len(variants)):
+            if (family, variant) in FUSED: continue
+            plain = Decoder.from_transformers(small_model(family, variant), packed_cpu.CPU)
+            one, tokens = plain.with_ops(fused_cpu.CPU), some_tokens(1, 9)
+            a, b = plain.new_cache(), one.new_cache()
+            for part in tokens.split([6, 1, 2], 1): assert torch.equal(one(part, b), plain(part, a)), family
+            assert all(fused_cpu.why_not(block) for block in one.layers), (family, variant)
+    assert not calls
+
+
+def test_ragged_texts_and_all_stores(monkeypatch):
+    plain, calls = decoder_of("qwen3"), counted(monkeypatch)
+    one, tokens = plain.with_ops(fused_cpu.CPU), some_tokens(3, 20)
+    for store in ("contiguous", "sliding", "quantized", "static"):
+        options = dict(batch=3, slots=32) if store == "static" else {}
+        a, b = (d.new_cache(store, **options) for d in (plain, one))
+        for cache, d in ((a, plain), (b, one)): d(tokens[:, :9], cache, counts=[9, 4, 7])
+        for t in range(9, 14): assert close(one(tokens[:, t:t + 1], b), plain(tokens[:, t:t + 1], a)), store
+        if store == "contiguous":
+            for cache in (a, b): cache.select([2, 0]), cache.truncate([8, 10])
+            for t in range(14, 17): assert close(one(tokens[:2, t:t + 1], b), plain(tokens[:2, t:t + 1], a))
+    assert len(calls) == 8, "only the contiguous store is known"
+
+
+def test_a_step_that_is_not_committed_and_a_cache_that_grows(monkeypatch):
+    plain, calls = decoder_of("llama"), counted(monkeypatch)
+    one, tokens = plain.with_ops(fused_cpu.CPU), some_tokens(1, 40)
+    cache, want = one.new_cache(capacity=4), plain(tokens)
+    got = [one(tokens[:, :3], cache)]
+    for t in range(3, 40):
+        if t == 20: monkeypatch.setattr(cache, "commit", lambda step: None); one(tokens[:, :1], cache); monkeypatch.undo()
+        got.append(one(tokens[:, t:t + 1], cache))
+    assert close(torch.cat(got, 1), want)
+
+
+def test_weights_that_move_or_change_are_noticed(monkeypatch):
+    plain = decoder_of("llama")
+    one, tokens = plain.with_ops(fused_cpu.CPU), some_tokens(1, 8)
+    def step(d):
+        cache = d.new_cache(capacity=16)
+        d(tokens[:, :7], cache)
+        return d(tokens[:, 7:], cache)
+    before, calls = step(one), counted(monkeypatch)
+    one.layers[1].mlp.down_proj.weight = torch.nn.Parameter(one.layers[1].mlp.down_proj.weight * 2)   # another object
+    changed = step(one)
+    assert not close(changed, before) and close(changed, step(one.with_ops(packed_cpu.CPU))) and calls
+    one.layers[0].attn_norm.weight.mul_(3)                                                            # in place
+    assert close(step(one), step(one.with_ops(packed_cpu.CPU)))
+    one.double().float()                                                                              # other memory
+    assert close(step(one), step(one.with_ops(packed_cpu.CPU)))
+    calls.clear()
+    handle = one.layers[0].self_attn.register_forward_hook(lambda module, args, out: out * 0)
+    assert not close(step(one), before) and not calls, "a hook is heard"
+    handle.remove()
+    step(one)
+    assert calls
+    calls.clear()
+    assert close(step(one.with_ops(rms_norm=lambda x, w, eps: x)), step(one.with_ops(packed_cpu.CPU).with_ops(
+        rms_norm=lambda x, w, eps: x))) and not calls, "somebody's own function is used"
+
+
+def test_threads_share_a_decoder():
+    one = decoder_of("llama").with_ops(fused_cpu.CPU)
+    texts = [some_tokens(1, 30, seed=s) for s in range(4)]
+    want, got = [one(t) for t in texts], [None] * 4
+    def work(i):
+        with torch.no_grad():
+            cache = one.new_cache(capacity=64)
+            got[i] = torch.cat([one(texts[i][:, :5], cache)] + [one(texts[i][:, t:t + 1], cache)
+                                                                for t in range(5, 30)], 1)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(close(g, w) for g, w in zip(got, want))
+
+
+def test_nothing_is_kept_alive():
+    one = decoder_of("llama").with_ops(fused_cpu.CPU)
+    cache = one.new_cache(capacity=16)
+    for part in some_tokens(1, 5).split([4, 1], 1): one(part, cache)
+    layers, store = weakref.ref(one.layers), weakref.ref(cache.store[0]["k"])
+    assert fused_cpu._plans[one.layers] is not None
+    del cache
+    gc.collect()
+    assert store() is None
+    del one
+    gc.collect()
+    assert layers() is None
