@@ -18,7 +18,7 @@ from ..display import progress
 from ..errors import InputError, UnsupportedError, did_you_mean
 from ..files.gguf import dequantize
 from ..files.parts import Part, is_blocks
-from . import i_quants
+from . import i_quants, k_quants
 from .gguf_blocks import UNPACK, BlockFormat
 from .nf4 import fp4, nf4, nf4_dq
 from .packing import Format, Packed, rows_at_once
@@ -97,6 +97,7 @@ FORMATS: dict[str, Format] = _named([
     Ternary(), Binary(),
     nf4, fp4, nf4_dq,
     *(BlockFormat(kind.lower()) for kind in UNPACK),
+    *(BlockFormat(kind.lower(), k_quants.PACK[kind], k_quants.UNPACK[kind]) for kind in k_quants.UNPACK),
     *(BlockFormat(kind.lower(), i_quants.PACK[kind], i_quants.UNPACK[kind]) for kind in i_quants.UNPACK),
 ])
 
