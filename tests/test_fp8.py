@@ -7,21 +7,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import small_model
 from safetensors.torch import load_file, save_file
+from test_formats import dense_copy
 
 from llm_workbench import Decoder
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import InputError, WorkbenchError
 from llm_workbench.files.safetensors import SafetensorsFile
 from llm_workbench.quantization.formats import FORMATS, PackedMatrix, PackedStack, quantize
-from llm_workbench.quantization.fp8 import TINY, Float8, fp8, fp8_block, fp8_e5m2, fp8_tensor, mxfp8, scales_for, to_float8
+from llm_workbench.quantization.fp8 import (
+    TINY,
+    Float8,
+    fp8,
+    fp8_block,
+    fp8_e5m2,
+    fp8_tensor,
+    mxfp8,
+    scales_for,
+    to_float8,
+)
 from llm_workbench.quantization.number_formats import FLOATS, encode, values
 from llm_workbench.quantization.packing import Format, Packed
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 KINDS = {"fp8_e4m3": E4M3, "fp8_e5m2": E5M2}
-EVERY = [fp8, fp8_tensor, fp8_block, fp8_e5m2, mxfp8, Float8("odd", tile=(7, 5)), Float8("bf", tile=(None, 16), scale_dtype=torch.bfloat16)]
-SHAPES = [(1, 1), (128, 128), (130, 257), (127, 129), (576, 200), (1, 300), (300, 1), (2, 129, 31), (3, 2, 5, 40)]
+EVERY = [fp8, fp8_tensor, fp8_block, fp8_e5m2, mxfp8, Float8("odd", tile=(7, 50)),
+         Float8("bf", tile=(None, 16), scale_dtype=torch.bfloat16)]
+SHAPES = [(1, 1), (128, 128), (130, 257), (127, 129), (200, 136), (257, 288), (1, 300), (300, 1), (2, 129, 31),
+          (3, 2, 5, 40)]
 
 
 def noise(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -128,18 +142,20 @@ class Transposed(Float8):
 
 class Divides(Float8):
     "Wrong: weight_scale_inv taken at its name."
-    def _unpack(self, tensors, shape, dtype): return (tensors["data"].float() / self._spread(tensors["scale"], shape)).to(dtype)
+    def _unpack(self, tensors, shape, dtype):
+        return (tensors["data"].float() / self._spread(tensors["scale"], shape)).to(dtype)
 
 
 class Unrounded(Float8):
     "Wrong: codes for the scale before it is rounded."
     def _pack(self, weight, importance):
         exact = scales_for(self._largest(weight), self.dtype)
-        return {"data": to_float8(weight / self._spread(exact, weight.shape), self.dtype), "scale": exact.to(self.scale_dtype)}
+        codes = to_float8(weight / self._spread(exact, weight.shape), self.dtype)
+        return {"data": codes, "scale": exact.to(self.scale_dtype)}
 
 
-class Mean(Float8):
-    "Wrong: the mean of a padded tile."
+class Halved(Float8):
+    "Wrong: scales of half the largest, which is cut."
     def _largest(self, weight): return super()._largest(weight) * 0.5
 
 
@@ -147,7 +163,7 @@ class Mean(Float8):
 def test_tiles(format): packs_as_by_hand(format)
 
 
-MUTANTS = [WholeTiles("m", tile=(128, 128)), Transposed("m", tile=(128, 128)), Divides("m"), Mean("m"),
+MUTANTS = [WholeTiles("m", tile=(128, 128)), Transposed("m", tile=(128, 128)), Divides("m"), Halved("m"),
            Unrounded("m", tile=(1, 16), scale_dtype=torch.bfloat16)]
 
 @pytest.mark.parametrize("format", MUTANTS, ids=lambda f: type(f).__name__)
@@ -157,7 +173,7 @@ def test_wrong_formats_are_rejected(format):
 
 def test_scales():
     largest = torch.tensor([0.0, 1e-44, 448, 449, 447, 3e38])
-    assert scales_for(largest, E4M3)[2:5].tolist() == [1, torch.tensor(449 / 448).item(), torch.tensor(447 / 448).item()]
+    assert torch.equal(scales_for(largest, E4M3)[2:5], torch.tensor([1, 449 / 448, 447 / 448]))
     assert scales_for(largest, E4M3)[0] == TINY and scales_for(largest, E5M2)[-1].isfinite()
     powers = scales_for(largest, E4M3, E8M0).float()
     assert powers[2:5].tolist() == [1, 2, 1] and (powers * 448 >= largest).all() and (powers > 0).all()
@@ -176,10 +192,12 @@ def transformers_ops(block, scale_fmt="float"):
 @pytest.mark.parametrize("shape", [(256, 384), (3, 128, 256)], ids=str)
 def test_as_transformers(shape):
     w = noise(*shape) * noise(*shape[:-1], 1, seed=2).abs()
-    for format, block, fmt in ((fp8_block, (128, 128), "float"), (mxfp8, (1, 32), "ue8m0"), (fp8_tensor, shape[-2:], "float")):
+    for format, block, fmt in ((fp8_block, (128, 128), "float"), (mxfp8, (1, 32), "ue8m0"),
+                               (fp8_tensor, shape[-2:], "float")):
         packed, (writer, reader) = format.pack(w), transformers_ops(block, fmt)
         for dtype in (torch.float32, torch.bfloat16):
-            assert torch.equal(reader._dequantize_one(packed.data, packed.tensors["scale"], dtype), packed.unpack(dtype))
+            read = reader._dequantize_one(packed.data, packed.tensors["scale"], dtype)
+            assert torch.equal(read, packed.unpack(dtype))
         codes, scale = writer._quantize_one("a.weight", w).values()
         theirs = Packed(format, tuple(shape), {"data": codes, "scale": scale})
         assert torch.equal(reader._dequantize_one(codes, scale, torch.float32), theirs.unpack())
@@ -214,7 +232,8 @@ def rows_are_rows(format):
 class PlainRows(Float8):
     "Wrong: row 3 takes scale 3."
     def rows(self, packed, rows):
-        return Packed(self, packed.data[rows].shape, {"data": packed.data[rows], "scale": packed.tensors["scale"][rows]})
+        own = {name: t[rows] for name, t in packed.tensors.items()}
+        return Packed(self, own["data"].shape, own)
 
 
 class FirstBlocks(Float8):
@@ -260,13 +279,13 @@ def test_holders_keep_codes_and_scales(format):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek_v3"])
 def test_families_in_blocks(family):
-    from models import small_model
     decoder = Decoder.from_transformers(small_model(family), REFERENCE)
     tokens = torch.arange(18).view(2, 9)
-    want = decoder(tokens)
+    before = decoder(tokens)
     for format in (fp8_block, "fp8", fp8_tensor):
-        got = quantize(decoder, format)(tokens)
-        assert 0 < (got - want).norm() < 0.3 * want.norm(), format
+        packed = quantize(decoder, format)
+        want = dense_copy(packed)(tokens)
+        assert (packed(tokens) - want).abs().max() <= 1e-5 * want.abs().max() and not torch.equal(want, before)
 
 
 def test_among_the_formats():
@@ -287,9 +306,10 @@ def test_wrong_arguments():
 
 def test_damage_ends_in_our_errors():
     rng, w = random.Random(0), noise(130, 256)
-    for _ in range(400):
-        format = rng.choice(EVERY)
-        good, change = format.pack(w), rng.randrange(5)
+    packed = [format.pack(w) for format in EVERY]
+    for _ in range(300):
+        good, change = rng.choice(packed), rng.randrange(5)
+        format = good.format
         name, shape = rng.choice(["data", "scale"]), good.shape
         tensor = good.tensors[name]
         if change == 0: tensor = tensor[:-1]
