@@ -153,6 +153,7 @@ MUTANTS = [
     ("pack_q3_k", "torch.where(most == 0, 0, 1 / inverse_scale)", "1 / inverse_scale", "Q3_K", "none"),
     ("_climbed", "q + most", "q", "Q3_K", "none"),
     ("largest", "s.abs().argmax", "s.argmax", "Q6_K", "none"),
+    ("nearest_level", "floor_()", "round_()", "IQ4_XS", "none"),
     ("search_levels", "range(-7, 8)", "range(-6, 8)", "IQ4_XS", "none"),
     ("search_levels", "vv > 0, vx / vv, 0", "vv > 0, 1 / vv, 0", "IQ4_XS", "none"),
     ("pack_iq4_xs", "inverse(d * l)", "inverse(d.half().float() * l)", "IQ4_XS", "none"),  # rounded too early
