@@ -8,7 +8,7 @@ __all__ = ['UNPACK', 'PACK', 'stripes', 'unstripes', 'six_bits', 'unsix_bits', '
            'climb', 'search_scales', 'pack_q4_k', 'pack_q5_k', 'pack_q2_k', 'largest', 'pack_q6_k', 'pack_q3_k',
            'nearest_level', 'search_levels', 'pack_iq4_xs']
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #05e36e47
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #27497379
 from collections.abc import Callable
 
 import torch
@@ -18,7 +18,7 @@ from .gguf_blocks import (
     IQ4_VALUES, NOTHING, fp16_at, fp16_bytes, in_order, inverse, nearest_int, nearest_value, over, root, search_scale)
 from .packing import pack_codes, unpack_codes
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #1696d087
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #f3cfae8d
 def stripes(
     codes: Tensor,   # (N, k) whole numbers below 2**bits
     bits: int,       # 1, 2 or 4
@@ -34,7 +34,7 @@ def unstripes(data: Tensor, bits: int, run: int = 32) -> Tensor:   # (N, bytes) 
 
 def _places(bits, like): return torch.arange(0, 8, bits, dtype=torch.uint8, device=like.device)[:, None]
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #a2eefd3a
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #6a3cca13
 def six_bits(
     l: Tensor,   # (N, 8) uint8 codes of scales, below 64
     m: Tensor,   # (N, 8) uint8 codes of minima
@@ -48,7 +48,7 @@ def unsix_bits(data: Tensor) -> tuple[Tensor, Tensor]:   # (N, 12) uint8 -> (N, 
     l, m, both = data.split(4, dim=1)
     return (torch.cat([l & 63, both & 15 | l >> 6 << 4], dim=1), torch.cat([m & 63, both >> 4 | m >> 6 << 4], dim=1))
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #9c51f3d5
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #8c9f049b
 def unpack_q4_k(blocks: Tensor) -> Tensor:   # (N, 144) uint8 -> (N, 256) float32
     "w = d l q - dmin m, with l and m for 32 weights."
     return _lines(blocks, 0, *unsix_bits(blocks[:, 4:16]), unstripes(blocks[:, 16:], 4))
@@ -67,7 +67,7 @@ def _lines(blocks, at, l, m, q):             # at: the byte of d; dmin follows
     q = q.float().unflatten(1, (l.shape[1], -1))                                       # (N, parts, n)
     return q.mul_(d[..., None]).sub_(dmin[..., None]).flatten(1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #7d9552dc
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #1fcc803d
 def unpack_q3_k(blocks: Tensor) -> Tensor:   # (N, 110) uint8 -> (N, 256) float32
     "w = d (l - 32) (q - 4), with l for 16 weights."
     high, low, scales, _ = blocks.split([32, 64, 12, 2], dim=1)
@@ -89,7 +89,7 @@ def unpack_iq4_xs(blocks: Tensor) -> Tensor:   # (N, 136) uint8 -> (N, 256) floa
 def _scaled(d, q):                             # (N, parts) scales, (N, 256) numbers
     return q.unflatten(1, (d.shape[1], -1)).mul(d[..., None]).flatten(1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #9275f49e
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #06e3f198
 def in_turn(terms: Tensor) -> Tensor:   # (n, ...) float32 -> (...)
     "The sum over the first axis, one item after the other in float32."
     total = terms[0] + 0.0
@@ -102,7 +102,7 @@ def whole(x: Tensor, most: int) -> Tensor:   # float32, which may be overwritten
     if not (lowest > -2**22 and highest < 2**22): return nearest_int(x).clamp_(0, most).float()
     return x.add_(12582912.0).sub_(12582912.0).clamp_(0, most)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #3ca0b0d6
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #25f53bc6
 def fit_lines(
     w: Tensor,        # (M, n) float32
     counts: Tensor,   # (M, n) how much an error counts
@@ -141,7 +141,7 @@ def _line(x, c, q, sum_c, sum_x, terms):   # weighted least squares; a minimum a
     d, m = (sum_c * sum_qx - sum_x * sum_q) / D, (sum_qq * sum_x - sum_q * sum_qx) / D
     return torch.where(m > 0, sum_qx / sum_qq, d), m.clamp(max=0), D
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #fad215dd
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #bb178ee3
 def weigh(
     w: Tensor,            # (N, 256) float32
     importance: Tensor,   # (N, 256)
@@ -156,7 +156,7 @@ def largest_first(s: Tensor, top: int) -> tuple[Tensor, Tensor]:   # (N, parts) 
     most = s.amax(1, keepdim=True).clamp(min=0)
     return most / top, nearest_int(torch.where(most > 0, over(top, most), 0) * s).clamp(0, top)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #4317bac7
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #434e957b
 def climb(
     x: Tensor,      # (n, M) float32
     c: Tensor,      # (n, M) how much an error counts
@@ -181,7 +181,7 @@ def climb(
         if torch.equal(q, before): break
     return torch.where(qq > 0, xq / qq, 0), q
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #be85e0aa
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #9c654269
 def search_scales(
     s: Tensor,        # (N, parts) float32, mostly positive
     counts: Tensor,   # (N, parts) how much an error counts
@@ -204,7 +204,7 @@ def search_scales(
     d, q = climb(x, c, nearest_int(chosen * x).clamp(max=top).float(), top)
     return torch.where(nothing, 0, d)[:, None], torch.where(nothing, 0, q).T
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #d0fffde5
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #40e9590b
 def pack_q4_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 144) uint8
     "quantize_row_q4_K_ref, and quantize_row_q4_K_impl with an importance, in ggml-quants.c."
     x, q, s = _fit(w, importance, 32, 15, 63, (-1.0, 0.1, 20))
@@ -244,7 +244,7 @@ def _again(x, q, d, m, low, high):           # d, m: (N, parts)
     q = torch.where(d == 0, q, nearest_int((x + m) / d).clamp(low, high))
     return q.reshape(-1, 256).to(torch.int16)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #3615d361
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #0c9ba456
 def pack_q2_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 84) uint8
     "quantize_row_q2_K_ref and quantize_row_q2_K_impl in ggml-quants.c."
     x, q, (d, dmin, l, m) = _fit(w, importance, 16, 3, 15, (-0.5, 0.1, 15), times=1)
@@ -252,7 +252,7 @@ def pack_q2_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 25
     q = _again(x, q, d.float() * (scales & 15), dmin.float() * (scales >> 4), 0, 3)
     return torch.cat([scales, stripes(q, 2), fp16_bytes(d), fp16_bytes(dmin)], dim=1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #d55a13be
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #54d4c3ca
 def largest(s: Tensor) -> Tensor:   # (N, parts) -> (N, 1)
     "The number of largest magnitude, with its sign; NaN counts as 0."
     s = torch.where(s.isnan(), 0, s)
@@ -270,7 +270,7 @@ def pack_q6_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 25
     q = torch.where(nothing, 0, _again(x, q - 32, d.float() * l, torch.zeros(1), -32, 31) + 32)
     return torch.cat([stripes(q & 15, 4, 64), stripes(q >> 4, 2), l.view(torch.uint8), fp16_bytes(d)], dim=1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #4453fd0b
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #18a5cd90
 def pack_q3_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 110) uint8
     "quantize_row_q3_K_ref and quantize_row_q3_K_impl in ggml-quants.c."
     x = w.reshape(-1, 16)
@@ -297,7 +297,7 @@ def _climbed(w, most):                       # (M, n) -> (M,) scales; (M, n) cod
     d, q = climb(x, x * x, q, most - 1, -most)
     return torch.where(nothing, 0, d), torch.where(nothing, 0, q + most).T
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #5b1fcab0
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #41f1984e
 def nearest_level(x: Tensor) -> Tensor:   # float32 -> float32
     "The nearest of IQ4_VALUES, from a table; NaN becomes some level."
     half = torch.arange(-256, 256, device=x.device) / 2
@@ -305,7 +305,7 @@ def nearest_level(x: Tensor) -> Tensor:   # float32 -> float32
     index = (x + x).floor_().clamp_(-256, 255).int().add_(256).clamp_(0, 511)
     return table.index_select(0, index.flatten()).view(x.shape)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #53ad0325
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #27271c2a
 def search_levels(
     w: Tensor,        # (M, n) float32
     counts: Tensor,   # (M, n) how much an error counts
@@ -340,7 +340,7 @@ def pack_iq4_xs(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 
     l = (l + 32).to(torch.uint8)
     return torch.cat([fp16_bytes(d), pack_codes(l >> 4, 2), pack_codes(l & 15, 4), stripes(q, 4, 16)], dim=1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #80459560
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #e8bb455f
 UNPACK: dict[str, Callable] = dict(Q2_K=unpack_q2_k, Q3_K=unpack_q3_k, Q4_K=unpack_q4_k, Q5_K=unpack_q5_k,
                                    Q6_K=unpack_q6_k, IQ4_XS=unpack_iq4_xs)
 PACK: dict[str, Callable] = dict(Q2_K=pack_q2_k, Q3_K=pack_q3_k, Q4_K=pack_q4_k, Q5_K=pack_q5_k,
