@@ -120,7 +120,7 @@ MUTANTS = [
     ("unpack_iq4_xs", "4, 16)", "4, 32)", "IQ4_XS", "none"),
     ("_lines", ".sub_(dmin", ".add_(dmin", "Q4_K", "none"),
     ("in_turn", "terms[1:].unbind()", "terms[1:].flip(0).unbind()", "Q4_K", "uneven"),
-    ("whole", ".clamp_(0, most)", "", "Q2_K", "uneven"),
+    ("whole", ".sub_(12582912.0).clamp_(0, most)", ".sub_(12582912.0)", "Q2_K", "uneven"),
     ("fit_lines", "torch.where(better, new_m, m)", "m", "Q4_K", "none"),                # the minimum stays where it was
     ("fit_lines", "range(steps + 1)", "range(steps)", "Q4_K", "uneven"),
     ("fit_lines", "found < best", "found <= best", "Q4_K", "none"),
@@ -144,7 +144,7 @@ MUTANTS = [
     ("_fit", "-0.9, 0.05, 36", "*tries", "Q4_K", "uneven"),
     ("_again", "torch.where(d == 0, q, ", "torch.where(d == 0, 0, ", "Q3_K", "none"),
     ("_again", "nearest_int((x + m) / d).clamp(low, high)", "q.int()", "Q6_K", "none"),   # no second choice of codes
-    ("pack_q5_k", "m.clamp(max=63)", "m", "Q5_K", "none"),
+    ("pack_q5_k", "l.clamp(max=63)", "l", "Q5_K", "nearly all zero"),
     ("pack_q6_k", "x * x if", "torch.ones_like(x) if", "Q6_K", "none"),
     ("pack_q6_k", "importance.reshape(-1, 16)", "weigh(w, importance).reshape(-1, 16)", "Q6_K", "uneven"),
     ("pack_q6_k", "over(-128, most)", "over(127, most)", "Q6_K", "none"),
@@ -153,14 +153,12 @@ MUTANTS = [
     ("pack_q3_k", "torch.where(most == 0, 0, 1 / inverse_scale)", "1 / inverse_scale", "Q3_K", "none"),
     ("_climbed", "q + most", "q", "Q3_K", "none"),
     ("largest", "s.abs().argmax", "s.argmax", "Q6_K", "none"),
+    ("nearest_level", "floor_()", "round_()", "IQ4_XS", "none"),
     ("search_levels", "range(-7, 8)", "range(-6, 8)", "IQ4_XS", "none"),
     ("search_levels", "vv > 0, vx / vv, 0", "vv > 0, 1 / vv, 0", "IQ4_XS", "none"),
     ("pack_iq4_xs", "inverse(d * l)", "inverse(d.half().float() * l)", "IQ4_XS", "none"),  # rounded too early
-    ("pack_iq4_xs", "+ 0.0) / 32", ") / 32", "IQ4_XS", "none"),
     ("pack_iq4_xs", "weigh(w, importance)", "weigh(w, importance, 1)", "IQ4_XS", "uneven"),
 ]
-# mutants that change nothing a block can hold: `m.clamp(max=63)` guards negative scales only, which minima never are
-SAME = {("pack_q5_k", "m")}
 
 
 def mutate(function, stands, wrong, monkeypatch):
@@ -179,9 +177,8 @@ def mutate(function, stands, wrong, monkeypatch):
 @pytest.mark.parametrize("function, stands, wrong, kind, given", MUTANTS, ids=[f"{m[0]}: {m[2]}" for m in MUTANTS])
 def test_a_wrong_variant_is_noticed(function, stands, wrong, kind, given, monkeypatch):
     mutate(function, stands, wrong, monkeypatch)
-    found = read_otherwise(kind, samples(kind)) or any(
+    assert read_otherwise(kind, samples(kind)) or any(
         written_otherwise(kind, importances(seed)[given], seed) for seed in range(3))
-    assert bool(found) == ((function, wrong) not in SAME)
 
 
 def test_stripes_and_scales_come_back():
@@ -202,7 +199,8 @@ def test_the_fast_search_is_the_plain_one(most, first, step, steps):
         x = w[:8].reshape(-1, 32)
         counts = torch.rand(x.shape, generator=g) ** 3
         plain = search_scale_and_min(x, counts, most, first, step, steps)
-        for a, b in zip(fit_lines(x, counts, most, first, step, steps), plain): assert torch.equal(a.reshape(b.shape), b)
+        ours = fit_lines(x, counts, most, first, step, steps)
+        assert all(torch.equal(a.reshape(b.shape), b) for a, b in zip(ours, plain))
 
 
 @pytest.mark.parametrize("kind", PACK)

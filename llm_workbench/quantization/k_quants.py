@@ -6,9 +6,9 @@
 __all__ = ['UNPACK', 'PACK', 'stripes', 'unstripes', 'six_bits', 'unsix_bits', 'unpack_q4_k', 'unpack_q5_k', 'unpack_q2_k',
            'unpack_q3_k', 'unpack_q6_k', 'unpack_iq4_xs', 'in_turn', 'whole', 'fit_lines', 'weigh', 'largest_first',
            'climb', 'search_scales', 'pack_q4_k', 'pack_q5_k', 'pack_q2_k', 'largest', 'pack_q6_k', 'pack_q3_k',
-           'search_levels', 'pack_iq4_xs']
+           'nearest_level', 'search_levels', 'pack_iq4_xs']
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #6cdfc37e
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #27497379
 from collections.abc import Callable
 
 import torch
@@ -18,14 +18,15 @@ from .gguf_blocks import (
     IQ4_VALUES, NOTHING, fp16_at, fp16_bytes, in_order, inverse, nearest_int, nearest_value, over, root, search_scale)
 from .packing import pack_codes, unpack_codes
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #40f72841
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #f3cfae8d
 def stripes(
     codes: Tensor,   # (N, k) whole numbers below 2**bits
     bits: int,       # 1, 2 or 4
     run: int = 32,   # neighbours that share a place in their bytes
 ) -> Tensor:         # (N, k * bits / 8) uint8
     "Runs of codes, one above the other in the same bytes."
-    return (codes.to(torch.uint8).unflatten(1, (-1, 8 // bits, run)) << _places(bits, codes)).sum(2, dtype=torch.uint8).flatten(1)
+    runs = codes.to(torch.uint8).unflatten(1, (-1, 8 // bits, run))
+    return (runs << _places(bits, codes)).sum(2, dtype=torch.uint8).flatten(1)
 
 def unstripes(data: Tensor, bits: int, run: int = 32) -> Tensor:   # (N, bytes) uint8 -> (N, bytes * 8 / bits) uint8
     "What `stripes` packed."
@@ -33,20 +34,21 @@ def unstripes(data: Tensor, bits: int, run: int = 32) -> Tensor:   # (N, bytes) 
 
 def _places(bits, like): return torch.arange(0, 8, bits, dtype=torch.uint8, device=like.device)[:, None]
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #cfd56031
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #6a3cca13
 def six_bits(
     l: Tensor,   # (N, 8) uint8 codes of scales, below 64
     m: Tensor,   # (N, 8) uint8 codes of minima
 ) -> Tensor:     # (N, 12) uint8
     "Eight scales and eight minima as Q4_K and Q5_K keep them."
-    return torch.cat([l[:, :4] | l[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, l[:, 4:] & 15 | m[:, 4:] << 4], dim=1)
+    both = l[:, 4:] & 15 | m[:, 4:] << 4
+    return torch.cat([l[:, :4] | l[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, both], dim=1)
 
 def unsix_bits(data: Tensor) -> tuple[Tensor, Tensor]:   # (N, 12) uint8 -> (N, 8), (N, 8) uint8
     "get_scale_min_k4 in ggml-quants.c."
     l, m, both = data.split(4, dim=1)
     return (torch.cat([l & 63, both & 15 | l >> 6 << 4], dim=1), torch.cat([m & 63, both >> 4 | m >> 6 << 4], dim=1))
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #87adff09
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #8c9f049b
 def unpack_q4_k(blocks: Tensor) -> Tensor:   # (N, 144) uint8 -> (N, 256) float32
     "w = d l q - dmin m, with l and m for 32 weights."
     return _lines(blocks, 0, *unsix_bits(blocks[:, 4:16]), unstripes(blocks[:, 16:], 4))
@@ -65,7 +67,7 @@ def _lines(blocks, at, l, m, q):             # at: the byte of d; dmin follows
     q = q.float().unflatten(1, (l.shape[1], -1))                                       # (N, parts, n)
     return q.mul_(d[..., None]).sub_(dmin[..., None]).flatten(1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #660c1c46
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #1fcc803d
 def unpack_q3_k(blocks: Tensor) -> Tensor:   # (N, 110) uint8 -> (N, 256) float32
     "w = d (l - 32) (q - 4), with l for 16 weights."
     high, low, scales, _ = blocks.split([32, 64, 12, 2], dim=1)
@@ -87,7 +89,7 @@ def unpack_iq4_xs(blocks: Tensor) -> Tensor:   # (N, 136) uint8 -> (N, 256) floa
 def _scaled(d, q):                             # (N, parts) scales, (N, 256) numbers
     return q.unflatten(1, (d.shape[1], -1)).mul(d[..., None]).flatten(1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #7391dc5b
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #06e3f198
 def in_turn(terms: Tensor) -> Tensor:   # (n, ...) float32 -> (...)
     "The sum over the first axis, one item after the other in float32."
     total = terms[0] + 0.0
@@ -100,7 +102,7 @@ def whole(x: Tensor, most: int) -> Tensor:   # float32, which may be overwritten
     if not (lowest > -2**22 and highest < 2**22): return nearest_int(x).clamp_(0, most).float()
     return x.add_(12582912.0).sub_(12582912.0).clamp_(0, most)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #c65b5ba0
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #25f53bc6
 def fit_lines(
     w: Tensor,        # (M, n) float32
     counts: Tensor,   # (M, n) how much an error counts
@@ -139,7 +141,7 @@ def _line(x, c, q, sum_c, sum_x, terms):   # weighted least squares; a minimum a
     d, m = (sum_c * sum_qx - sum_x * sum_q) / D, (sum_qq * sum_x - sum_q * sum_qx) / D
     return torch.where(m > 0, sum_qx / sum_qq, d), m.clamp(max=0), D
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #9b94dc5e
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #bb178ee3
 def weigh(
     w: Tensor,            # (N, 256) float32
     importance: Tensor,   # (N, 256)
@@ -154,7 +156,7 @@ def largest_first(s: Tensor, top: int) -> tuple[Tensor, Tensor]:   # (N, parts) 
     most = s.amax(1, keepdim=True).clamp(min=0)
     return most / top, nearest_int(torch.where(most > 0, over(top, most), 0) * s).clamp(0, top)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #3fc04f69
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #434e957b
 def climb(
     x: Tensor,      # (n, M) float32
     c: Tensor,      # (n, M) how much an error counts
@@ -179,7 +181,7 @@ def climb(
         if torch.equal(q, before): break
     return torch.where(qq > 0, xq / qq, 0), q
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #0d172f99
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #9c654269
 def search_scales(
     s: Tensor,        # (N, parts) float32, mostly positive
     counts: Tensor,   # (N, parts) how much an error counts
@@ -202,7 +204,7 @@ def search_scales(
     d, q = climb(x, c, nearest_int(chosen * x).clamp(max=top).float(), top)
     return torch.where(nothing, 0, d)[:, None], torch.where(nothing, 0, q).T
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #fd07a116
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #40e9590b
 def pack_q4_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 144) uint8
     "quantize_row_q4_K_ref, and quantize_row_q4_K_impl with an importance, in ggml-quants.c."
     x, q, s = _fit(w, importance, 32, 15, 63, (-1.0, 0.1, 20))
@@ -212,7 +214,7 @@ def pack_q4_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 25
 def pack_q5_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 176) uint8
     "quantize_row_q5_K_ref and quantize_row_q5_K_impl in ggml-quants.c."
     x, q, (d, dmin, l, m) = _fit(w, importance, 32, 31, 63, (-0.5, 0.1, 15))
-    head, q = _with_six_bits(x, q, d, dmin, l.clamp(max=63), m.clamp(max=63), 31)
+    head, q = _with_six_bits(x, q, d, dmin, l.clamp(max=63), m, 31)
     return torch.cat([head, stripes(q >> 4, 1), stripes(q & 15, 4)], dim=1)
 
 def _fit(w, importance, n, most, top, tries, times=2):
@@ -233,7 +235,8 @@ def _with_six_bits(x, q, d, dmin, l, m, most):
     "The 16 bytes before the codes, and the codes for the scales in them."
     scales = six_bits(l, m)
     l, m = unsix_bits(scales)
-    return torch.cat([fp16_bytes(d), fp16_bytes(dmin), scales], dim=1), _again(x, q, d.float() * l, dmin.float() * m, 0, most)
+    q = _again(x, q, d.float() * l, dmin.float() * m, 0, most)
+    return torch.cat([fp16_bytes(d), fp16_bytes(dmin), scales], dim=1), q
 
 def _again(x, q, d, m, low, high):           # d, m: (N, parts)
     "Codes for the scales that will be read; where a scale is 0, those that were there."
@@ -241,7 +244,7 @@ def _again(x, q, d, m, low, high):           # d, m: (N, parts)
     q = torch.where(d == 0, q, nearest_int((x + m) / d).clamp(low, high))
     return q.reshape(-1, 256).to(torch.int16)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #235fa080
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #0c9ba456
 def pack_q2_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 84) uint8
     "quantize_row_q2_K_ref and quantize_row_q2_K_impl in ggml-quants.c."
     x, q, (d, dmin, l, m) = _fit(w, importance, 16, 3, 15, (-0.5, 0.1, 15), times=1)
@@ -249,7 +252,7 @@ def pack_q2_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 25
     q = _again(x, q, d.float() * (scales & 15), dmin.float() * (scales >> 4), 0, 3)
     return torch.cat([scales, stripes(q, 2), fp16_bytes(d), fp16_bytes(dmin)], dim=1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #067d154c
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #54d4c3ca
 def largest(s: Tensor) -> Tensor:   # (N, parts) -> (N, 1)
     "The number of largest magnitude, with its sign; NaN counts as 0."
     s = torch.where(s.isnan(), 0, s)
@@ -267,7 +270,7 @@ def pack_q6_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 25
     q = torch.where(nothing, 0, _again(x, q - 32, d.float() * l, torch.zeros(1), -32, 31) + 32)
     return torch.cat([stripes(q & 15, 4, 64), stripes(q >> 4, 2), l.view(torch.uint8), fp16_bytes(d)], dim=1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #f489b31c
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #18a5cd90
 def pack_q3_k(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 256) float32 -> (N, 110) uint8
     "quantize_row_q3_K_ref and quantize_row_q3_K_impl in ggml-quants.c."
     x = w.reshape(-1, 16)
@@ -294,16 +297,24 @@ def _climbed(w, most):                       # (M, n) -> (M,) scales; (M, n) cod
     d, q = climb(x, x * x, q, most - 1, -most)
     return torch.where(nothing, 0, d), torch.where(nothing, 0, q + most).T
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #d582a7a3
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #41f1984e
+def nearest_level(x: Tensor) -> Tensor:   # float32 -> float32
+    "The nearest of IQ4_VALUES, from a table; NaN becomes some level."
+    half = torch.arange(-256, 256, device=x.device) / 2
+    table = torch.tensor(IQ4_VALUES, device=x.device).float()[nearest_value(half, IQ4_VALUES)]   # (512,)
+    index = (x + x).floor_().clamp_(-256, 255).int().add_(256).clamp_(0, 511)
+    return table.index_select(0, index.flatten()).view(x.shape)
+
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #27271c2a
 def search_levels(
     w: Tensor,        # (M, n) float32
     counts: Tensor,   # (M, n) how much an error counts
 ) -> Tensor:          # (M,) scales
     "The scale of IQ4_VALUES with the least weighted error of 16: the search in quantize_row_iq4_nl_impl."
     x, c, top = w.T.contiguous(), counts.T.contiguous(), largest(w)[:, 0]
-    values, terms = torch.tensor(IQ4_VALUES, device=w.device).float(), x.new_empty(len(x), 2, x.shape[1])
+    terms = x.new_empty(len(x), 2, x.shape[1])
     def attempt(inverse_scale):
-        v = values[nearest_value(inverse_scale * x, IQ4_VALUES)]
+        v = nearest_level(inverse_scale * x)
         cv = c * v
         torch.mul(cv, x, out=terms[:, 0])
         torch.mul(cv, v, out=terms[:, 1])
@@ -323,13 +334,13 @@ def pack_iq4_xs(w: Tensor, importance: Tensor | None = None) -> Tensor:   # (N, 
     x = w.reshape(-1, 32)
     counts = x * x if importance is None else weigh(w, importance).reshape(-1, 32)
     s = search_levels(x, counts).view(len(w), -1)                                      # (N, 8)
-    d = -(largest(s) + 0.0) / 32
+    d = -largest(s) / 32
     l = nearest_int(inverse(d) * s).clamp(-32, 31)
     q = nearest_value(inverse(d * l).reshape(-1, 1) * x, IQ4_VALUES).reshape(-1, 256)
     l = (l + 32).to(torch.uint8)
     return torch.cat([fp16_bytes(d), pack_codes(l >> 4, 2), pack_codes(l & 15, 4), stripes(q, 4, 16)], dim=1)
 
-# %% ../../nbs/08_quantization/07_k_quants.ipynb #7b11da9a
+# %% ../../nbs/08_quantization/07_k_quants.ipynb #e8bb455f
 UNPACK: dict[str, Callable] = dict(Q2_K=unpack_q2_k, Q3_K=unpack_q3_k, Q4_K=unpack_q4_k, Q5_K=unpack_q5_k,
                                    Q6_K=unpack_q6_k, IQ4_XS=unpack_iq4_xs)
 PACK: dict[str, Callable] = dict(Q2_K=pack_q2_k, Q3_K=pack_q3_k, Q4_K=pack_q4_k, Q5_K=pack_q5_k,
