@@ -1,5 +1,5 @@
-"""Products with eight-bit activations: exact sums, scales where they belong, LLM.int8 against bitsandbytes' kernels, FP8
-against the plain product; then known-wrong variants, which these checks must reject."""
+"""Products with eight-bit activations: exact sums, scales where they belong, LLM.int8 against bitsandbytes' kernels,
+FP8 against the plain product; then known-wrong variants, which these checks must reject."""
 import gc
 import logging
 import math
@@ -161,6 +161,9 @@ def test_ops_in_decoders(family):
     eight, floats = quantize(decoder, "int8"), quantize(decoder, "fp8")
     eight.with_ops(packed_linear=static.watch)(tokens)
     for packed, op in ((eight, w8a8_linear), (eight, static.linear), (eight, llm_int8(2.0)), (floats, fp8_linear)):
+        if op == static.linear and family == "mixtral":
+            with pytest.raises(InputError, match="stack"): packed.with_ops(packed_linear=op)(tokens)
+            continue
         want, got = packed(tokens), packed.with_ops(packed_linear=op)(tokens)
         assert got.isfinite().all() and 0 < error(got, want) < 1.0
 
@@ -253,7 +256,8 @@ def fp8_is_right(linear):
             assert torch.allclose(linear(x * 2.0**20, packed), linear(x, packed) * 2.0**20), "beyond 448 all alike"
 
 
-def fp8_variant(scale, multiply=lambda c, s, packed: (c.float() @ packed.data.float().T) * s * packed.tensors["scale"].T):
+def both_scales(c, s, packed): return (c.float() @ packed.data.float().T) * s * packed.tensors["scale"].T
+def fp8_variant(scale, multiply=both_scales):
     return lambda x, packed: multiply(to_float8(x / scale(x)), scale(x), packed)
 
 
@@ -300,7 +304,8 @@ def test_bad_inputs_are_named(name):
     for wrong in (x[:, :63], x.int(), torch.tensor(1.0), x.T):
         with pytest.raises(InputError): op(wrong, packed)
     if name == "static": return
-    for other in ("int8_g32", "int4_g32", "nf4", "q8_0", "fp8_block", "fp8_e5m2", "mxfp8", "int8" if name == "fp8" else "fp8"):
+    wrong = "int8" if name == "fp8" else "fp8"
+    for other in ("int8_g32", "int4_g32", "nf4", "q8_0", "fp8_block", "fp8_e5m2", "mxfp8", wrong):
         with pytest.raises(UnsupportedError, match="need a weight in"): op(x, FORMATS[other].pack(noise(24, 64)))
     assert fp8_e5m2.dtype == torch.float8_e5m2
 

@@ -6,7 +6,7 @@
 __all__ = ['check_inputs', 'int8_rows', 'int8_codes', 'int_product', 'w8a8_linear', 'StaticScales', 'llm_int8', 'fp8_product',
            'scaled_product', 'fp8_linear']
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #6c9f3ebe
+# %% ../../nbs/08_quantization/14_activations.ipynb #ddcfafdd
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -21,12 +21,12 @@ from .fp8 import Float8, scales_for, to_float8
 from .packing import Packed
 from .round_to_nearest import Integers
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #f4d25c6e
+# %% ../../nbs/08_quantization/14_activations.ipynb #4e28b685
 def check_inputs(x: Tensor, packed: Packed) -> None:
     "Raise InputError unless these are finite floats with as many columns as the matrix."
     if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] != packed.shape[-1] or len(packed.shape) != 2:
-        raise InputError(f"inputs of {x.dtype} {tuple(x.shape)} for a weight of {tuple(packed.shape)}: give floats (..., "
-                         f"{packed.shape[-1]}) and a single matrix")
+        raise InputError(f"inputs of {x.dtype} {tuple(x.shape)} for a weight of {tuple(packed.shape)}: give floats "
+                         f"(..., {packed.shape[-1]}) and a single matrix")
     if not x.isfinite().all():
         raise InputError("the activations hold NaN or infinity: no scale fits them. Look for the layer that made them")
 
@@ -44,9 +44,10 @@ def int8_codes(packed: Packed) -> tuple[Tensor, Tensor]:   # (O, I) int8, (O, 1)
     f = packed.format
     if not (isinstance(f, Integers) and f.width == 8 and f.symmetric and f.group in ("row", "tensor")):
         raise UnsupportedError(f"products of whole numbers need a weight in 'int8' (a scale a row), not {f.name}")
+    f.check(packed)
     return (packed.data ^ 128).view(torch.int8), packed.tensors["scale"].float()
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #d2434ed4
+# %% ../../nbs/08_quantization/14_activations.ipynb #7c912aa4
 def int_product(
     a: Tensor,    # (N, I) int8
     b: Tensor,    # (O, I) int8
@@ -70,10 +71,10 @@ def w8a8_linear(
     return _finish(int_product(cx, cw) * sx * sw.T, x, bias)
 
 def _finish(out, x, bias):
-    out = out.to(x.dtype).view(*x.shape[:-1], -1)
+    out = out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out + bias
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #c62f49bd
+# %% ../../nbs/08_quantization/14_activations.ipynb #3d48e148
 class StaticScales:
     "One scale for the inputs of each matrix, from calibration text: `watch` and then `linear` are ops."
     def __init__(self): self.largest: WeakKeyDictionary[Packed, Tensor] = WeakKeyDictionary()
@@ -89,12 +90,13 @@ class StaticScales:
         "`w8a8_linear` with the scale that was found. Raises InputError for a matrix that was not seen."
         check_inputs(x, packed)
         if (most := self.largest.get(packed)) is None:
-            raise InputError("this matrix was never watched: run `with_ops(packed_linear=scales.watch)` on text first")
+            raise InputError("this matrix was never watched: run `with_ops(packed_linear=scales.watch)` on text first; "
+                             "matrices of a stack (experts) are cut out anew for every call and cannot be watched")
         if not (most.isfinite() and most > 0): raise InputError(f"a largest input of {most.item()} gives no scale")
         (cx, sx), (cw, sw) = int8_rows(x.reshape(-1, x.shape[-1]), most / 127), int8_codes(packed)
         return _finish(int_product(cx, cw) * sx * sw.T, x, bias)
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #c6c27481
+# %% ../../nbs/08_quantization/14_activations.ipynb #8f7051f8
 def llm_int8(
     threshold: float = 6.0,      # columns of inputs that reach it are multiplied in floats
 ) -> Callable:                   # an op like `packed_linear`
@@ -109,7 +111,7 @@ def llm_int8(
         return _finish(whole + rows[:, loud] @ (cw[:, loud].float() * sw).T, x, bias)
     return linear
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #0d9ad17b
+# %% ../../nbs/08_quantization/14_activations.ipynb #db6b9926
 def fp8_product(a: Tensor, b: Tensor, sa: Tensor, sb: Tensor) -> Tensor:   # (N, I), (O, I), (N, 1), (1, O) -> (N, O)
     "The product of eight-bit floats with a scale for each row of both: the plain way."
     return (a.float() @ b.float().T) * sa * sb
@@ -131,6 +133,7 @@ def fp8_linear(
     f = packed.format
     if not isinstance(f, Float8) or f.dtype != torch.float8_e4m3fn or f.tile not in ((1, None), (None, None)):
         raise UnsupportedError(f"products of e4m3 need a weight in 'fp8' or 'fp8_tensor', not {f.name}")
+    f.check(packed)
     check_inputs(x, packed)
     rows = x.reshape(-1, x.shape[-1]).float()
     sx = scales_for(rows.abs().amax(-1, keepdim=True), f.dtype)
