@@ -6,7 +6,7 @@
 __all__ = ['check_inputs', 'int8_rows', 'int8_codes', 'int_product', 'w8a8_linear', 'StaticScales', 'llm_int8', 'fp8_product',
            'scaled_product', 'fp8_linear']
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #dfa36dae
+# %% ../../nbs/08_quantization/14_activations.ipynb #3d81fc46
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from .fp8 import Float8, scales_for, to_float8
 from .packing import Packed
 from .round_to_nearest import Integers
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #3a7ae554
+# %% ../../nbs/08_quantization/14_activations.ipynb #d0a6e834
 def check_inputs(x: Tensor, packed: Packed) -> None:
     "Raise InputError unless these are finite floats with as many columns as the matrix."
     if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] != packed.shape[-1] or len(packed.shape) != 2:
@@ -47,7 +47,7 @@ def int8_codes(packed: Packed) -> tuple[Tensor, Tensor]:   # (O, I) int8, (O, 1)
     f.check(packed)
     return (packed.data ^ 128).view(torch.int8), packed.tensors["scale"].float().view(-1, 1)
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #5db06df0
+# %% ../../nbs/08_quantization/14_activations.ipynb #b27b91c6
 def int_product(
     a: Tensor,    # (N, I) int8
     b: Tensor,    # (O, I) int8
@@ -74,7 +74,7 @@ def _finish(out, x, bias):
     out = out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out + bias
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #16f57e19
+# %% ../../nbs/08_quantization/14_activations.ipynb #63399d57
 class StaticScales:
     "One scale for the inputs of each matrix, from calibration text: `watch` and then `linear` are ops."
     def __init__(self): self.largest: WeakKeyDictionary[Packed, Tensor] = WeakKeyDictionary()
@@ -96,7 +96,7 @@ class StaticScales:
         (cx, sx), (cw, sw) = int8_rows(x.reshape(-1, x.shape[-1]), most / 127), int8_codes(packed)
         return _finish(int_product(cx, cw) * sx * sw.T, x, bias)
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #386c660a
+# %% ../../nbs/08_quantization/14_activations.ipynb #96669474
 def llm_int8(
     threshold: float = 6.0,      # columns of inputs that reach it are multiplied in floats
 ) -> Callable:                   # an op like `packed_linear`
@@ -111,7 +111,7 @@ def llm_int8(
         return _finish(whole + rows[:, loud] @ (cw[:, loud].float() * sw).T, x, bias)
     return linear
 
-# %% ../../nbs/08_quantization/14_activations.ipynb #44c1c5ef
+# %% ../../nbs/08_quantization/14_activations.ipynb #39ab7502
 def fp8_product(a: Tensor, b: Tensor, sa: Tensor, sb: Tensor) -> Tensor:   # (N, I), (O, I), (N, 1), (1, O) -> (N, O)
     "The product of eight-bit floats with a scale for each row of both: the plain way."
     return (a.float() @ b.float().T) * sa * sb
