@@ -496,7 +496,8 @@ def test_bad_input():
     for rows in ([], [2], [-1], [0.5], torch.tensor([True]), torch.tensor([True] * 3), torch.tensor([False] * 2)):
         with pytest.raises(InputError, match="cannot select"): cache.select(rows)
     assert cache.lengths == 3, "what is refused must change nothing"
-    with pytest.raises(UnsupportedError, match="bits"): QuantizedCache(1, bits=3)
+    for wrong in (3, "fp4", "8", None):
+        with pytest.raises(UnsupportedError, match="bits"): QuantizedCache(1, bits=wrong)
     with pytest.raises(InputError): QuantizedCache(1, keys="row")
     with pytest.raises(InputError): QuantizedCache(1, group=0)
     odd = torch.zeros(1, 1, 1, 7)
@@ -561,7 +562,7 @@ def test_bytes_by_formula_and_measured():
         cache = ContiguousCache(2, capacity=50)
         feed(cache, torch.zeros(3, 50, 2, 8, dtype=dtype), torch.zeros(3, 50, 2, 4, dtype=dtype), windows=[None] * 2)
         assert cache.nbytes == kv_bytes(2, 2, 8, 50, batch=3, bits=8 * dtype.itemsize, v_head_dim=4)
-    for bits in (4, 8):
+    for bits in (4, 8, "fp8"):
         cache = QuantizedCache(1, bits, group=16, residual=8, capacity=64)
         feed(cache, torch.zeros(2, 72, 3, 32, dtype=torch.bfloat16))
         packed = sum(kv_bytes(1, 3, 32, 64, 2, kv_bits(bits, share), v_head_dim=0) for share in (16, 32))
@@ -581,6 +582,71 @@ def test_quantize_stays_within_half_a_step(bits, dim):
         assert (error <= scale.float() * 0.55 + rounding).all()
     same = torch.full((1, 8, 1, 4), 3.0)
     assert torch.equal(dequantize_kv(*quantize_kv(same, bits, dim), bits), same)
+
+
+def floats_are_floats(quantize=quantize_kv):
+    "Codes are torch's own casts, no number is off by more than a sixteenth, and large ones do not become NaN."
+    g = torch.Generator().manual_seed(0)
+    for dim in (1, -1):
+        for factor, dtype in ((1, torch.float32), (1e4, torch.float32), (1e-2, torch.float32), (3, torch.bfloat16)):
+            x = (torch.randn(3, 32, 2, 16, generator=g).clamp(-6, 6) * factor).to(dtype)
+            codes, scale, zero = quantize(x, "fp8", dim)
+            assert codes.dtype == torch.float8_e4m3fn and codes.shape == x.shape and zero is None
+            assert scale.dtype == torch.float16 and scale.shape[dim] == 1 and scale.numel() == x.numel() // x.shape[dim]
+            back = dequantize_kv(codes, scale, zero, "fp8")
+            smallest = torch.maximum(x.float().abs(), scale.float() * 2.0**-6)
+            assert ((back - x.float()).abs() <= smallest * (1 / 16 + 1e-3)).all()      # NaN is not below anything
+            assert codes.float().abs().amax(dim).min() >= 416, "the largest of a group is among the largest codes"
+    assert dequantize_kv(*quantize(torch.zeros(1, 4, 1, 8), "fp8", 1), "fp8").eq(0).all()
+
+
+def with_scale(change, cut=448.0):
+    def quantize(x, bits, dim):
+        scale = change(x.float(), dim).clamp_min(6e-8).half()
+        return (x.float() / scale.float()).clamp(-cut, cut).to(torch.float8_e4m3fn), scale, None
+    return quantize
+
+
+WRONG_FLOATS = {
+    "no scale": with_scale(lambda x, dim: torch.ones_like(x.amax(dim, keepdim=True))),
+    "one scale for all": with_scale(lambda x, dim: x.abs().amax().expand(1, 1, 1, 1) / 448),
+    "the largest, not its magnitude": with_scale(lambda x, dim: x.amax(dim, keepdim=True) / 448),
+    "the range of e5m2": with_scale(lambda x, dim: x.abs().amax(dim, keepdim=True) / 57344),
+    "the largest of another dimension": with_scale(lambda x, dim: x.abs().amax(2, keepdim=True) / 448),
+    "cut at 240": with_scale(lambda x, dim: x.abs().amax(dim, keepdim=True) / 448, 240.0),
+}
+
+def test_floats(): floats_are_floats()
+
+
+@pytest.mark.parametrize("name", WRONG_FLOATS)
+def test_wrong_floats_are_rejected(name):
+    with pytest.raises(AssertionError): floats_are_floats(WRONG_FLOATS[name])
+
+
+@pytest.mark.parametrize("keys", ["token", "channel"])
+def test_a_cache_of_floats(keys):
+    "Ragged rows, rows chosen and texts taken back: what comes out is what was rounded, behind the exact tail."
+    g = torch.Generator().manual_seed(2)
+    k, v = torch.randn(2, 3, 29, 2, 8, generator=g)
+    cache = QuantizedCache(1, "fp8", keys, group=4, residual=3)
+    dim = 1 if keys == "channel" else -1
+    def kept(x, dim, n):
+        n = (n - 3) // 4 * 4
+        past = dequantize_kv(*quantize_kv(x[:, :n].unflatten(1, (-1, 4)), "fp8", dim + (dim > 0)), "fp8")
+        return torch.cat([past.flatten(1, 2), x[:, n:]], 1)
+    feed(cache, k[:, :20], v[:, :20])
+    step = cache.begin(3, 1)
+    got_k, got_v, *_ = step.attend(0, k[:, 20:21], k[:, 20:21], v[:, 20:21], SHOW)
+    assert torch.equal(got_k[:, :20], kept(k[:, :20], dim, 20)) and torch.equal(got_v[:, :20], kept(v[:, :20], -1, 20))
+    cache.commit(step)
+    cache.select([2, 0])
+    got_k, *_ = cache.begin(2, 1).attend(0, k[:2, :1], k[:2, :1], v[:2, :1], SHOW)
+    assert torch.equal(got_k[:, :20], kept(k[[2, 0], :20], dim, 20))
+    cache.truncate(18)
+    got_k, *_ = cache.begin(2, 1).attend(0, k[:2, :1], k[:2, :1], v[:2, :1], SHOW)
+    assert torch.equal(got_k[:, :16], kept(k[[2, 0], :20], dim, 20)[:, :16])
+    assert cache.store[0]["k_codes"].dtype == torch.float8_e4m3fn and "k_zero" not in cache.store[0]
 
 
 def test_loud_channels_want_groups_along_tokens():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'fp8', 'fp8_tensor', 'fp8_block', 'fp8_e5m2', 'mxfp8', 'to_float8', 'Float8', 'scales_for']
 
-# %% ../../nbs/08_quantization/05_fp8.ipynb #489314ad
+# %% ../../nbs/08_quantization/05_fp8.ipynb #f828f6f6
 import math
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from .packing import Format, Layout, Packed
 
-# %% ../../nbs/08_quantization/05_fp8.ipynb #67a8e26e
+# %% ../../nbs/08_quantization/05_fp8.ipynb #96c9794b
 def to_float8(
     x: Tensor,                                   # floats, any shape
     dtype: torch.dtype = torch.float8_e4m3fn,    # or float8_e5m2
@@ -27,7 +27,7 @@ def to_float8(
     x = x.float() if x.dtype == torch.float64 else x          # as torch's cast does: said here
     return x.clamp(-largest, largest).to(dtype)
 
-# %% ../../nbs/08_quantization/05_fp8.ipynb #ec888ee2
+# %% ../../nbs/08_quantization/05_fp8.ipynb #6a7881b7
 TINY = torch.finfo(torch.float32).tiny
 
 class Float8(Format):
@@ -50,7 +50,7 @@ class Float8(Format):
         tiles = (1 if n is None else -(-size // n) for size, n in zip(shape[-2:], self.tile))
         return {"data": (tuple(shape), self.dtype), "scale": ((*shape[:-2], *tiles), self.scale_dtype)}
 
-# %% ../../nbs/08_quantization/05_fp8.ipynb #163b277e
+# %% ../../nbs/08_quantization/05_fp8.ipynb #e4e039d3
 @patch
 def _largest(self: Float8, weight: Tensor) -> Tensor:   # (..., O, I) float32 -> (..., ceil(O/r), ceil(I/c))
     "The largest magnitude of each tile."
@@ -77,7 +77,7 @@ def _pack(self: Float8, weight: Tensor, importance: Tensor | None) -> dict[str, 
 def _unpack(self: Float8, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (tensors["data"].float() * self._spread(tensors["scale"], shape)).to(dtype)
 
-# %% ../../nbs/08_quantization/05_fp8.ipynb #31d3f2c6
+# %% ../../nbs/08_quantization/05_fp8.ipynb #8cffd71e
 def scales_for(
     largest: Tensor,              # float32, the largest magnitude of those that share a scale
     dtype: torch.dtype,           # of the codes
@@ -96,7 +96,7 @@ fp8_block = Float8("fp8_block", tile=(128, 128))
 fp8_e5m2 = Float8("fp8_e5m2", torch.float8_e5m2)
 mxfp8 = Float8("mxfp8", tile=(1, 32), scale_dtype=torch.float8_e8m0fnu)
 
-# %% ../../nbs/08_quantization/05_fp8.ipynb #76129ebd
+# %% ../../nbs/08_quantization/05_fp8.ipynb #f43165e4
 @patch
 def rows(self: Float8, packed: Packed, rows) -> Packed:
     "Some rows with scales of their own; or some matrices of a stack, whose tiles nobody cuts."
