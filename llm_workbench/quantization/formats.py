@@ -186,9 +186,10 @@ def check_seen(plan: Plan, seen: Mapping) -> None:
         if name not in seen:
             raise InputError(f"no inputs of {name}: collect them with the same `choose`, or leave it out")
         *lead, _, columns = shape_of(module)
-        found = seen[name] if lead else [seen[name]]
-        if not isinstance(found, list) or len(found) != math.prod(lead) or any(
-                tuple(s.importance.shape) != (columns,) for s in found):
+        found, stack = seen[name], bool(lead)
+        each = found if isinstance(found, list) else [found]
+        if isinstance(found, list) != stack or len(each) != math.prod(lead) or any(
+                tuple(s.importance.shape) != (columns,) for s in each):
             raise InputError(f"the inputs of {name} are not those of {'x'.join(map(str, shape_of(module)))} weights: "
                              "collect them with this model")
 
