@@ -167,12 +167,12 @@ def test_inputs_after_scaling_need_no_new_text(kind):
 
 
 def test_awq_packs_and_beats_rounding_on_what_it_saw():
-    decoder = decoder_of("llama")
+    decoder = decoder_of("mistral", 1)
     inputs, format = collect(decoder, [TOKENS]), Integers(3, "row", trials=4)
     plain, better = quantize(decoder, format), awq.awq(decoder, format, inputs)
     total = 0
     for name, i in inputs.items():
-        total += output_error(decoder.get_submodule(name).dense(), plain.get_submodule(name).dense(), i.gram)
+        total += output_error(decoder.get_submodule(name).dense().detach(), plain.get_submodule(name).dense(), i.gram)
     with torch.inference_mode():
         off = [relative(d(TOKENS), decoder(TOKENS)) for d in (plain, better)]
     assert total > 0 and off[1] < off[0]
@@ -187,18 +187,18 @@ def test_wrong_arguments():
                replace(inputs[name], gram=torch.full((I, I), math.nan)), replace(inputs[name], largest=torch.full((I,), math.inf)),
                [inputs[name]]]
     for bad in damaged:
-        for call in (lambda i: awq.awq_scales(decoder, i, Integers(4, "row")), lambda i: smooth_scales(decoder, i)):
+        for call in (lambda i: awq.awq_scales(decoder, i, Integers(4, 2)), lambda i: smooth_scales(decoder, i)):
             with pytest.raises(InputError, match="layers.1.mlp.down_proj"): call({**inputs, name: bad})
     for alpha in (-0.1, 1.1, math.nan, "half", None):
         with pytest.raises(InputError, match="alpha"): smooth_scales(decoder, inputs, alpha)
-    for trials in (0, 1.5): 
+    for trials in (0, 1.5):
         with pytest.raises(InputError): awq.awq_scales(decoder, inputs, "int4_g32", trials)
     good = random_scales(decoder)
     for bad in ({"layers.0.attn_nrm": torch.ones(48)}, {"layers.0.attn_norm": torch.ones(47)}, {"layers.0.attn_norm": 1.0},
                 {"layers.0.attn_norm": -good["layers.0.attn_norm"]}, {"layers.0.attn_norm": torch.full((48,), math.nan)}):
         with pytest.raises(InputError): scaled(decoder, bad)
     with pytest.raises(InputError, match="lm_head"):
-        awq.awq(decoder, Integers(4, "row"), {n: i for n, i in inputs.items() if n != "lm_head"})
+        awq.awq(decoder, Integers(4, 2), {n: i for n, i in inputs.items() if n != "lm_head"})
 
 
 # --- HQQ --------------------------------------------------------------------------------------------------------------
@@ -228,12 +228,13 @@ def test_half_quadratic_as_the_library():
     core = pytest.importorskip("hqq.core.quantize", reason="the library hqq is not installed")
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(3))
     for bits in (8, 4, 3, 2):
-        codes, meta = core.Quantizer.quantize(w, nbits=bits, group_size=64, axis=1, round_zero=False, optimize=True,
-                                              device="cpu", compute_dtype=torch.float32)
-        theirs = core.Quantizer.dequantize(codes, meta).float().view_as(w)
-        mine = HalfQuadratic(bits, 64).pack(w).unpack()
-        assert math.isclose((theirs - w).square().mean().item(), (mine - w).square().mean().item(), rel_tol=0.02), bits
-        if bits != 3: assert ((theirs - mine).abs() < 0.02).float().mean() > 0.95, bits
+        for optimize in (False, True):
+            codes, meta = core.Quantizer.quantize(w, nbits=bits, group_size=64, axis=1, round_zero=False,
+                                                  optimize=optimize, device="cpu", compute_dtype=torch.float32)
+            theirs = core.Quantizer.dequantize(codes, meta).float().view_as(w)
+            mine = HalfQuadratic(bits, 64, steps=20 if optimize else 0).pack(w).unpack()
+            if not optimize: assert ((theirs - mine).abs() < 0.01).float().mean() > 0.99, bits
+            assert math.isclose((theirs - w).square().mean().item(), (mine - w).square().mean().item(), rel_tol=0.02)
 
 
 def test_half_quadratic_on_odd_groups():

@@ -7,7 +7,7 @@ __all__ = ['output_error', 'geometric', 'Group', 'readers', 'groups', 'scaled', 
            'scaled_inputs', 'awq', 'smooth_scales', 'shrink', 'half_quadratic', 'HalfQuadratic', 'hadamard',
            'random_rotation', 'rotated', 'untied']
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #94bd103a
+# %% ../../nbs/08_quantization/13_awq.ipynb #497b0c5e
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from .formats import format_of, packs, quantize, shape_of
 from .packing import Format, Layout, pack_codes, unpack_codes
 from .round_to_nearest import Integers, scale_of, to_codes
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #8b4123e9
+# %% ../../nbs/08_quantization/13_awq.ipynb #30925537
 def output_error(
     weight: Tensor,       # (O, I)
     rounded: Tensor,      # (O, I)
@@ -39,11 +39,11 @@ def output_error(
     return ((off @ gram) * off).sum().item()
 
 def geometric(sizes: Tensor, power: float) -> Tensor:      # (I,) -> (I,) scales around 1
-    "Sizes to a power, divided by the geometric mean of the smallest and the largest. Nothing smaller than 1e-4 of the largest."
+    "Sizes (1e-4 of the largest at least) to a power, over the geometric mean of the smallest and the largest."
     s = sizes.float().clamp(min=max(sizes.max().item() * 1e-4, 1e-30)) ** power
     return s / (s.max() * s.min()).sqrt()
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #caa5a8c6
+# %% ../../nbs/08_quantization/13_awq.ipynb #ed8db864
 @dataclass(frozen=True)
 class Group:
     "Those that read one tensor, and who makes it."
@@ -61,7 +61,7 @@ class Group:
         "Sizes of inputs, averaged over the query heads of a value head."
         return sizes if self.heads == 1 else sizes.view(-1, self.heads, self.dim).mean(1).flatten()
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #0a873422
+# %% ../../nbs/08_quantization/13_awq.ipynb #1d5229d2
 def _mixer_readers(attn: nn.Module) -> list[str]:
     names = ("q_a_proj" if hasattr(attn, "q_a_proj") else "q_proj", "k_proj", "v_proj", "kv_a_proj")
     return [f"self_attn.{n}" for n in names if hasattr(attn, n)]
@@ -69,7 +69,8 @@ def _mixer_readers(attn: nn.Module) -> list[str]:
 def _mlp_readers(mlp: nn.Module, name: str) -> list[str]:
     "Who reads what comes into a feed-forward layer: the router and the shared expert too."
     if not isinstance(mlp, MoE): return [f"{name}.{n}" for n in ("gate_proj", "up_proj") if hasattr(mlp, n)]
-    shared = _mlp_readers(getattr(mlp, mlp.shared_name), f"{name}.{mlp.shared_name}") if hasattr(mlp, mlp.shared_name) else []
+    always = getattr(mlp, mlp.shared_name, None)
+    shared = [] if always is None else _mlp_readers(always, f"{name}.{mlp.shared_name}")
     gate = [f"{name}.shared_expert_gate"] if hasattr(mlp, "shared_expert_gate") else []
     return [f"{name}.gate", f"{name}.experts.gate_up_proj", *shared, *gate]
 
@@ -83,7 +84,7 @@ def readers(block: Block) -> dict[str | None, list[str]]:     # norm -> modules;
     if block.moe is not None: behind("moe_norm", _mlp_readers(block.moe, "moe"))
     return found
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #28404417
+# %% ../../nbs/08_quantization/13_awq.ipynb #cb09c499
 def _inner(attn: nn.Module) -> tuple[list[Group], dict[str, str]]:
     "Groups inside a mixer."
     if isinstance(attn, LatentAttention):
@@ -104,7 +105,7 @@ def _down(mlp: nn.Module) -> tuple[list[Group], dict[str, str]]:
     if hasattr(mlp, shared): groups.append(Group(f"{shared}.up_proj", (f"{shared}.down_proj",)))
     return groups, skipped
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #0340f91e
+# %% ../../nbs/08_quantization/13_awq.ipynb #b88a26a8
 def groups(decoder: Decoder) -> tuple[list[Group], dict[str, str]]:   # groups; by name, what cannot be folded and why
     "All places of a decoder where scales can be folded. Raises UnsupportedError for a layer it does not know."
     found, skipped = [], {}
@@ -134,7 +135,7 @@ def _check_block(i, block):
             raise UnsupportedError(f"layer {i} has a {type(part).__name__}, and nobody has said what may be folded "
                                    "there: add it to `readers` and `groups`")
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #e6a9214f
+# %% ../../nbs/08_quantization/13_awq.ipynb #99727450
 def _changed(old: Matrix | Stack, weight: Tensor, bias: Tensor | None) -> Matrix | Stack:
     "A dense matrix or stack with other numbers, in the old one's dtype."
     new = Stack(1, 1, 1) if isinstance(old, Stack) else Linear(1, 1, False)
@@ -161,12 +162,13 @@ def _divided_norm(norm: nn.Module, s: Tensor) -> nn.Module:
         new._parameters[name] = nn.Parameter(w.to(norm.weight.dtype), requires_grad=False)
     return new
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #6c2f2d38
+# %% ../../nbs/08_quantization/13_awq.ipynb #3aa22632
+@torch.no_grad()
 def scaled(
     decoder: Decoder,
     scales: Mapping[str, Tensor],      # by a group's source: (n,), one for each number it makes; experts (E, F)
 ) -> Decoder:                          # a new one, dense where it was scaled
-    "The same function with what each source makes divided by `s`, and its readers' columns multiplied. Raises InputError."
+    "The same function: each source makes 1 / s of what it made, and its readers make up for it. Raises InputError."
     known, modules = {g.source: g for g in groups(decoder)[0]}, dict(decoder.named_modules())
     scales = {name: _checked(name, s, known, modules).to(decoder.device, torch.float32) for name, s in scales.items()}
     divide, multiply = {}, {}
@@ -196,11 +198,11 @@ def _checked(name, s, known, modules) -> Tensor:
         raise InputError(f"the scales of {name} are not all finite and positive: dividing by them is not possible")
     return s
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #f94228d8
-def pooled(seen: Inputs | Sequence[Inputs], sizes: Callable[[Inputs], Tensor] = lambda i: i.mean_abs) -> Tensor:   # (I,)
-    "Sizes of inputs; of a stack the mean over its matrices, weighed by the rows that each saw."
+# %% ../../nbs/08_quantization/13_awq.ipynb #c16eaec3
+def pooled(seen: Inputs | Sequence[Inputs]) -> Tensor:   # (I,)
+    "Mean |x| of inputs; of a stack the mean over its matrices, weighed by the rows that each saw."
     seen = [seen] if isinstance(seen, Inputs) else seen
-    return sum(sizes(i) * i.rows for i in seen) / max(sum(i.rows for i in seen), 1)
+    return sum(i.mean_abs * i.rows for i in seen) / max(sum(i.rows for i in seen), 1)
 
 def best_power(
     weights: Sequence[Tensor],       # (O, I) of each reader
@@ -218,7 +220,8 @@ def best_power(
         if error < best: best, found = error, s
     return found
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #02519aaf
+# %% ../../nbs/08_quantization/13_awq.ipynb #6ff0860f
+@torch.no_grad()
 def awq_scales(
     decoder: Decoder,
     inputs: Mapping,                 # of `calibration.collect`
@@ -226,7 +229,7 @@ def awq_scales(
     trials: int = 10,
     rows: int = 128,                 # of each matrix, to try on
 ) -> dict[str, Tensor]:              # by source, for `scaled`
-    "Scales for every group by AWQ's search (arXiv 2306.00978, section 3.2). Raises InputError for inputs that do not fit."
+    "Scales for every group by AWQ's search (arXiv 2306.00978, section 3.2). Raises InputError (inputs)."
     if not isinstance(trials, int) or trials < 1 or not isinstance(rows, int) or rows < 1:
         raise InputError(f"trials is {trials!r} and rows {rows!r}: give whole numbers from 1")
     format, scales = format_of(format), {}
@@ -238,8 +241,8 @@ def awq_scales(
         weights, grams = zip(*(pair for n in names for pair in _trial(modules[n], inputs[n], rows)))
         seen = inputs[names[0]]
         if group.experts:
-            search = lambda w, g, i: best_power([w], [g], i.mean_abs, format, trials) if i.rows else torch.ones_like(i.mean_abs)
-            scales[group.source] = torch.stack([search(*each) for each in zip(weights, grams, seen)])
+            each = [best_power([w], [i.gram], i.mean_abs, format, trials) for w, i in zip(weights, seen)]
+            scales[group.source] = torch.stack(each)
         else: scales[group.source] = best_power(weights, grams, group.narrow(pooled(seen)), format, trials, group.wide)
     return scales
 
@@ -253,13 +256,15 @@ def _check_inputs(group, names, inputs, modules):
     for name in names:
         *lead, _, I = shape_of(modules[name])
         seen = inputs[name] if lead else [inputs[name]]
+        shapes = lambda s: isinstance(s, Inputs) and [tuple(t.shape) for t in (s.gram, s.mean_abs, s.largest)]
         if not isinstance(seen, list) or len(seen) != math.prod(lead) or any(
-                (tuple(s.gram.shape), tuple(s.mean_abs.shape), tuple(s.largest.shape)) != ((I, I), (I,), (I,)) for s in seen):
-            raise InputError(f"the inputs of {name} are not those of {shape_of(modules[name])} weights: collect them with this model")
+                shapes(s) != [(I, I), (I,), (I,)] for s in seen):
+            raise InputError(f"the inputs of {name} are not those of {shape_of(modules[name])} weights: "
+                             "collect them with this model")
         if not all(t.isfinite().all() for s in seen for t in (s.gram, s.mean_abs, s.largest)):
             raise InputError(f"the inputs of {name} hold NaN or infinity: collect them with the model in float32")
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #851b403d
+# %% ../../nbs/08_quantization/13_awq.ipynb #2441f24d
 def scaled_inputs(
     decoder: Decoder,                # the one before scaling
     inputs: Mapping,
@@ -269,17 +274,18 @@ def scaled_inputs(
     out = dict(inputs)
     for group in groups(decoder)[0]:
         if group.source not in scales: continue
-        s = group.wide(scales[group.source])
+        s, done = group.wide(scales[group.source]), {}             # neighbours that shared an object share the new one
+        def divided(seen, s): return done.setdefault(id(seen), _divided(seen, s))
         for name in group.readers:
-            if name not in inputs: continue
-            seen = inputs[name]
-            if isinstance(seen, Inputs): out[name] = _divided(seen, s)
-            else: out[name] = [_divided(i, s[e] if group.experts else s) for e, i in enumerate(seen)]
+            seen = inputs.get(name)
+            if isinstance(seen, Inputs): out[name] = divided(seen, s)
+            elif seen is not None: out[name] = [divided(i, s[e] if group.experts else s) for e, i in enumerate(seen)]
     return out
 
 def _divided(seen: Inputs, s: Tensor) -> Inputs:
     sample = None if seen.sample is None else seen.sample / s
-    return replace(seen, gram=seen.gram / s / s[:, None], mean_abs=seen.mean_abs / s, largest=seen.largest / s, sample=sample)
+    return replace(seen, gram=seen.gram / s / s[:, None], mean_abs=seen.mean_abs / s, largest=seen.largest / s,
+                   sample=sample)
 
 def awq(
     decoder: Decoder,
@@ -294,7 +300,8 @@ def awq(
     seen = scaled_inputs(decoder, inputs, scales) if clip else None
     return quantize(scaled(decoder, scales), format, choose, importance=seen)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #a9b018b3
+# %% ../../nbs/08_quantization/13_awq.ipynb #6ce0a2a6
+@torch.no_grad()
 def smooth_scales(
     decoder: Decoder,
     inputs: Mapping,                 # of `calibration.collect`
@@ -319,9 +326,9 @@ def smooth_scales(
 def _largest(seen) -> Tensor:
     return seen.largest if isinstance(seen, Inputs) else torch.stack([i.largest for i in seen]).amax(0)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #a7c50b16
+# %% ../../nbs/08_quantization/13_awq.ipynb #8a497556
 def shrink(error: Tensor, beta: float, p: float) -> Tensor:
-    "The sparse part of an error: what is left of |e| after taking |e|^(p-1) / beta off (HQQ's generalised soft threshold)."
+    "The sparse part of an error: |e| less |e|^(p-1) / beta, if that is positive (HQQ's soft threshold)."
     size = error.abs()
     return error.sign() * (size - size.pow(p - 1) / beta).clamp(min=0)
 
@@ -346,7 +353,7 @@ def half_quadratic(
         zero, beta = (codes - (groups - sparse) / step).mean(-1, keepdim=True), beta * growth
     return best_zero
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #642e1837
+# %% ../../nbs/08_quantization/13_awq.ipynb #f2a6145d
 class HalfQuadratic(Integers):
     "Whole numbers with a float16 scale and a float16 zero point for each group, the latter found by `half_quadratic`."
     def __init__(self, bits: int, group: int | str = 64, steps: int = 20, name: str | None = None):
@@ -378,7 +385,7 @@ def _constant(groups, flat, scale, zero) -> tuple[Tensor, Tensor]:
     value = groups[..., :1]
     return torch.where(flat, value, scale), torch.where(flat, 0, zero).clamp(-65504, 65504)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #36db0214
+# %% ../../nbs/08_quantization/13_awq.ipynb #06c306d9
 def hadamard(n: int) -> Tensor:       # (n, n), orthogonal
     "Sylvester's matrix for the powers of two in n, times a cosine transform for the odd rest."
     if not isinstance(n, int) or n < 1: raise InputError(f"a rotation of {n!r} numbers is not possible: give 1 or more")
@@ -394,7 +401,8 @@ def random_rotation(n: int, generator: torch.Generator) -> Tensor:      # (n, n)
     signs = torch.randint(2, (n,), generator=generator) * 2 - 1
     return signs[:, None] * hadamard(n)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #4734f90b
+# %% ../../nbs/08_quantization/13_awq.ipynb #d15f0332
+@torch.no_grad()
 def rotated(decoder: Decoder, seed: int = 0, values: bool = True) -> Decoder:     # values: turn those, too
     """The same function with a rotated residual stream, dense and with a head of its own (QuaRot, arXiv 2404.00456).
     Raises UnsupportedError."""
@@ -418,7 +426,7 @@ def untied(decoder: Decoder) -> Decoder:
     other.lm_head = swapped(other.embed_tokens, lambda name, module: module)
     return other
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #ebd16029
+# %% ../../nbs/08_quantization/13_awq.ipynb #21c034d9
 def _reading(decoder: Decoder) -> list[tuple[nn.Module, list[str]]]:
     "Each norm over the residual stream with its readers."
     found = [(getattr(b, norm), [f"layers.{i}.{n}" for n in names])
@@ -457,7 +465,8 @@ def _check_rotation(decoder):
     for i, block in enumerate(decoder.layers): _check_block(i, block)
     norms = [n for b in decoder.layers for n in (b.attn_norm, b.mlp_norm, b.moe_norm) if n is not None] + [decoder.norm]
     if not all(isinstance(n, RMSNorm) for n in norms):
-        raise UnsupportedError("a LayerNorm takes the mean over channels, which a rotation changes: write it as RMSNorm first")
+        raise UnsupportedError("a LayerNorm takes the mean over channels, which a rotation changes: "
+                               "write it as RMSNorm first")
     if decoder.config.block in ("post", "sandwich"):
         raise UnsupportedError("a norm behind each half of a block weighs single channels of the residual stream: "
                                "this model's stream cannot be rotated")
