@@ -7,7 +7,7 @@ __all__ = ['output_error', 'geometric', 'Group', 'readers', 'groups', 'scaled', 
            'scaled_inputs', 'awq', 'smooth_scales', 'shrink', 'half_quadratic', 'HalfQuadratic', 'hadamard',
            'random_rotation', 'rotated', 'untied']
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #db4bc151
+# %% ../../nbs/08_quantization/13_awq.ipynb #59c586df
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from .formats import format_of, packs, quantize, shape_of
 from .packing import Format, Layout, pack_codes
 from .round_to_nearest import Integers, scale_of, to_codes
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #07563d95
+# %% ../../nbs/08_quantization/13_awq.ipynb #b1d4c210
 def output_error(
     weight: Tensor,       # (O, I)
     rounded: Tensor,      # (O, I)
@@ -42,7 +42,7 @@ def geometric(sizes: Tensor, power: float) -> Tensor:      # (I,) -> (I,) scales
     s = sizes.float().clamp(min=max(sizes.max().item() * 1e-4, 1e-30)) ** power
     return s / (s.max() * s.min()).sqrt()
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #b73f9aaa
+# %% ../../nbs/08_quantization/13_awq.ipynb #f60027aa
 @dataclass(frozen=True)
 class Group:
     "Those that read one tensor, and who makes it."
@@ -60,7 +60,7 @@ class Group:
         "Sizes of inputs, averaged over the query heads of a value head."
         return sizes if self.heads == 1 else sizes.view(-1, self.heads, self.dim).mean(1).flatten()
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #cb402c3a
+# %% ../../nbs/08_quantization/13_awq.ipynb #4700b117
 def _mixer_readers(attn: nn.Module) -> list[str]:
     names = ("q_a_proj" if hasattr(attn, "q_a_proj") else "q_proj", "k_proj", "v_proj", "kv_a_proj")
     return [f"self_attn.{n}" for n in names if hasattr(attn, n)]
@@ -83,7 +83,7 @@ def readers(block: Block) -> dict[str | None, list[str]]:     # norm -> modules;
     if block.moe is not None: behind("moe_norm", _mlp_readers(block.moe, "moe"))
     return found
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #9b49d5d4
+# %% ../../nbs/08_quantization/13_awq.ipynb #1555d45e
 def _inner(attn: nn.Module) -> tuple[list[Group], dict[str, str]]:
     "Groups inside a mixer."
     if isinstance(attn, LatentAttention):
@@ -104,7 +104,7 @@ def _down(mlp: nn.Module) -> tuple[list[Group], dict[str, str]]:
     if hasattr(mlp, shared): groups.append(Group(f"{shared}.up_proj", (f"{shared}.down_proj",)))
     return groups, skipped
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #1a45b076
+# %% ../../nbs/08_quantization/13_awq.ipynb #5c4fb054
 def groups(decoder: Decoder) -> tuple[list[Group], dict[str, str]]:   # groups; by name, what cannot be folded and why
     "All places of a decoder where scales can be folded. Raises UnsupportedError for a layer it does not know."
     found, skipped = [], {}
@@ -134,7 +134,7 @@ def _check_block(i, block):
             raise UnsupportedError(f"layer {i} has a {type(part).__name__}, and nobody has said what may be folded "
                                    "there: add it to `readers` and `groups`")
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #35ff334f
+# %% ../../nbs/08_quantization/13_awq.ipynb #cd6d6952
 def _changed(old: Matrix | Stack, weight: Tensor, bias: Tensor | None) -> Matrix | Stack:
     "A dense matrix or stack with other numbers, in the old one's dtype."
     new = Stack(1, 1, 1) if isinstance(old, Stack) else Linear(1, 1, False)
@@ -161,7 +161,7 @@ def _divided_norm(norm: nn.Module, s: Tensor) -> nn.Module:
         new._parameters[name] = nn.Parameter(w.to(norm.weight.dtype), requires_grad=False)
     return new
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #23cbaf59
+# %% ../../nbs/08_quantization/13_awq.ipynb #8087b203
 @torch.no_grad()
 def scaled(
     decoder: Decoder,
@@ -197,7 +197,7 @@ def _checked(name, s, known, modules) -> Tensor:
         raise InputError(f"the scales of {name} are not all finite and positive: dividing by them is not possible")
     return s
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #6dd509df
+# %% ../../nbs/08_quantization/13_awq.ipynb #7e694b68
 def pooled(seen: Inputs | Sequence[Inputs]) -> Tensor:   # (I,)
     "Mean |x| of inputs; of a stack the mean over its matrices, weighed by the rows that each saw."
     seen = [seen] if isinstance(seen, Inputs) else seen
@@ -219,7 +219,7 @@ def best_power(
         if error < best: best, found = error, s
     return found
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #e745a633
+# %% ../../nbs/08_quantization/13_awq.ipynb #6b2b3326
 @torch.no_grad()
 def awq_scales(
     decoder: Decoder,
@@ -263,7 +263,7 @@ def _check_inputs(group, names, inputs, modules):
         if not all(t.isfinite().all() for s in seen for t in (s.gram, s.mean_abs, s.largest)):
             raise InputError(f"the inputs of {name} hold NaN or infinity: collect them with the model in float32")
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #e8fafaec
+# %% ../../nbs/08_quantization/13_awq.ipynb #700bc85a
 def scaled_inputs(
     decoder: Decoder,                # the one before scaling
     inputs: Mapping,
@@ -299,7 +299,7 @@ def awq(
     seen = scaled_inputs(decoder, inputs, scales) if clip else None
     return quantize(scaled(decoder, scales), format, choose, importance=seen)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #24eab2d2
+# %% ../../nbs/08_quantization/13_awq.ipynb #a755a3c1
 @torch.no_grad()
 def smooth_scales(
     decoder: Decoder,
@@ -325,7 +325,7 @@ def smooth_scales(
 def _largest(seen) -> Tensor:
     return seen.largest if isinstance(seen, Inputs) else torch.stack([i.largest for i in seen]).amax(0)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #5715705c
+# %% ../../nbs/08_quantization/13_awq.ipynb #5f7a03fa
 def shrink(error: Tensor, beta: float, p: float) -> Tensor:
     "The sparse part of an error: |e| less |e|^(p-1) / beta, if that is positive (HQQ's soft threshold)."
     size = error.abs()
@@ -352,7 +352,7 @@ def half_quadratic(
         zero, beta = (codes - (groups - sparse) / step).mean(-1, keepdim=True), beta * growth
     return best_zero
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #0b4e725d
+# %% ../../nbs/08_quantization/13_awq.ipynb #d8f31e78
 class HalfQuadratic(Integers):
     "Whole numbers with a float16 scale and a float16 zero point for each group, the latter found by `half_quadratic`."
     def __init__(self, bits: int, group: int | str = 64, steps: int = 20, name: str | None = None):
@@ -384,7 +384,7 @@ def _constant(groups, flat, scale, zero) -> tuple[Tensor, Tensor]:
     value = groups[..., :1]
     return torch.where(flat, value, scale), torch.where(flat, 0, zero).clamp(-65504, 65504)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #6ac5ed63
+# %% ../../nbs/08_quantization/13_awq.ipynb #531b73d1
 def hadamard(n: int) -> Tensor:       # (n, n), orthogonal
     "Sylvester's matrix for the powers of two in n, times a cosine transform for the odd rest."
     if not isinstance(n, int) or n < 1: raise InputError(f"a rotation of {n!r} numbers is not possible: give 1 or more")
@@ -400,7 +400,7 @@ def random_rotation(n: int, generator: torch.Generator) -> Tensor:      # (n, n)
     signs = torch.randint(2, (n,), generator=generator) * 2 - 1
     return signs[:, None] * hadamard(n)
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #822f4c21
+# %% ../../nbs/08_quantization/13_awq.ipynb #6404f55e
 @torch.no_grad()
 def rotated(decoder: Decoder, seed: int = 0, values: bool = True) -> Decoder:     # values: turn those, too
     """The same function with a rotated residual stream, dense and with a head of its own (QuaRot, arXiv 2404.00456).
@@ -425,7 +425,7 @@ def untied(decoder: Decoder) -> Decoder:
     other.lm_head = swapped(other.embed_tokens, lambda name, module: module)
     return other
 
-# %% ../../nbs/08_quantization/13_awq.ipynb #a7f55508
+# %% ../../nbs/08_quantization/13_awq.ipynb #1ade4015
 def _reading(decoder: Decoder) -> list[tuple[nn.Module, list[str]]]:
     "Each norm over the residual stream with its readers."
     found = [(getattr(b, norm), [f"layers.{i}.{n}" for n in names])
