@@ -1,5 +1,5 @@
-"""Scales, zero points and rotations that keep what a decoder computes, for small models of all families; what they gain;
-and known-wrong variants, which these checks must reject."""
+"""Scales, zero points and rotations that keep what a decoder computes, for small models of all families; what they
+gain; and known-wrong variants, which these checks must reject."""
 import math
 import os
 from dataclasses import replace
@@ -63,7 +63,8 @@ def test_scaling_keeps_the_function(kind, variant):
 
 
 def test_what_cannot_be_folded_has_a_reason():
-    for kind, name, reason in (("olmo2", "q_proj", "no norm"), ("phi", "down_proj", "curve"), ("dbrx", "o_proj", "clipped"),
+    for kind, name, reason in (("olmo2", "q_proj", "no norm"), ("phi", "down_proj", "curve"),
+                               ("dbrx", "o_proj", "clipped"),
                                ("gpt_oss", "experts.down_proj", "bounded"), ("olmo", "q_proj", "no weight")):
         _, skipped = groups(decoder_of(kind))
         assert any(n.endswith(name) and reason in r for n, r in skipped.items()), (kind, skipped)
@@ -92,7 +93,8 @@ def heads_interleaved(monkeypatch):
                         if self.heads > 1 else s)
 def router_forgotten(monkeypatch):
     right = awq._mlp_readers
-    monkeypatch.setattr(awq, "_mlp_readers", lambda mlp, name: [n for n in right(mlp, name) if not n.endswith("mlp.gate")])
+    def wrong(mlp, name): return [n for n in right(mlp, name) if not n.endswith("mlp.gate")]
+    monkeypatch.setattr(awq, "_mlp_readers", wrong)
 def gate_divided(monkeypatch):
     "The gate's half in the place of the up half."
     right = awq._rescaled
@@ -103,7 +105,8 @@ def gate_divided(monkeypatch):
 
 
 @pytest.mark.parametrize("kind,variant,mutant", [
-    ("llama", 0, not_divided), ("llama", 0, rows_not_divided), ("llama", 1, bias_not_divided), ("gemma", 0, offset_forgotten),
+    ("llama", 0, not_divided), ("llama", 0, rows_not_divided), ("llama", 1, bias_not_divided),
+    ("gemma", 0, offset_forgotten),
     ("llama", 0, heads_interleaved), ("mixtral", 0, router_forgotten), ("mixtral", 0, gate_divided)])
 def test_wrong_folds_are_rejected(kind, variant, mutant, monkeypatch):
     decoder = decoder_of(kind, variant)
@@ -131,8 +134,8 @@ def gains(search, format, factor=1.5):
         assert plain > factor * new, (plain, new)
 
 
-@pytest.mark.parametrize("format", [Integers(4, 32), Integers(4, 128), Integers(4, 64, symmetric=False), Integers(3, 32)],
-                         ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [Integers(4, 32), Integers(4, 128), Integers(4, 64, symmetric=False),
+                                    Integers(3, 32)], ids=lambda f: f.name)
 def test_the_search_gains(format): gains(best_power, format)
 
 
@@ -147,7 +150,8 @@ def test_wrong_searches_do_not():
 def test_output_error_is_that_of_the_rows():
     x, w = correlated()
     off = Integers(3, 32).pack(w).unpack()
-    assert math.isclose(output_error(w, off, x.T @ x / len(x)), ((w - off) @ x.T).square().sum(0).mean().item(), rel_tol=1e-3)
+    want = ((w - off) @ x.T).square().sum(0).mean().item()
+    assert math.isclose(output_error(w, off, x.T @ x / len(x)), want, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "deepseek_v2", "cohere", "qwen2_moe"])
@@ -163,7 +167,8 @@ def test_inputs_after_scaling_need_no_new_text(kind):
             for a, b in pairs:
                 for field in ("gram", "mean_abs", "largest", "sample"):
                     x, y = getattr(a, field), getattr(b, field)
-                    assert torch.allclose(x, y, rtol=1e-3, atol=1e-4 * x.abs().max().item() if x.numel() else 0), (name, field)
+                    atol = 1e-4 * x.abs().max().item() if x.numel() else 0
+                    assert torch.allclose(x, y, rtol=1e-3, atol=atol), (name, field)
 
 
 def test_awq_packs_and_beats_rounding_on_what_it_saw():
@@ -184,7 +189,8 @@ def test_wrong_arguments():
     name = "layers.1.mlp.down_proj"
     I = inputs[name].gram.shape[0]
     damaged = [replace(inputs[name], gram=torch.ones(I, I - 1)), replace(inputs[name], mean_abs=torch.ones(I + 1)),
-               replace(inputs[name], gram=torch.full((I, I), math.nan)), replace(inputs[name], largest=torch.full((I,), math.inf)),
+               replace(inputs[name], gram=torch.full((I, I), math.nan)),
+               replace(inputs[name], largest=torch.full((I,), math.inf)),
                [inputs[name]]]
     for bad in damaged:
         for call in (lambda i: awq.awq_scales(decoder, i, Integers(4, 2)), lambda i: smooth_scales(decoder, i)):
@@ -194,8 +200,9 @@ def test_wrong_arguments():
     for trials in (0, 1.5):
         with pytest.raises(InputError): awq.awq_scales(decoder, inputs, "int4_g32", trials)
     good = random_scales(decoder)
-    for bad in ({"layers.0.attn_nrm": torch.ones(48)}, {"layers.0.attn_norm": torch.ones(47)}, {"layers.0.attn_norm": 1.0},
-                {"layers.0.attn_norm": -good["layers.0.attn_norm"]}, {"layers.0.attn_norm": torch.full((48,), math.nan)}):
+    norm = "layers.0.attn_norm"
+    for bad in ({"layers.0.attn_nrm": torch.ones(48)}, {norm: torch.ones(47)}, {norm: 1.0}, {norm: -good[norm]},
+                {norm: torch.full((48,), math.nan)}):
         with pytest.raises(InputError): scaled(decoder, bad)
     with pytest.raises(InputError, match="lm_head"):
         awq.awq(decoder, Integers(4, 2), {n: i for n, i in inputs.items() if n != "lm_head"})
@@ -233,12 +240,14 @@ def test_half_quadratic_as_the_library():
                                                   optimize=optimize, device="cpu", compute_dtype=torch.float32)
             theirs = core.Quantizer.dequantize(codes, meta).float().view_as(w)
             mine = HalfQuadratic(bits, 64, steps=20 if optimize else 0).pack(w).unpack()
-            if not optimize: assert ((theirs - mine).abs() < 0.01).float().mean() > (0.95 if bits == 8 else 0.99), bits   # zero points are float16 here
+            if not optimize:       # zero points are float16 here
+                assert ((theirs - mine).abs() < 0.01).float().mean() > (0.95 if bits == 8 else 0.99), bits
             assert math.isclose((theirs - w).square().mean().item(), (mine - w).square().mean().item(), rel_tol=0.02)
 
 
 def test_half_quadratic_on_odd_groups():
-    w = torch.randn(6, 128, generator=torch.Generator().manual_seed(4)) * torch.tensor([1, 1e-6, 1e4, 0, 1, 1]).view(-1, 1)
+    sizes = torch.tensor([1, 1e-6, 1e4, 0, 1, 1]).view(-1, 1)
+    w = torch.randn(6, 128, generator=torch.Generator().manual_seed(4)) * sizes
     w[4], w[5] = 2.5, torch.linspace(5, 6, 128)
     for bits in (2, 3, 4, 8):
         back = HalfQuadratic(bits, 64).pack(w).unpack()
@@ -260,8 +269,8 @@ def test_rotations_are_orthogonal(n):
     if n & (n - 1) == 0: assert torch.allclose(hadamard(n).abs(), torch.full((n, n), n**-0.5))
 
 
-TURNS = ["llama", "mistral", "mixtral", "gemma", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3",
-         "phi3", "granite", "smollm3", "gpt_oss"]
+TURNS = ["llama", "mistral", "mixtral", "gemma", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2",
+         "deepseek_v3", "phi3", "granite", "smollm3", "gpt_oss"]
 
 
 @pytest.mark.parametrize("kind,variant", [(k, v) for k, v in CASES if k in TURNS])

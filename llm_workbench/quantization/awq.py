@@ -25,7 +25,7 @@ from ..errors import InputError, UnsupportedError, did_you_mean
 from .calibration import Inputs
 from .formats import format_of, packs, quantize, shape_of
 from .packing import Format, Layout, pack_codes
-from .round_to_nearest import Integers, scale_of, to_codes
+from .round_to_nearest import Integers, to_codes
 
 # %% ../../nbs/08_quantization/13_awq.ipynb #b1d4c210
 def output_error(
