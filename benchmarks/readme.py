@@ -39,7 +39,7 @@ def block(folder: str) -> str:
     "The Markdown between the marks."
     results = [recorded(path.stem, folder) for path in sorted((RESULTS / folder).glob("decode*.json"))]
     first = next(r for r in results if r["name"] == "decode")
-    peak = first["peak of load() / weights kept"]
+    peak = first["peak of reading / weights kept"]
     links = ", ".join(f"[{r['prompt_tokens']:,} tokens](benchmarks/results/{folder}/{r['name']}.json)" for r in results)
     return "\n".join([
         f"Measured with `make bench` on {first['date'][:10]}: {first['machine']['cpu']}, {first['threads']} threads, "

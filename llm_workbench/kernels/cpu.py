@@ -133,9 +133,10 @@ static inline float dot(const T *restrict w, const float *restrict x, int64_t n)
   int64_t c = 0;
   for (; c + SUMS <= n; c += SUMS)
     for (int s = 0; s < SUMS; s++) sums[s] += load(w[c + s]) * x[c + s];
-  for (int half = SUMS / 2; half; half /= 2)                     // in pairs: 64, 32, 16, ...
+  for (int half = SUMS / 2; half >= 16; half /= 2)               // in pairs: 64, 32, 16
     for (int s = 0; s < half; s++) sums[s] += sums[s + half];
-  sum = sums[0];
+  #pragma omp simd reduction(+ : sum)
+  for (int s = 0; s < 16; s++) sum += sums[s];                   // the rest in the registers' own way
   for (; c < n; c++) sum += load(w[c]) * x[c];                   // what is left when n is no multiple of SUMS
   return sum;
 }
@@ -228,9 +229,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, H, D), (T, 
 
 # %% ../../nbs/09_kernels/01_cpu.ipynb #8191ec19
 ATTEND = DOT + r"""
+static inline float exponential(float x) {                         // expf, in a form that compilers put into vectors
+  x = x < -87 ? -87 : x > 88 ? 88 : x;
+  float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;     // x = n ln 2 + r, |r| < 0.35
+  float p = 1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * (0.0083333333f + r * 0.0013888889f)))));
+  int32_t bits = ((int32_t)n + 127) << 23;                         // 2 to the n
+  float power;
+  memcpy(&power, &bits, 4);
+  return p * power;
+}
 #define BLOCK 64
-static void attend(const float *query, const T *keys, int64_t kt, const T *values, int64_t vt,   // steps to the next token
-                   int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *sum) {
+static inline __attribute__((always_inline)) void attend_any(
+    const float *restrict query, const T *restrict keys, int64_t kt, const T *restrict values, int64_t vt,
+    int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *restrict sum) {   // kt, vt: to the next token
   float total = 0, largest = -3e38f;
   for (int64_t d = 0; d < Dv; d++) sum[d] = 0;
   for (int64_t first = start; first < end; first += BLOCK) {
@@ -240,9 +251,8 @@ static void attend(const float *query, const T *keys, int64_t kt, const T *value
       weights[t] = dot(keys + (first + t) * kt, query, D) * scale;   // scaled last: one rounding
       if (weights[t] > largest) largest = weights[t];
     }
-    float correction = expf(before - largest);
-    #pragma omp simd
-    for (int64_t t = 0; t < size; t++) weights[t] = expf(weights[t] - largest);
+    float correction = exponential(before - largest);
+    for (int64_t t = 0; t < size; t++) weights[t] = exponential(weights[t] - largest);
     for (int64_t d = 0; d < Dv; d++) sum[d] *= correction;
     for (int64_t t = 0; t < size; t++) {
       part += weights[t];
@@ -251,6 +261,12 @@ static void attend(const float *query, const T *keys, int64_t kt, const T *value
     total = total * correction + part;
   }
   for (int64_t d = 0; d < Dv; d++) sum[d] = total > 0 ? sum[d] / total : 0;
+}
+static void attend(const float *query, const T *keys, int64_t kt, const T *values, int64_t vt,
+                   int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *sum) {
+  if (D == 64 && Dv == 64) attend_any(query, keys, kt, values, vt, start, end, 64, 64, scale, sum);
+  else if (D == 128 && Dv == 128) attend_any(query, keys, kt, values, vt, start, end, 128, 128, scale, sum);
+  else attend_any(query, keys, kt, values, vt, start, end, D, Dv, scale, sum);    // the compiler knows the sizes above
 }
 """
 

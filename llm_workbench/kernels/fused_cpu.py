@@ -6,7 +6,7 @@
 __all__ = ['LAYER', 'PARTS', 'TOKEN', 'MATRICES', 'NORMS', 'FIELDS', 'COSINES', 'SINES', 'KEYS', 'VALUES', 'SLOTS', 'WINDOW',
            'USED', 'MOST', 'CPU', 'token', 'why_not', 'Plan', 'plan', 'fits', 'blocks']
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #a3e1d81d
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #42b07957
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,7 @@ from .cpu import ATTEND, Kernel, compiled, takes
 from .packed_cpu import ROWS, dots, known, place
 from ..quantization.formats import PackedMatrix
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #61be978c
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #15153d77
 LAYER = r"""
 typedef struct {
   Matrix matrices[7];                                        // q, k, v, o, gate, up, down
@@ -38,7 +38,7 @@ enum {Q, K_, V_, O, GATE, UP, DOWN};
 enum {ATTN_NORM, ATTN_POST, MLP_NORM, MLP_POST, Q_NORM, K_NORM};
 """
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #a92429cb
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #95f9dc33
 PARTS = r"""
 static void norm(const float *x, const float *w, float *y, int64_t rows, int64_t n, float eps) {
   for (int64_t r = 0; r < rows; r++, x += n, y += n) {
@@ -60,7 +60,7 @@ static void turn(const float *x, const float *w, float eps, const float *cs, con
   }
 }
 static float gated(float gate, float up, int64_t gelu) {
-  if (!gelu) return gate / (1 + expf(-gate)) * up;
+  if (!gelu) return gate / (1 + exponential(-gate)) * up;
   return 0.5f * gate * (1 + tanhf(0.7978845608f * (gate + 0.044715f * gate * gate * gate))) * up;
 }
 static void multiply(const Matrix *first, const float *const *bias, int64_t outs, const float *x, int64_t ins,
@@ -81,7 +81,7 @@ static void add(float *stream, const float *out, const float *post, int64_t rows
 }
 """
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #b1ce7ef5
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #4279e00b
 TOKEN = r"""
 void run(const Layer *layers, const int64_t *sizes, const float *numbers, const int64_t *held, float *x, float *work) {
   const int64_t L = sizes[0], C = sizes[1], H = sizes[2], K = sizes[3], D = sizes[4], F = sizes[5], R = sizes[6],
@@ -141,7 +141,7 @@ def token(names: tuple[str, ...]) -> Kernel:      # the formats of the matrices
     return Kernel(f"token {', '.join(names)}", "pppppp",
                   dots(names) + f"#define ROWS {ROWS}\n" + ATTEND + LAYER + PARTS + TOKEN)
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #41c6a3e0
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #fa6a643f
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "self_attn.q_norm", "self_attn.k_norm")
@@ -157,7 +157,7 @@ def _matrix_is_known(m) -> bool:
     if type(m) is Linear: return _readable(m.weight) and m.weight.shape[1] % 64 == 0 and _readable(m.bias)
     return type(m) is PackedMatrix and known(m.packed) and _readable(m.bias)
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #736fca2d
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #21bda19f
 def why_not(block: nn.Module) -> str | None:
     "What the kernel does not know about a block; None: it knows everything."
     attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
@@ -174,7 +174,7 @@ def why_not(block: nn.Module) -> str | None:
     unknown = [path for path in MATRICES if not _matrix_is_known(_at(block, path))]
     return f"how {unknown[0]} is kept" if unknown else None
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #b623522d
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #e07c506e
 FIELDS = 9 * len(MATRICES) + len(NORMS) + 6                # of the struct Layer, 8 bytes each; the last six:
 COSINES, SINES, KEYS, VALUES, SLOTS, WINDOW = range(FIELDS - 6, FIELDS)
 
@@ -189,7 +189,7 @@ class Plan:
 
 def _kind(m) -> str: return m.format.name if type(m) is PackedMatrix else "float32"
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #6ac7282c
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #d2cbb232
 @patch
 def layer(self: Plan, block: nn.Module) -> list[int]:
     "The struct of a layer, without what belongs to a step."
@@ -222,7 +222,7 @@ def holds(self: Plan) -> bool:
     "Whether every tensor is where it was."
     return all(where.get(name) is t and t.data_ptr() == at for where, name, t, at, _ in self.kept)
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #9116e3dc
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #c7408186
 @patch
 def with_step(self: Plan, step: Step, B: int, T: int) -> Tensor | None:     # (layers, FIELDS)
     "The table for a step, this call's own: threads may share a decoder. None where the cache has no room for it."
@@ -237,7 +237,7 @@ def with_step(self: Plan, step: Step, B: int, T: int) -> Tensor | None:     # (l
     table[:, SLOTS] = shape[1]
     return table
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #db51f168
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #243ebe2f
 @patch
 def run(self: Plan, x: Tensor, step: Step, table: Tensor) -> Tensor:     # (B, T, C) -> (B, T, C)
     "The stream after the last layer."
@@ -257,7 +257,7 @@ def run(self: Plan, x: Tensor, step: Step, table: Tensor) -> Tensor:     # (B, T
     compiled(token(self.names), torch.float32)(*(t.data_ptr() for t in (table, sizes, numbers, held, out, work)))
     return out
 
-# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #17221bc7
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #149e6bb3
 USED = ("linear", "packed_linear", "several", "rms_norm", "rotate", "attention", "swiglu", "geglu")
 MOST = 2**16      # numbers of the residual stream: each thread has a few copies of it on its stack
 _plans: WeakKeyDictionary[nn.ModuleList, Plan | None] = WeakKeyDictionary()

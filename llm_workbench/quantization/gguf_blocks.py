@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError, did_you_mean
 from ..files import gguf as files
-from .packing import Format, Layout, pack_codes, unpack_codes
+from .packing import (Format, Layout, check_finite, check_importance, pack_codes,
+                                                unpack_codes)
 
 # %% ../../nbs/08_quantization/05_gguf_blocks.ipynb #164bc254
 # known to the C library, not to every gguf package: name -> its number in a file, and its block
@@ -71,6 +72,8 @@ def c_quantize(
     if columns % n: raise InputError(f"rows of {columns} weights are not whole {kind} blocks of {n}")
     if importance is None and library.ggml_quantize_requires_imatrix(number):
         raise InputError(f"{kind} is only made with an importance: without one the C library ends the process")
+    check_finite(weight)                                                  # for which the library ends the process, too
+    if importance is not None: check_importance(importance, columns)
     weight = weight.float().contiguous()
     if importance is not None: importance = importance.float().contiguous()
     out = torch.empty(rows, columns // n * nbytes, dtype=torch.uint8)
