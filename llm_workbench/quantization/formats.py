@@ -18,6 +18,7 @@ from ..display import progress
 from ..errors import InputError, UnsupportedError, did_you_mean
 from ..files.parts import Part, is_blocks
 from . import i_quants
+from .fp8 import fp8, fp8_block, fp8_e5m2, fp8_tensor, mxfp8
 from .gguf_blocks import UNPACK, BlockFormat
 from .nf4 import fp4, nf4, nf4_dq
 from .packing import Format, Packed
@@ -95,6 +96,7 @@ FORMATS: dict[str, Format] = _named([
     *(Integers(bits, group, symmetric=False) for bits in (8, 4, 3, 2) for group in (32, 64, 128)),
     Ternary(), Binary(),
     nf4, fp4, nf4_dq,
+    fp8, fp8_tensor, fp8_block, fp8_e5m2, mxfp8,
     *(BlockFormat(kind.lower()) for kind in UNPACK),
     *(BlockFormat(kind.lower(), i_quants.PACK[kind], i_quants.UNPACK[kind]) for kind in i_quants.UNPACK),
 ])
