@@ -73,6 +73,8 @@ def reads(made, settings):
 @pytest.mark.parametrize("v1", [True, False], ids=["v1", "v2"])
 def test_gptq(bits, symmetric, v1):
     weight, perm = weight_of(), torch.randperm(96, generator=torch.Generator().manual_seed(1)) // 32
+    tensors, meant = W.gptq(weight[:32, :32], bits, 16, symmetric, v1, perm[:32] % 2)
+    assert torch.equal(W.gptq_by_hand(tensors, bits, v1, 32, 32), meant), "the loops do not agree with the writer"
     for group, order, name in ((32, None, "_g32"), (None, None, "_row"), (32, perm, ""), (128, None, "_row")):
         made = W.gptq(weight, bits, group, symmetric, v1, order)
         format = reads(made, W.gptq_config(bits, group, symmetric, v1, order is not None))
@@ -103,6 +105,8 @@ def test_dynamic_settings_of_gptqmodel():
 @pytest.mark.parametrize("group", [32, None])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_awq(group, symmetric):
+    tensors, meant = W.awq(weight_of(16, 64), 32, symmetric)
+    assert torch.equal(W.awq_by_hand(tensors, 32), meant), "the loops do not agree with the writer"
     format = reads(W.awq(weight_of(), group, symmetric), W.awq_config(group))
     assert format.name == f"{'int' if symmetric else 'uint'}4_{'g32' if group else 'row'}"
 
@@ -265,22 +269,52 @@ def test_bitsandbytes_blocks_that_cross_rows(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
         model.save_pretrained(tmp_path / "packed")
         with pytest.warns(UserWarning, match="begin in one row") as seen: decoder = loaded(tmp_path / "packed")
-        assert len(seen) == 1 and kinds(decoder) == {"nf4"}              # down_proj has 64 columns and stays packed
+        assert len(seen) == 1 and kinds(decoder) == {"nf4_dq" if double else "nf4"}     # down_proj: 64 columns
         theirs = model.model.layers[0].mlp.up_proj.weight
         state, shape = theirs.quant_state, theirs.quant_state.shape
         state.shape = torch.Size((shape.numel() // 64, 64))
         assert torch.equal(decoder.layers[0].mlp.up_proj.dense(), bnb.dequantize_4bit(theirs.data, state).view(shape))
 
 
+LLM_COMPRESSOR = {"W4A16": "int4_g128", "W4A16_ASYM": "uint4_g128", "W8A8": "int8", "FP8_BLOCK": "fp8_tiles",
+                  "FP8_DYNAMIC": "fp8_tiles", "NVFP4A16": "nvfp4"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", LLM_COMPRESSOR)
+def test_llm_compressor(scheme, llama, tmp_path):
+    "Written by `oneshot`, read by both."
+    pytest.importorskip("llmcompressor", reason="pip install --no-deps llmcompressor compressed-tensors loguru")
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    changes = dict(hidden_size=128, intermediate_size=256, head_dim=32, num_attention_heads=4, num_hidden_layers=1)
+    small_model("llama", changes=changes).bfloat16().save_pretrained(tmp_path / "base")
+    W.tokenizer_of(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]))
+    model.save_pretrained(tmp_path / "packed", save_compressed=True)
+    config = CompressedTensorsConfig(run_compressed=False)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16, quantization_config=config)
+    decoder = loaded(tmp_path / "packed", dtype=torch.bfloat16)
+    assert kinds(decoder) == {LLM_COMPRESSOR[scheme]}
+    for block in ("self_attn", "mlp"):
+        for name, module in getattr(theirs.model.layers[0], block).named_children():
+            if isinstance(module, torch.nn.Linear):
+                assert torch.equal(getattr(getattr(decoder.layers[0], block), name).dense(torch.bfloat16), module.weight)
+
+
 # --- whole models -----------------------------------------------------------------------------------------------------
 
-SHAPE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+SHAPE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
 MODELS = {
     "llama": ("llama", SHAPE), "tied": ("llama", dict(SHAPE, tie_word_embeddings=True)),
     "mixtral": ("mixtral", dict(SHAPE, **EXPERTS, sliding_window=None)), "phi3": ("phi3", SHAPE),
     "gpt_neox": ("gpt_neox", dict(SHAPE, num_key_value_heads=4, intermediate_size=96)),
     "deepseek_v3": ("deepseek_v3", dict(SHAPE, **dict(MLA, num_key_value_heads=4, kv_lora_rank=32, qk_rope_head_dim=8,
-                                                      qk_nope_head_dim=24, v_head_dim=16, moe_intermediate_size=32),
+                                                      qk_nope_head_dim=24, v_head_dim=16, moe_intermediate_size=32,
+                                                      num_hidden_layers=2),
                                         q_lora_rank=32, n_shared_experts=1, rope_parameters=PLAIN)),
 }
 WAYS = {
@@ -312,9 +346,14 @@ def linear(name, weight):
     return weight.ndim == 2 and any(w in name for w in words) and weight.shape[0] % 32 == 0 and weight.shape[1] % 32 == 0
 
 
+PAIRS = [("llama", way) for way in WAYS] + [
+    ("mixtral", "gptq"), ("mixtral", "int8"), ("mixtral", "fp8"), ("mixtral", "nvfp4"), ("tied", "gptq3"),
+    ("phi3", "awq"), ("phi3", "fp8"), ("gpt_neox", "gptq"), ("gpt_neox", "int8"), ("deepseek_v3", "fp8"),
+    ("deepseek_v3", "compressed")]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, way", PAIRS)
 def test_families(name, way, saved, tmp_path):
     "Stacks of experts, fused and split rows, biases, tied embeddings: weights to the bit, and nothing unpacked."
     make, settings = WAYS[way]
@@ -330,8 +369,261 @@ def test_families(name, way, saved, tmp_path):
     got = named_tensors(decoder)
     for n, t in named_tensors(want).items(): assert torch.equal(got[n], t), n
     held = [m for m in decoder.modules() if isinstance(m, (PackedMatrix, PackedStack))]
-    assert len(held) >= 8 and len(plain) and (name in ("llama", "tied") or any(len(m.shape) == 3 for m in held)
+    assert len(held) >= 4 and len(plain) and (name in ("llama", "tied") or any(len(m.shape) == 3 for m in held)
                                               or name in ("phi3", "gpt_neox"))
     tokens = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(decoder(tokens), want(tokens), atol=1e-4 * want(tokens).abs().max())
     assert decoder.nbytes < 0.75 * want.nbytes
+
+
+@torch.no_grad()
+def test_load_with_every_setting_of_weights(saved, tmp_path):
+    meant = W.wrap(saved("llama"), tmp_path, *WAYS["gptq"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    for weights, found in ((None, {"int4_g32"}), ("stored", {"int4_g32"}), ("dense", set()), ("int8", {"int8"})):
+        lm = wb.load(tmp_path, weights=weights)
+        assert kinds(lm.decoder) == found
+        if weights != "int8": assert torch.equal(lm.decoder.layers[0].mlp.up_proj.dense(), meant[name])
+    half = wb.load(tmp_path, dtype=torch.bfloat16).decoder
+    assert torch.equal(half.layers[0].mlp.up_proj.dense(), meant[name].bfloat16())
+    assert "quantization_config" not in lm.decoder.source and lm.decoder.to_transformers() is not None
+    with pytest.raises(UnsupportedError, match="llm_workbench.load"): open_checkpoint(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+def test_columns_in_an_order_of_their_own(name, saved, tmp_path):
+    "Packed where a matrix comes whole; one warning and numbers where its rows have to move."
+    def make(weight):
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(2)) // 32
+        return W.gptq(weight, order=order)
+    meant = W.wrap(saved(name), tmp_path, make, W.gptq_config(desc_act=True), linear)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        decoder = loaded(tmp_path)
+    assert [str(w.message) for w in seen if "order of its own" in str(w.message)] == [str(w.message) for w in seen]
+    assert len(seen) == (0 if name == "llama" else 1)
+    assert isinstance(decoder.layers[0].self_attn.o_proj, PackedMatrix)
+    assert torch.equal(decoder.layers[0].self_attn.o_proj.dense(), meant["model.layers.0.self_attn.o_proj.weight"])
+    if name == "phi3":
+        assert torch.equal(decoder.layers[0].self_attn.q_proj.dense(),
+                           meant["model.layers.0.self_attn.qkv_proj.weight"][:64])
+
+
+def test_experts_in_layouts_that_do_not_go_together(saved, tmp_path):
+    "One expert of another kind: the stack is unpacked with a warning, the rest stays packed."
+    W.wrap(saved("mixtral"), tmp_path, *WAYS["gptq"], linear)
+    settings = W.gptq_config() | {"dynamic": {r"+:.*experts\.1\.w1": {"bits": 8}}}
+    def make(bits): return lambda w: W.gptq(w, bits)
+    from safetensors.torch import load_file, save_file
+    tensors, other = load_file(tmp_path / "model.safetensors"), tmp_path / "other"
+    W.wrap(saved("mixtral"), other, make(8), settings, lambda name, w: "experts.1.w1" in name)
+    eight = load_file(other / "model.safetensors")
+    tensors |= {n: t for n, t in eight.items() if "experts.1.w1." in n}
+    save_file(tensors, other / "model.safetensors")
+    with pytest.warns(UserWarning, match="do not go into one tensor"): decoder = loaded(other)
+    experts = decoder.layers[0].mlp.experts
+    assert isinstance(experts.down_proj, PackedStack) and not isinstance(experts.gate_up_proj, PackedStack)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+GOOD = {
+    "gptq": (W.gptq(weight_of(), order=torch.randperm(96, generator=torch.Generator().manual_seed(3)) // 32)[0],
+             W.gptq_config()),
+    "gptq3": (W.gptq(weight_of(), 3, 32, False)[0], W.gptq_config(3, 32, False)), "awq": (W.awq(weight_of())[0],
+                                                                                         W.awq_config()),
+    "compressed": (W.compressed(weight_of(), symmetric=False)[0], W.compressed_config(symmetric=False)),
+    "int8": (W.compressed(weight_of(), 8, strategy="channel", packs=False)[0],
+             settings_of(8, strategy="channel", packs=False)),
+    "nvfp4": (W.nvfp4(weight_of())[0], NV), "fp8": (W.fp8(weight_of(130, 200))[0], W.fp8_config()),
+}
+
+
+def bitsandbytes_of(kind):
+    "Tensors of a module by the library itself."
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    if kind == "int8":
+        codes, scale, _ = bnb.int8_vectorwise_quant(weight_of().half())
+        return dict(weight=codes, SCB=scale, weight_format=torch.tensor(0, dtype=torch.uint8)), {}
+    data, state = bnb.quantize_4bit(weight_of(64, 128), quant_type=kind[:3], compress_statistics="dq" in kind)
+    named = {f"weight.{n}": t for n, t in state.as_dict(packed=True).items()}
+    return dict(weight=data, **named), dict(bnb_4bit_quant_type=kind[:3])
+
+
+def good(name):
+    if name in GOOD: return GOOD[name]
+    tensors, settings = bitsandbytes_of(name)
+    return tensors, settings | dict(quant_method="bitsandbytes")
+
+
+EVERY = [*GOOD, "nf4", "fp4", "nf4_dq", "int8b"]
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    (dict(quant_method="gptqq"), UnsupportedError, "Did you mean 'gptq'"),
+    (dict(quant_method="exl9"), UnsupportedError, "gptq, awq"), (dict(quant_method=None), UnsupportedError, "quantizer"),
+    (dict(quant_method="mxfp4"), UnsupportedError, "Mxfp4Config"),
+    (dict(bits=8), CheckpointError, "scales has the shape"), (dict(bits=5), UnsupportedError, "bits is 5"),
+    (dict(bits="4"), UnsupportedError, "bits is '4'"), (dict(group_size=64), CheckpointError, "scales has the shape"),
+    (dict(group_size=0), CheckpointError, "group_size is 0"), (dict(group_size=None), CheckpointError, "group_size"),
+    (dict(checkpoint_format="gptq_v2"), CheckpointError, "checkpoint_format"),
+    (dict(checkpoint_format="gptq_v3"), UnsupportedError, "gptq_v3"),
+    (dict(checkpoint_format="marlin"), UnsupportedError, "marlin"), (dict(pack_dtype="int16"), UnsupportedError, "int16"),
+    (dict(modules_to_not_convert=["m"]), CheckpointError, "leaves 'm' alone"),
+    (dict(dynamic={"(": {}}), CheckpointError, "no pattern")])
+def test_settings_that_do_not_fit(changes, error, words):
+    tensors, settings = GOOD["gptq"]
+    with pytest.raises(error, match=words.replace("(", r"\(")): part(tensors, settings | changes).whole()
+
+
+def test_other_settings_that_do_not_fit():
+    def fails(name, error, words, **changes):
+        tensors, settings = good(name)
+        with pytest.raises(error, match=words): part(tensors, settings | changes).whole()
+    fails("awq", UnsupportedError, "gemv", version="gemv")
+    fails("awq", UnsupportedError, "bits is 8", bits=8)
+    fails("awq", CheckpointError, "scales", group_size=64)
+    fails("fp8", CheckpointError, "weight_scale_inv has the shape", weight_block_size=[64, 128])
+    fails("fp8", CheckpointError, "tile", weight_block_size=[128])
+    fails("fp8", CheckpointError, "tile", weight_block_size="128")
+    fails("nf4", CheckpointError, "bnb_4bit_quant_type", bnb_4bit_quant_type="fp4")
+    fails("compressed", CheckpointError, "targets", config_groups={})
+    fails("compressed", CheckpointError, "targets", config_groups=[1])
+    fails("compressed", UnsupportedError, "transform_config", transform_config={"r1": {}})
+    fails("compressed", UnsupportedError, "sparsity_config", sparsity_config={"format": "sparse-24-bitmask"})
+    fails("compressed", CheckpointError, "alone", ignore=["re:.*"])
+    for weights in (dict(num_bits=16), dict(type="complex"), dict(strategy="diagonal")):
+        fails("compressed", UnsupportedError, "quantization_config",
+              config_groups=W.compressed_config(**weights)["config_groups"])
+    group = W.compressed_config(symmetric=False)["config_groups"]["group_0"]
+    narrow = dict(group, targets=["re:.*up"], weights=dict(group["weights"], num_bits=8))
+    tensors, settings = GOOD["compressed"]
+    settings = settings | dict(config_groups={"a": narrow, "b": group})
+    assert part(tensors, settings).whole().format.width == 4, "the pattern is another matrix's"
+
+
+def test_scales_and_columns_that_make_no_sense():
+    for name, leaf in (("gptq", "scales"), ("awq", "scales"), ("compressed", "weight_scale"), ("nf4", "weight.absmax"),
+                       ("fp8", "weight_scale_inv"), ("int8", "weight_scale")):
+        tensors, settings = good(name)
+        for value in (math.nan, math.inf):
+            bad = tensors[leaf].clone()
+            bad.view(-1)[1] = value
+            with pytest.raises(CheckpointError, match="NaN or infinity"): part(dict(tensors, **{leaf: bad}), settings).whole()
+    tensors, settings = GOOD["gptq"]
+    for value in (-1, 3, 2**31 - 1):
+        order = tensors["g_idx"].clone()
+        order[7] = value
+        with pytest.raises(CheckpointError, match="belong to groups"):
+            part(dict(tensors, g_idx=order), settings).read(torch.float32)
+    tensors, settings = GOOD["nvfp4"]
+    with pytest.raises(CheckpointError, match="zero"):
+        part(dict(tensors, weight_global_scale=torch.zeros(1)), settings).whole()
+
+
+def mutated(tensors, rng):
+    "The same with one thing changed: missing, renamed, of another type or shape, or other bytes."
+    name = rng.choice(sorted(tensors))
+    t, rest = tensors[name], {n: t for n, t in tensors.items() if n != name}
+    kind = rng.choice(["missing", "renamed", "dtype", "short", "long", "nested", "flat", "empty", "bytes", "far"])
+    some = t if t.ndim else t[None]
+    if kind == "missing": return rest
+    if kind == "renamed": return rest | {rng.choice([name + "s", "extra", *sorted(tensors)]): t}
+    if kind == "dtype": return rest | {name: t.view(torch.uint8) if rng.random() < 0.5 else t.float().to(
+        rng.choice([torch.int32, torch.int8, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8]))}
+    if kind == "short": return rest | {name: some[:-1] if rng.random() < 0.5 else some[..., :-1]}
+    if kind == "long": return rest | {name: torch.cat([some, some], rng.choice([0, -1]))}
+    if kind == "nested": return rest | {name: t[None]}
+    if kind == "flat": return rest | {name: t.flatten()}
+    if kind == "empty": return rest | {name: some[:0]}
+    raw = some.clone().contiguous().view(torch.uint8).view(-1)
+    for _ in range(4): raw[rng.randrange(len(raw))] = rng.choice([0, 255, rng.randrange(256)]) if kind == "bytes" else 255
+    return rest | {name: raw.view(t.dtype).view(t.shape)}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_damaged_layouts_end_in_our_errors(name):
+    "A thousand changes for each method: numbers of the right shape, or an error of this project."
+    tensors, settings = good("int8" if name == "int8b" else name) if name != "int8b" else (
+        bitsandbytes_of("int8")[0], dict(quant_method="bitsandbytes"))
+    rng, refused = random.Random(name), 0
+    want = part(tensors, settings).read(torch.float32).shape
+    for _ in range(1000):
+        try:
+            p = part(mutated(tensors, rng), settings)
+            packed = p.whole()
+            assert packed.unpack().shape == p.shape == plainest(packed).unpack().shape
+            if p.shape == want: rows_of(packed)
+        except (WorkbenchError, KeyError) as error:
+            assert not isinstance(error, KeyError) or error.args == ("m.weight",), "no weight is left to read"
+            refused += 1
+    assert 300 < refused < 1000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_settings_end_in_our_errors(seed):
+    rng = random.Random(seed)
+    values = [None, True, False, -1, 0, 1, 3, 4, 7, 8, 64, 2**70, 0.5, "", "4", "gptq_v2", [], [1], [128, 128], {}, {"a": 1}]
+    for _ in range(400):
+        tensors, settings = GOOD[rng.choice(list(GOOD))]
+        settings = json.loads(json.dumps(settings))
+        place = settings
+        while (inner := [v for v in place.values() if isinstance(v, dict) and v]) and rng.random() < 0.7: place = inner[0]
+        place[rng.choice([*place, "dynamic", "ignore", "format"])] = rng.choice(values)
+        try: part(tensors, settings).read(torch.float32)
+        except WorkbenchError: pass
+
+
+def test_a_whole_checkpoint_is_refused_before_anything_is_built(saved, tmp_path):
+    W.wrap(saved("llama"), tmp_path, *WAYS["gptq"])
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = "model.layers.0.mlp.up_proj.scales"
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="layers.0.mlp.up_proj.*scales is missing"): wb.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for settings, error in (({"quant_method": "gptq-from-the-future"}, UnsupportedError), ("gptq", UnsupportedError),
+                            ([1], UnsupportedError), ({"bits": 4}, UnsupportedError)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+        with pytest.raises(error): wb.load(tmp_path)
+
+
+# --- known-wrong readers ----------------------------------------------------------------------------------------------
+
+def field_by_field(words, bits, less_one):
+    "Wrong: adds the one to each field, so what a borrow took from its neighbour is not given back."
+    codes = gptq_zeros(words, bits, False)
+    return codes + 1 & 2**bits - 1 if less_one else codes
+
+
+def never_less_one(words, bits, less_one): return gptq_zeros(words, bits, False)
+def in_order(words): return checkpoints.unpack_codes(checkpoints.in_bytes(words), 4)
+def packed_order(words): return in_order(words).unflatten(-1, (-1, 8))[..., torch.tensor(W.AWQ)].flatten(-2)
+def by_place(*args, order=None, **more): return GROUPED(*args[:5], None, *args[6:], **more)
+def as_float16(packed):
+    scale = packed.tensors["scale"].half()
+    return Packed(checkpoints._integers(packed.format.width, packed.format.group or "row", not packed.format.zeros),
+                  packed.shape, packed.tensors | {"scale": scale})
+
+
+GROUPED = checkpoints.grouped
+MUTANTS = {"fields": ("gptq_zeros", field_by_field), "v1 as v2": ("gptq_zeros", never_less_one),
+           "awq in order": ("awq_codes", in_order), "awq's order backwards": ("awq_codes", packed_order),
+           "columns by place": ("grouped", by_place)}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_readers_are_rejected(name, monkeypatch):
+    monkeypatch.setattr(checkpoints, *MUTANTS[name])
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(4)) // 32
+    with pytest.raises((AssertionError, CheckpointError)):
+        reads(W.gptq(weight_of().abs(), symmetric=False), W.gptq_config(symmetric=False))       # zero points of 0
+        reads(W.gptq(weight_of(), order=order), W.gptq_config())
+        reads(W.awq(weight_of()), W.awq_config())
+
+
+def test_a_scale_that_float16_would_round_is_not_rounded():
+    made, settings = W.gptq(weight_of(), scale_dtype=torch.float32), W.gptq_config()
+    packed = part(made[0], settings).whole()
+    assert not torch.equal(as_float16(packed).unpack(), made[1]) and torch.equal(plainest(packed).unpack(), made[1])

@@ -59,12 +59,36 @@ def rounded(weight, bits, group, symmetric, order=None, scale_dtype=torch.float1
 
 
 def numbers(codes, scale, zero, which, factor=1.0):
-    "What they mean, one by one, in float32."
-    out = torch.zeros(codes.shape)
-    where, s, z = which.tolist(), scale.float().tolist(), zero.tolist()
-    for o, row in enumerate(codes.tolist()):
-        for i, code in enumerate(row): out[o, i] = (code - z[o][where[i]]) * s[o][where[i]] * factor
+    "What they mean, in float32."
+    return (codes - zero[:, which]).float() * scale.float()[:, which] * factor
+
+
+def read_words(columns, bits, n):
+    "Codes from words, one bit after the other."
+    bit = lambda words, at: words[at // 32] >> at % 32 & 1
+    return [[sum(bit(words, i * bits + b) << b for b in range(bits)) for i in range(n)] for words in columns]
+
+
+def gptq_by_hand(tensors, bits, v1, O, I):
+    "The weight of GPTQ tensors, number by number."
+    ones = sum(1 << at for at in range(0, 32, bits)) if v1 and bits != 3 else 0
+    codes = read_words(tensors["qweight"].T.tolist(), bits, I)
+    zeros = read_words([[(w + ones) % 2**32 for w in g] for g in tensors["qzeros"].tolist()], bits, O)
+    scale, group, out = tensors["scales"].tolist(), tensors["g_idx"].tolist(), torch.zeros(O, I)
+    for o in range(O):
+        for i in range(I):
+            zero = zeros[group[i]][o]
+            out[o, i] = (codes[o][i] - ((zero + 1) % 8 if v1 and bits == 3 else zero)) * scale[group[i]][o]
     return out
+
+
+def awq_by_hand(tensors, group):
+    "The weight of AWQ tensors, number by number."
+    word = lambda t, n, o: t[n][o // 8] >> 4 * AWQ.index(o % 8) & 15
+    q, z, s = (tensors[n].tolist() for n in ("qweight", "qzeros", "scales"))
+    I, O = len(q), len(s[0])
+    return torch.tensor([[(word(q, i, o) - word(z, i // group, o)) * s[i // group][o] for i in range(I)]
+                         for o in range(O)])
 
 
 # --- the layouts ------------------------------------------------------------------------------------------------------
