@@ -24,6 +24,7 @@ from llm_workbench.quantization import checkpoints
 from llm_workbench.quantization.checkpoints import (
     METHODS,
     Grouped,
+    PackedPart,
     as_wrapped,
     awq_codes,
     from_rows,
@@ -552,6 +553,9 @@ def test_damaged_layouts_end_in_our_errors(name):
     for _ in range(1000):
         try:
             p = part(mutated(tensors, rng), settings)
+            if not isinstance(p, PackedPart):                         # scales renamed to `weight`: numbers, of another shape
+                assert p.shape != want and p.type in DTYPES
+                continue
             packed = p.whole()
             assert packed.unpack().shape == p.shape == plainest(packed).unpack().shape
             if p.shape == want: rows_of(packed)

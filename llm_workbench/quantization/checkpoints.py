@@ -7,7 +7,7 @@ __all__ = ['AWQ_ORDER', 'REAL', 'KNOWN_FLOATS', 'nvfp4', 'METHODS', 'SKIPS', 'in
            'plainest', 'grouped', 'NVFP4', 'rows_of', 'from_rows', 'Kind', 'PackedPart', 'Wrapped', 'bitsandbytes4',
            'bitsandbytes8', 'gptq', 'awq', 'compressed', 'floats8', 'fp8_blocks', 'Method', 'unwrapped', 'as_wrapped']
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #0abc2654
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #71986557
 import math
 import re
 import warnings
@@ -28,7 +28,7 @@ from .nf4 import BLOCKS, BOOKS, codebook_format, dynamic_map, from_bitsandbytes
 from .packing import Format, Layout, Packed, unpack_codes, pack_codes
 from .round_to_nearest import Integers
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #64e4792a
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #796c23eb
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)      # the columns of eight neighbours in the order of a word's nibbles
 
 def in_bytes(words: Tensor) -> Tensor:    # (..., n) whole numbers -> (..., n * itemsize) uint8, lowest byte first
@@ -52,7 +52,7 @@ def gptq_zeros(
     codes = unpack_codes(in_bytes(words), bits)
     return codes + 1 & 7 if less_one and bits == 3 else codes
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #3d0b1932
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #901ffa72
 class Grouped(Format):
     "Whole numbers as others write them: scales of any type, perhaps zero points, groups of columns in any order."
     def __init__(self,
@@ -100,7 +100,7 @@ class Grouped(Format):
         own = {n: t if n == "order" else t[rows] for n, t in packed.tensors.items()}
         return Packed(self, (*own["data"].shape[:-1], packed.shape[-1]), own)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #2ff4f2ad
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #21c09ce5
 def plainest(packed: Packed) -> Packed:
     "The same numbers as `Integers`, if a float16 scale can hold them; else as they are."
     f, columns = packed.format, packed.shape[-1]
@@ -140,7 +140,7 @@ def grouped(
     format.check(packed := Packed(format, (len(data), columns), tensors))
     return packed
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #0bd0cd7c
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #7c508f9b
 class NVFP4(Format):
     "Four-bit floats in blocks of 16 with an e4m3 scale, and one number by which a row's scales are divided."
     name, columns = "nvfp4", 16
@@ -160,7 +160,7 @@ class NVFP4(Format):
         scale = tensors["scale"].float() / tensors["divisor"]
         return (numbers * scale[..., None]).to(dtype).view(shape)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #e0d0c19e
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #6e187225
 def rows_of(packed: Packed) -> Tensor:    # (..., O, bytes) uint8
     "Each row with all that it needs. Raises UnsupportedError where rows share what cannot be given to each."
     own = packed[:]
@@ -195,7 +195,7 @@ class PackedPart(Part):
         return cls(shape, Kind(rows), nbytes, lambda dtype: make().unpack(dtype or torch.float32),
                    lambda: rows_of(make()), whole=make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #9e0131b9
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #ae029e03
 REAL = ("F16", "BF16", "F32")                       # types of scales
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Wrapped:
     @property
     def nbytes(self) -> int: return sum(p.nbytes for p in self.parts.values())
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #bfc4278f
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #bae6ea11
 def _state(m: Wrapped, kind: str) -> dict:
     "What bitsandbytes wrote about a matrix in 4 bits. Raises CheckpointError."
     leaf = f"weight.quant_state.bitsandbytes__{kind}"
@@ -302,7 +302,7 @@ def _from_state(m, state, shape):
         absmax=m.tensor("weight.absmax") if double else m.scales("weight.absmax"), state2=inner,
         offset=torch.tensor(state.get("nested_offset", 0.0))))
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #e9bb28d9
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #f318c188
 def bitsandbytes8(m: Wrapped) -> PackedPart:
     "A matrix of bitsandbytes in 8 bits: LLM.int8()."
     O, I = m.shape("weight", 2)
@@ -316,7 +316,7 @@ def bitsandbytes8(m: Wrapped) -> PackedPart:
                        factor=7.874015718698502e-3)                                              # 1/127, as they have it
     return PackedPart.of((O, I), Grouped(8, None, torch.float32, factor=7.874015718698502e-3), m.nbytes, make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #a50c11e8
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #458d1039
 def gptq(m: Wrapped) -> PackedPart:
     "A matrix of GPTQModel, AutoGPTQ or optimum: codes down the columns, groups perhaps in the order of activations."
     bits = m.one_of("bits", (2, 3, 4, 8))
@@ -342,7 +342,7 @@ def gptq(m: Wrapped) -> PackedPart:
 def _within(group, columns): return None if group is None or group > columns else group
 def _type(m, leaf): return DTYPES[m.parts[leaf].type]
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #1c0af023
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #5d5145cc
 def awq(m: Wrapped) -> PackedPart:
     "A matrix of AutoAWQ, version gemm: codes across the outputs, eight to a word in an order of their own."
     bits = m.one_of("bits", (4,), 4)
@@ -359,7 +359,7 @@ def awq(m: Wrapped) -> PackedPart:
         return grouped(bits, group, data, m.scales("scales").T, awq_codes(m.tensor("qzeros")).T if zeros else None)
     return PackedPart.of((O, I), Grouped(bits, _within(group, I), _type(m, "scales"), zeros), m.nbytes, make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #4bd9b279
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #d497b76a
 def compressed(m: Wrapped) -> PackedPart:
     "A matrix of compressed-tensors, which llm-compressor writes; `config` is the weights' part of its group."
     bits, kind = m.one_of("num_bits", (8, 4, 2, 3, 5, 6, 7, 1), 8), m.one_of("type", ("int", "float"), "int")
@@ -399,7 +399,7 @@ def _compressed_shape(m, bits):
     m.expect("weight_packed", (O, -(-I * bits // 32)), "I32")
     return O, I
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #cae6a9f1
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #62691eac
 def _floats8(m: Wrapped) -> PackedPart:
     "Floats of eight bits with a scale for the tensor, each row, each group or each tile."
     O, I = m.shape("weight", 2)
@@ -455,7 +455,7 @@ def fp8_blocks(m: Wrapped) -> PackedPart:
     leaf = "weight_scale_inv" if "weight_scale_inv" in m.parts else "weight_scale"
     return floats8(m, leaf, m.config.get("weight_block_size") or (None, None))
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #d49c7417
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #5f574559
 @dataclass(frozen=True)
 class Method:
     "How one quantizer names the tensors of a matrix, and how they are read."
@@ -480,7 +480,7 @@ def _scheme(config: Mapping, name: str) -> Mapping:
     "The weights' settings in compressed-tensors' group that targets a matrix: by name, by pattern, then by class."
     groups = config.get("config_groups")
     groups = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
-    def targets(g): return [t for t in g.get("targets") or () if isinstance(t, str)]
+    def targets(g): return [t for t in g["targets"] if isinstance(t, str)] if isinstance(g.get("targets"), list) else []
     found = [g for g in groups if name in targets(g)]
     found += [g for g in groups if any(t.startswith("re:") and _matches(t[3:], name) for t in targets(g))]
     found += [g for g in groups if "Linear" in targets(g)]
@@ -500,7 +500,7 @@ METHODS = {
     "fp8": Method("weight(?:_scale|_scale_inv)?", fp8_blocks),
 }
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #eb880191
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #f478ee34
 SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers", "ignore")
 
 def _skipped(config: Mapping, name: str) -> str | None:
@@ -534,18 +534,18 @@ def unwrapped(
 def _method(config, where) -> Method:
     "Raises UnsupportedError that names the methods."
     name = config.get("quant_method") if isinstance(config, Mapping) else config
-    if not isinstance(name, str) or name not in METHODS:
-        unpacked = {"mxfp4": "Mxfp4Config"}.get(name if isinstance(name, str) else "")
-        advice = f", or save it once unpacked (load it in transformers with {unpacked}(dequantize=True))" if unpacked else ""
+    if not isinstance(config, Mapping) or not isinstance(name, str) or name not in METHODS:
+        advice = ", or save it once unpacked (load it in transformers with Mxfp4Config(dequantize=True))"
         raise UnsupportedError(f"{where} holds weights packed by {name or 'a quantizer'}; read are {', '.join(METHODS)}."
-                               f"{did_you_mean(name, METHODS)} Open the original weights or a GGUF of the model{advice}")
+                               f"{did_you_mean(name, METHODS)} Open the original weights or a GGUF of the model"
+                               + (advice if name == "mxfp4" else ""))
     for key in ("sparsity_config", "transform_config"):
         if value := config.get(key):
             if not isinstance(value, Mapping) or value.get("format", "") != "dense":
                 raise UnsupportedError(f"{where}: {key} of quantization_config is not read: open the original weights")
     return METHODS[name]
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #d7d8ced9
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #f67a02db
 def as_wrapped(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
     "For `from_checkpoint(keep=...)`: keep matrices packed that a quantizer has packed; one warning for those that cannot."
     warned = []
