@@ -130,6 +130,15 @@ def test_compressed_tensors(case):
     assert format.width == case["bits"] and format.symmetric == case["symmetric"]
 
 
+def test_compressed_columns_in_an_order():
+    "As llm-compressor wrote them until 2026: `weight_g_idx`."
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(5)) // 32
+    codes, scale, zero, which = W.rounded(weight_of(32, 64), 4, 32, True, order)
+    tensors = dict(weight_packed=torch.tensor([W.stream(row, 4) for row in codes.tolist()], dtype=torch.int32),
+                   weight_scale=scale, weight_shape=torch.tensor([32, 64]), weight_g_idx=order.int())
+    assert reads((tensors, W.numbers(codes, scale, zero, which)), settings_of()).ordered
+
+
 def test_compressed_rows_that_fill_no_whole_words():
     for bits, I in ((3, 50), (4, 9), (5, 33), (4, 36)):
         reads(W.compressed(weight_of(6, I), bits, strategy="channel"), settings_of(bits, strategy="channel"))
@@ -141,7 +150,8 @@ def test_fp8_blocks(shape):
         made = W.fp8(weight_of(*shape), block)
         reads(made, W.fp8_config(block))
     reads(W.fp8(weight_of(*shape), (None, None)), W.fp8_config(None))
-    reads(W.fp8(weight_of(*shape), (128, 128), scale_dtype=torch.bfloat16), W.fp8_config())
+    assert reads(W.fp8(weight_of(*shape), scale_dtype=torch.bfloat16), W.fp8_config()) is FORMATS["fp8_block"]
+    reads(W.fp8(weight_of(*shape), (128, 128), scale_dtype=torch.float8_e8m0fnu), W.fp8_config())
     reads(W.fp8(weight_of(*shape), (None, None), "weight_scale", torch.float8_e5m2), W.fp8_config(None))
 
 
@@ -277,8 +287,8 @@ def test_bitsandbytes_blocks_that_cross_rows(tmp_path):
         assert torch.equal(decoder.layers[0].mlp.up_proj.dense(), bnb.dequantize_4bit(theirs.data, state).view(shape))
 
 
-LLM_COMPRESSOR = {"W4A16": "int4_g128", "W4A16_ASYM": "uint4_g128", "W8A8": "int8", "FP8_BLOCK": "fp8_tiles",
-                  "FP8_DYNAMIC": "fp8_tiles", "NVFP4A16": "nvfp4"}
+LLM_COMPRESSOR = {"W4A16": "int4_g128", "W4A16_ASYM": "uint4_g128", "W8A8": "int8", "FP8_BLOCK": "fp8_block",
+                  "FP8_DYNAMIC": "fp8", "NVFP4A16": "nvfp4"}
 
 
 @torch.no_grad()

@@ -164,9 +164,11 @@ def fp8(weight, block=(128, 128), leaf="weight_scale_inv", dtype=torch.float8_e4
     for y in range(tiles[0]):
         for x in range(tiles[1]):
             tile = weight[y * r:y * r + r, x * c:x * c + c]
-            s = (tile.abs().max() / torch.finfo(dtype).max).to(scale_dtype).float()
+            s = tile.abs().max() / torch.finfo(dtype).max
+            if scale_dtype == torch.float8_e8m0fnu: s = 2 ** s.log2().ceil()
+            s = s.to(scale_dtype).float()
             scale[y, x] = s
-            code = (tile / s).to(dtype)
+            code = (tile / s).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
             data[y * r:y * r + r, x * c:x * c + c] = code
             meant[y * r:y * r + r, x * c:x * c + c] = code.float() * s
     return {"weight": data, leaf: scale.to(scale_dtype)}, meant

@@ -86,6 +86,7 @@ def open_folder(folder: Path,        # with config.json and safetensors, or one 
     if packed_by: parts = unwrap(packed_by, parts, where)
     tensors = LazyTensors(in_memory_names(parts, where, *disk), where)
     card = card_from_readme(folder / "README.md", config, tensors, source or where)
+    if packed_by: card = replace(card, file_type=f"{packed_by.get('quant_method')}: {card.file_type}")
     return Checkpoint(config, tensors, card, partial(Tokenizer.from_file, folder), packed_by)
 
 # %% ../../nbs/06_families/06_opening.ipynb #461dd90f

@@ -7,7 +7,7 @@ __all__ = ['AWQ_ORDER', 'REAL', 'KNOWN_FLOATS', 'nvfp4', 'METHODS', 'SKIPS', 'in
            'plainest', 'grouped', 'NVFP4', 'rows_of', 'from_rows', 'Kind', 'PackedPart', 'Wrapped', 'bitsandbytes4',
            'bitsandbytes8', 'gptq', 'awq', 'compressed', 'floats8', 'fp8_blocks', 'Method', 'unwrapped', 'as_wrapped']
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #233f34fd
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #a97113fa
 import math
 import re
 import warnings
@@ -28,7 +28,7 @@ from .nf4 import BLOCKS, BOOKS, codebook_format, dynamic_map, from_bitsandbytes
 from .packing import Format, Layout, Packed, unpack_codes, pack_codes
 from .round_to_nearest import Integers
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #b6cb7c1f
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #63a8aeff
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)      # the columns of eight neighbours in the order of a word's nibbles
 
 def in_bytes(words: Tensor) -> Tensor:    # (..., n) whole numbers -> (..., n * itemsize) uint8, lowest byte first
@@ -52,7 +52,7 @@ def gptq_zeros(
     codes = unpack_codes(in_bytes(words), bits)
     return codes + 1 & 7 if less_one and bits == 3 else codes
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #9450c549
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #4b3847b9
 class Grouped(Format):
     "Whole numbers as others write them: scales of any type, perhaps zero points, groups of columns in any order."
     def __init__(self,
@@ -100,7 +100,7 @@ class Grouped(Format):
         own = {n: t if n == "order" else t[rows] for n, t in packed.tensors.items()}
         return Packed(self, (*own["data"].shape[:-1], packed.shape[-1]), own)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #90820813
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #b681237b
 def plainest(packed: Packed) -> Packed:
     "The same numbers as `Integers`, if a float16 scale can hold them; else as they are."
     f, columns = packed.format, packed.shape[-1]
@@ -140,7 +140,7 @@ def grouped(
     format.check(packed := Packed(format, (len(data), columns), tensors))
     return packed
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #7a8afbd2
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #7ce4fae6
 class NVFP4(Format):
     "Four-bit floats in blocks of 16 with an e4m3 scale, and one number by which a row's scales are divided."
     name, columns = "nvfp4", 16
@@ -160,7 +160,7 @@ class NVFP4(Format):
         scale = tensors["scale"].float() / tensors["divisor"]
         return (numbers * scale[..., None]).to(dtype).view(shape)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #7ac1d549
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #15a5107b
 def rows_of(packed: Packed) -> Tensor:    # (..., O, bytes) uint8
     "Each row with all that it needs. Raises UnsupportedError where rows share what cannot be given to each."
     own = packed[:]
@@ -195,7 +195,7 @@ class PackedPart(Part):
         return cls(shape, Kind(rows), nbytes, lambda dtype: make().unpack(dtype or torch.float32),
                    lambda: rows_of(make()), whole=make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #5c91ef59
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #81b652dd
 REAL = ("F16", "BF16", "F32")                       # types of scales
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Wrapped:
     @property
     def nbytes(self) -> int: return sum(p.nbytes for p in self.parts.values())
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #35a13e3d
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #6a20e1e6
 def _state(m: Wrapped, kind: str) -> dict:
     "What bitsandbytes wrote about a matrix in 4 bits. Raises CheckpointError."
     leaf = f"weight.quant_state.bitsandbytes__{kind}"
@@ -302,7 +302,7 @@ def _from_state(m, state, shape):
         absmax=m.tensor("weight.absmax") if double else m.scales("weight.absmax"), state2=inner,
         offset=torch.tensor(state.get("nested_offset", 0.0))))
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #0f822c93
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #96700fd5
 def bitsandbytes8(m: Wrapped) -> PackedPart:
     "A matrix of bitsandbytes in 8 bits: LLM.int8()."
     O, I = m.shape("weight", 2)
@@ -316,7 +316,7 @@ def bitsandbytes8(m: Wrapped) -> PackedPart:
                        factor=7.874015718698502e-3)                                              # 1/127, as they have it
     return PackedPart.of((O, I), Grouped(8, None, torch.float32, factor=7.874015718698502e-3), m.nbytes, make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #2784c684
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #f542ba57
 def gptq(m: Wrapped) -> PackedPart:
     "A matrix of GPTQModel, AutoGPTQ or optimum: codes down the columns, groups perhaps in the order of activations."
     bits = m.one_of("bits", (2, 3, 4, 8))
@@ -342,7 +342,7 @@ def gptq(m: Wrapped) -> PackedPart:
 def _within(group, columns): return None if group is None or group > columns else group
 def _type(m, leaf): return DTYPES[m.parts[leaf].type]
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #afbb4fd1
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #2ebbb2b4
 def awq(m: Wrapped) -> PackedPart:
     "A matrix of AutoAWQ, version gemm: codes across the outputs, eight to a word in an order of their own."
     bits = m.one_of("bits", (4,), 4)
@@ -359,7 +359,7 @@ def awq(m: Wrapped) -> PackedPart:
         return grouped(bits, group, data, m.scales("scales").T, awq_codes(m.tensor("qzeros")).T if zeros else None)
     return PackedPart.of((O, I), Grouped(bits, _within(group, I), _type(m, "scales"), zeros), m.nbytes, make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #bc624ad3
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #16b6ad29
 def compressed(m: Wrapped) -> PackedPart:
     "A matrix of compressed-tensors, which llm-compressor writes; `config` is the weights' part of its group."
     bits, kind = m.one_of("num_bits", (8, 4, 2, 3, 5, 6, 7, 1), 8), m.one_of("type", ("int", "float"), "int")
@@ -399,7 +399,7 @@ def _compressed_shape(m, bits):
     m.expect("weight_packed", (O, -(-I * bits // 32)), "I32")
     return O, I
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #aa73bf47
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #69e15c90
 def _floats8(m: Wrapped) -> PackedPart:
     "Floats of eight bits with a scale for the tensor, each row, each group or each tile."
     O, I = m.shape("weight", 2)
@@ -420,14 +420,14 @@ def floats8(m: Wrapped, leaf: str, tile) -> PackedPart:
     if found != tiles and not (math.prod(tiles) == 1 == math.prod(found)) and not (found == (O,) and tiles == (O, 1)):
         raise m.bad(f"{leaf} has the shape {found}, the configuration asks for {tiles}")
     m.expect(leaf, found, *REAL, "F8_E8M0")
-    kept = torch.float32 if m.parts[leaf].type == "F16" else _type(m, leaf)
-    own = Float8("fp8_tiles", _type(m, "weight"), tuple(tile), kept)
+    kept = torch.float8_e8m0fnu if m.parts[leaf].type == "F8_E8M0" else torch.float32     # which all others fit into
+    name = f"{m.parts['weight'].type}_%s_{m.parts[leaf].type}".lower()
+    own = Float8(name % "x".join(str(n or "all") for n in tile), _type(m, "weight"), tuple(tile), kept)
     usual = next((f for f in KNOWN_FLOATS if vars(f) | {"name": 0} == vars(own) | {"name": 0}), own)
     def make():
         scale = m.scales(leaf).reshape(tiles)
         return Packed(usual, (O, I), {"data": m.tensor("weight"), "scale": scale.to(kept)})
-    name = f"{m.parts['weight'].type}_{tile[1] or 'row'}_{m.parts[leaf].type}".lower()
-    rows = Float8(name, own.dtype, (1, tile[1]), kept)
+    rows = Float8(name % f"1x{tile[1] or 'all'}", own.dtype, (1, tile[1]), kept)
     return PackedPart.of((O, I), rows, m.nbytes, make)
 
 KNOWN_FLOATS = (fp8, fp8_tensor, fp8_block, fp8_e5m2, mxfp8)
@@ -455,7 +455,7 @@ def fp8_blocks(m: Wrapped) -> PackedPart:
     leaf = "weight_scale_inv" if "weight_scale_inv" in m.parts else "weight_scale"
     return floats8(m, leaf, m.config.get("weight_block_size") or (None, None))
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #fec0abdb
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #49fc9c78
 @dataclass(frozen=True)
 class Method:
     "How one quantizer names the tensors of a matrix, and how they are read."
@@ -500,7 +500,7 @@ METHODS = {
     "fp8": Method("weight(?:_scale|_scale_inv)?", fp8_blocks),
 }
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #3b792158
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #340043c8
 SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers", "ignore")
 
 def _skipped(config: Mapping, name: str) -> str | None:
@@ -545,9 +545,9 @@ def _method(config, where) -> Method:
                 raise UnsupportedError(f"{where}: {key} of quantization_config is not read: open the original weights")
     return METHODS[name]
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #621f97d6
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #ea75b53f
 def as_wrapped(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
-    "For `from_checkpoint(keep=...)`: keep matrices packed that a quantizer has packed; one warning for those that cannot."
+    "For `from_checkpoint(keep=...)`: keep packed what a quantizer has packed; one warning where that cannot be."
     warned = []
     def keep(name, old, part):
         if not isinstance(part.type, str) or not packs(name, old): return None
