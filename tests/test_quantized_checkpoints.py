@@ -112,7 +112,7 @@ def test_awq(group, symmetric):
     assert format.name == f"{'int' if symmetric else 'uint'}4_{'g32' if group else 'row'}"
 
 
-# --- compressed-tensors, FP8 and NVFP4, against loops -------------------------------------------------------------------
+# --- compressed-tensors, FP8 and NVFP4, against loops -----------------------------------------------------------------
 
 INTEGERS = [dict(bits=bits, symmetric=symmetric, strategy=strategy, packs=packs)
             for bits in (2, 3, 4, 5, 8) for symmetric in (True, False) for strategy in ("group", "channel", "tensor")
@@ -227,8 +227,8 @@ BNB = {"nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "fp4": dict(lo
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
-    small_model("llama", changes=dict(hidden_size=128, intermediate_size=192, head_dim=32, num_attention_heads=4,
-                                      num_hidden_layers=2)).save_pretrained(folder)
+    changes = dict(hidden_size=128, intermediate_size=192, head_dim=32, num_attention_heads=4, num_hidden_layers=2)
+    small_model("llama", changes=changes).save_pretrained(folder)
     W.tokenizer_of(folder)
     return folder
 
@@ -249,7 +249,8 @@ def test_bitsandbytes_by_transformers(kind, llama, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
     config = BitsAndBytesConfig(**BNB[kind])
-    AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
     W.tokenizer_of(tmp_path)
     theirs, lm = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), wb.load(tmp_path)
     assert kinds(lm.decoder) == {"grouped8_row_float32_x0.00787402" if kind == "int8" else kind}
@@ -261,7 +262,7 @@ def test_bitsandbytes_by_transformers(kind, llama, tmp_path):
                 got = getattr(getattr(ours, block), name).dense(want.dtype)
                 assert torch.equal(got.view(torch.int32), want.view(torch.int32)), name
     tokens = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
-    theirs.dequantize()                                # its own product rounds activations: 8 bits, or bfloat16 on a CPU
+    theirs.dequantize()                              # its own product rounds activations: 8 bits, or bfloat16 on a CPU
     want, dense = theirs(tokens).logits, wb.load(tmp_path, weights="dense").decoder
     assert (lm.decoder(tokens) - dense(tokens)).abs().max() <= 1e-4 * want.abs().max() and not kinds(dense)
     assert (lm.decoder(tokens) - want).abs().max() <= 1e-4 * want.abs().max()
@@ -280,7 +281,7 @@ def test_bitsandbytes_blocks_that_cross_rows(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
         model.save_pretrained(tmp_path / "packed")
         with pytest.warns(UserWarning, match="begin in one row") as seen: decoder = loaded(tmp_path / "packed")
-        assert len(seen) == 1 and kinds(decoder) == {"nf4_dq" if double else "nf4"}     # down_proj: 64 columns
+        assert len(seen) == 1 and kinds(decoder) == {"nf4_dq" if double else "nf4"}         # down_proj: 64 columns
         theirs = model.model.layers[0].mlp.up_proj.weight
         state, shape = theirs.quant_state, theirs.quant_state.shape
         state.shape = torch.Size((shape.numel() // 64, 64))
@@ -313,7 +314,8 @@ def test_llm_compressor(scheme, llama, tmp_path):
     for block in ("self_attn", "mlp"):
         for name, module in getattr(theirs.model.layers[0], block).named_children():
             if isinstance(module, torch.nn.Linear):
-                assert torch.equal(getattr(getattr(decoder.layers[0], block), name).dense(torch.bfloat16), module.weight)
+                ours = getattr(getattr(decoder.layers[0], block), name)
+                assert torch.equal(ours.dense(torch.bfloat16), module.weight)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -354,7 +356,7 @@ def saved(tmp_path_factory):
 
 def linear(name, weight):
     words = ("proj.", "experts.", "query_key_value", "dense", "qkv", "gate_up", "kv_a_proj_with_mqa")
-    return weight.ndim == 2 and any(w in name for w in words) and weight.shape[0] % 32 == 0 and weight.shape[1] % 32 == 0
+    return weight.ndim == 2 and any(w in name for w in words) and not any(n % 32 for n in weight.shape)
 
 
 PAIRS = [("llama", way) for way in WAYS] + [
@@ -473,14 +475,16 @@ EVERY = [*GOOD, "nf4", "fp4", "nf4_dq", "int8b"]
 
 @pytest.mark.parametrize("changes, error, words", [
     (dict(quant_method="gptqq"), UnsupportedError, "Did you mean 'gptq'"),
-    (dict(quant_method="exl9"), UnsupportedError, "gptq, awq"), (dict(quant_method=None), UnsupportedError, "quantizer"),
+    (dict(quant_method="exl9"), UnsupportedError, "gptq, awq"),
+    (dict(quant_method=None), UnsupportedError, "quantizer"),
     (dict(quant_method="mxfp4"), UnsupportedError, "Mxfp4Config"),
     (dict(bits=8), CheckpointError, "scales has the shape"), (dict(bits=5), UnsupportedError, "bits is 5"),
     (dict(bits="4"), UnsupportedError, "bits is '4'"), (dict(group_size=64), CheckpointError, "scales has the shape"),
     (dict(group_size=0), CheckpointError, "group_size is 0"), (dict(group_size=None), CheckpointError, "group_size"),
     (dict(checkpoint_format="gptq_v2"), CheckpointError, "checkpoint_format"),
     (dict(checkpoint_format="gptq_v3"), UnsupportedError, "gptq_v3"),
-    (dict(checkpoint_format="marlin"), UnsupportedError, "marlin"), (dict(pack_dtype="int16"), UnsupportedError, "int16"),
+    (dict(checkpoint_format="marlin"), UnsupportedError, "marlin"),
+    (dict(pack_dtype="int16"), UnsupportedError, "int16"),
     (dict(modules_to_not_convert=["m"]), CheckpointError, "leaves 'm' alone"),
     (dict(dynamic={"(": {}}), CheckpointError, "no pattern")])
 def test_settings_that_do_not_fit(changes, error, words):
@@ -521,7 +525,8 @@ def test_scales_and_columns_that_make_no_sense():
         for value in (math.nan, math.inf):
             bad = tensors[leaf].clone()
             bad.view(-1)[1] = value
-            with pytest.raises(CheckpointError, match="NaN or infinity"): part(dict(tensors, **{leaf: bad}), settings).whole()
+            wrong = dict(tensors, **{leaf: bad})
+            with pytest.raises(CheckpointError, match="NaN or infinity"): part(wrong, settings).whole()
     tensors, settings = GOOD["gptq"]
     for value in (-1, 3, 2**31 - 1):
         order = tensors["g_idx"].clone()
@@ -549,7 +554,8 @@ def mutated(tensors, rng):
     if kind == "flat": return rest | {name: t.flatten()}
     if kind == "empty": return rest | {name: some[:0]}
     raw = some.clone().contiguous().view(torch.uint8).view(-1)
-    for _ in range(4): raw[rng.randrange(len(raw))] = rng.choice([0, 255, rng.randrange(256)]) if kind == "bytes" else 255
+    for _ in range(4):
+        raw[rng.randrange(len(raw))] = rng.choice([0, 255, rng.randrange(256)]) if kind == "bytes" else 255
     return rest | {name: raw.view(t.dtype).view(t.shape)}
 
 
@@ -563,7 +569,7 @@ def test_damaged_layouts_end_in_our_errors(name):
     for _ in range(1000):
         try:
             p = part(mutated(tensors, rng), settings)
-            if not isinstance(p, PackedPart):                         # scales renamed to `weight`: numbers, of another shape
+            if not isinstance(p, PackedPart):                 # scales renamed to `weight`: numbers, of another shape
                 assert p.shape != want and p.type in DTYPES
                 continue
             packed = p.whole()
@@ -578,12 +584,14 @@ def test_damaged_layouts_end_in_our_errors(name):
 @pytest.mark.parametrize("seed", range(3))
 def test_damaged_settings_end_in_our_errors(seed):
     rng = random.Random(seed)
-    values = [None, True, False, -1, 0, 1, 3, 4, 7, 8, 64, 2**70, 0.5, "", "4", "gptq_v2", [], [1], [128, 128], {}, {"a": 1}]
+    values = [None, True, False, -1, 0, 1, 3, 4, 7, 8, 64, 2**70, 0.5, "", "4", "gptq_v2", [], [1], [128, 128], {},
+              {"a": 1}]
     for _ in range(400):
         tensors, settings = GOOD[rng.choice(list(GOOD))]
         settings = json.loads(json.dumps(settings))
         place = settings
-        while (inner := [v for v in place.values() if isinstance(v, dict) and v]) and rng.random() < 0.7: place = inner[0]
+        while (inner := [v for v in place.values() if isinstance(v, dict) and v]) and rng.random() < 0.7:
+            place = inner[0]
         place[rng.choice([*place, "dynamic", "ignore", "format"])] = rng.choice(values)
         try: part(tensors, settings).read(torch.float32)
         except WorkbenchError: pass

@@ -125,7 +125,8 @@ def awq(weight, group=32, symmetric=False):
         codes, scale, zero, which)
 
 
-def awq_config(group=32): return dict(quant_method="awq", bits=4, group_size=group or -1, zero_point=True, version="gemm")
+def awq_config(group=32):
+    return dict(quant_method="awq", bits=4, group_size=group or -1, zero_point=True, version="gemm")
 
 
 def compressed(weight, bits=4, group=32, symmetric=True, strategy="group", packs=True, scale_dtype=torch.bfloat16):
