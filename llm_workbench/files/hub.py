@@ -73,9 +73,8 @@ def config_json(folder: Path,
         advice = (
             f", or save it once unpacked (load it in transformers with {unpacked}(dequantize=True))" if unpacked else ""
         )
-        raise UnsupportedError(f"{folder} holds weights packed by {method}: `llm_workbench.load` reads some methods; or "
-                               "open the original weights or a GGUF of the "
-                               f"model{advice}")
+        raise UnsupportedError(f"{folder} holds weights packed by {method}: `llm_workbench.load` reads some methods; "
+                               f"or open the original weights or a GGUF of the model{advice}")
     return config
 
 # %% ../../nbs/03_files/05_hub.ipynb #ee2dae2a
