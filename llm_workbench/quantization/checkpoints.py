@@ -8,7 +8,7 @@ __all__ = ['AWQ_ORDER', 'REAL', 'ONE_127TH', 'KNOWN_FLOATS', 'nvfp4', 'METHODS',
            'bitsandbytes4', 'bitsandbytes8', 'gptq', 'awq', 'compressed', 'floats8', 'fp8_blocks', 'Method',
            'unwrapped', 'as_wrapped']
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #fdeb543d
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #c154485b
 import math
 import re
 import warnings
@@ -29,7 +29,7 @@ from .nf4 import BLOCKS, BOOKS, codebook_format, dynamic_map, from_bitsandbytes
 from .packing import Format, Layout, Packed, unpack_codes, pack_codes
 from .round_to_nearest import Integers
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #71de9800
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #b5d6e9a1
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)      # the columns of eight neighbours in the order of a word's nibbles
 
 def in_bytes(words: Tensor) -> Tensor:    # (..., n) whole numbers -> (..., n * itemsize) uint8, lowest byte first
@@ -53,7 +53,7 @@ def gptq_zeros(
     codes = unpack_codes(in_bytes(words), bits)
     return codes + 1 & 7 if less_one and bits == 3 else codes
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #379b9b3e
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #730f5201
 class Grouped(Format):
     "Whole numbers as others write them: scales of any type, perhaps zero points, groups of columns in any order."
     def __init__(self,
@@ -101,7 +101,7 @@ class Grouped(Format):
         own = {n: t if n == "order" else t[rows] for n, t in packed.tensors.items()}
         return Packed(self, (*own["data"].shape[:-1], packed.shape[-1]), own)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #0ce52e86
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #bb0541ae
 def plainest(packed: Packed) -> Packed:
     "The same numbers as `Integers`, if a float16 scale can hold them; else as they are."
     f, columns = packed.format, packed.shape[-1]
@@ -141,7 +141,7 @@ def grouped(
     format.check(packed := Packed(format, (len(data), columns), tensors))
     return packed
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #e316b907
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #9b8e896d
 class NVFP4(Format):
     "Four-bit floats in blocks of 16 with an e4m3 scale, and one number by which a row's scales are divided."
     name, columns = "nvfp4", 16
@@ -161,7 +161,7 @@ class NVFP4(Format):
         scale = tensors["scale"].float() / tensors["divisor"]
         return (numbers * scale[..., None]).to(dtype).view(shape)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #51c48e02
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #1a900c89
 def rows_of(packed: Packed) -> Tensor:    # (..., O, bytes) uint8
     "Each row with all that it needs. Raises UnsupportedError where rows share what cannot be given to each."
     own = packed[:]
@@ -196,7 +196,7 @@ class PackedPart(Part):
         return cls(shape, Kind(rows), nbytes, lambda dtype: make().unpack(dtype or torch.float32),
                    lambda: rows_of(make()), whole=make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #1628ab1a
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #ae4c3360
 REAL = ("F16", "BF16", "F32")                       # types of scales
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Wrapped:
     @property
     def nbytes(self) -> int: return sum(p.nbytes for p in self.parts.values())
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #b1b1f437
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #8aa271a4
 def _state(m: Wrapped, kind: str) -> dict:
     "What bitsandbytes wrote about a matrix in 4 bits. Raises CheckpointError."
     leaf = f"weight.quant_state.bitsandbytes__{kind}"
@@ -303,7 +303,7 @@ def _from_state(m, state, shape):
         absmax=m.tensor("weight.absmax") if double else m.scales("weight.absmax"), state2=inner,
         offset=torch.tensor(state.get("nested_offset", 0.0))))
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #5fdc303e
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #8307a266
 def bitsandbytes8(m: Wrapped) -> PackedPart:
     "A matrix of bitsandbytes in 8 bits: LLM.int8()."
     O, I = m.shape("weight", 2)
@@ -318,7 +318,7 @@ def bitsandbytes8(m: Wrapped) -> PackedPart:
 
 ONE_127TH = 7.874015718698502e-3            # as bitsandbytes writes it
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #252c0207
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #3fc1e40f
 def gptq(m: Wrapped) -> PackedPart:
     "A matrix of GPTQModel, AutoGPTQ or optimum: codes down the columns, groups perhaps in the order of activations."
     bits = m.one_of("bits", (2, 3, 4, 8))
@@ -344,7 +344,7 @@ def gptq(m: Wrapped) -> PackedPart:
 def _within(group, columns): return None if group is None or group > columns else group
 def _type(m, leaf): return DTYPES[m.parts[leaf].type]
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #514c1f6c
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #87e72bb7
 def awq(m: Wrapped) -> PackedPart:
     "A matrix of AutoAWQ, version gemm: codes across the outputs, eight to a word in an order of their own."
     bits = m.one_of("bits", (4,), 4)
@@ -361,7 +361,7 @@ def awq(m: Wrapped) -> PackedPart:
         return grouped(bits, group, data, m.scales("scales").T, awq_codes(m.tensor("qzeros")).T if zeros else None)
     return PackedPart.of((O, I), Grouped(bits, _within(group, I), _type(m, "scales"), zeros), m.nbytes, make)
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #8a55262d
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #42e64628
 def compressed(m: Wrapped) -> PackedPart:
     "A matrix of compressed-tensors, which llm-compressor writes; `config` is the weights' part of its group."
     bits, kind = m.one_of("num_bits", (8, 4, 2, 3, 5, 6, 7, 1), 8), m.one_of("type", ("int", "float"), "int")
@@ -401,7 +401,7 @@ def _compressed_shape(m, bits):
     m.expect("weight_packed", (O, -(-I * bits // 32)), "I32")
     return O, I
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #bc20a8e7
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #7ddf6cca
 def _floats8(m: Wrapped) -> PackedPart:
     "Floats of eight bits with a scale for the tensor, each row, each group or each tile."
     O, I = m.shape("weight", 2)
@@ -457,7 +457,7 @@ def fp8_blocks(m: Wrapped) -> PackedPart:
     leaf = "weight_scale_inv" if "weight_scale_inv" in m.parts else "weight_scale"
     return floats8(m, leaf, m.config.get("weight_block_size") or (None, None))
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #a9eb2fab
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #a102099e
 @dataclass(frozen=True)
 class Method:
     "How one quantizer names the tensors of a matrix, and how they are read."
@@ -502,7 +502,7 @@ METHODS = {
     "fp8": Method("weight(?:_scale|_scale_inv)?", fp8_blocks),
 }
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #9aa723f8
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #a3c9e139
 SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers", "ignore")
 
 def _skipped(config: Mapping, name: str) -> str | None:
@@ -547,7 +547,7 @@ def _method(config, where) -> Method:
                 raise UnsupportedError(f"{where}: {key} of quantization_config is not read: open the original weights")
     return METHODS[name]
 
-# %% ../../nbs/08_quantization/16_checkpoints.ipynb #9cdca1c7
+# %% ../../nbs/08_quantization/16_checkpoints.ipynb #ea8c664a
 def as_wrapped(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Keep:
     "For `from_checkpoint(keep=...)`: keep packed what a quantizer has packed; one warning where that cannot be."
     warned = []
