@@ -9,6 +9,7 @@ from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.inference.generation import LM
 from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
+from llm_workbench.quantization.checkpoints import as_wrapped, unwrapped
 from llm_workbench.quantization.formats import Keep, as_format, as_stored, format_of
 from llm_workbench.quantization.packing import Format
 
@@ -29,7 +30,8 @@ def load(source: str | Path | None = None,  # None: the embedded model; a folder
     device = usable(device)
     ops = fastest_ops(device) if ops is None else ops
     keep = keeping(weights, dtype, device, ops)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, unwrapped)
+    if checkpoint.packed_by and weights in (None, "stored"): keep = as_wrapped(dtype, device)
     decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, device, ops, keep)
     return LM(decoder, checkpoint.tokenizer, checkpoint.card)
 
@@ -39,8 +41,8 @@ def keeping(weights: str | Format | None,  # "stored", "dense", a format or its 
     """How `Decoder.from_checkpoint` shall keep matrices.
 
     "stored" keeps the file's own blocks where there are any, "dense" keeps tensors of `dtype`. None is "stored" for
-    the formats that the C kernels multiply by, if these are the ops, and dense for all else. Raises InputError for an
-    unknown format."""
+    the formats that the C kernels multiply by, if these are the ops, and dense for all else. (`load` keeps what a
+    quantizer has packed, with None as with "stored".) Raises InputError for an unknown format."""
     if weights == "dense": return None
     if weights == "stored": return as_stored(dtype, device)
     if weights is not None: return as_format(format_of(weights), dtype, device)

@@ -50,7 +50,9 @@ def weight_files(folder: Path) -> tuple[str, Path]:
     raise SourceError(f"{folder} holds no weights (*.safetensors or *.gguf), {found}: name the folder that holds them")
 
 # %% ../../nbs/03_files/05_hub.ipynb #e2a4ac21
-def config_json(folder: Path) -> dict:
+def config_json(folder: Path,
+                packed: bool = False,   # whether weights that a quantizer has packed are welcome
+                ) -> dict:
     """The `config.json` of a folder; raises `SourceError` (none), `CheckpointError` (not a configuration),
     `UnsupportedError` (packed weights)."""
     path = Path(folder) / "config.json"
@@ -63,16 +65,16 @@ def config_json(folder: Path) -> dict:
                                                                         "it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type: it is not the configuration of a transformers model")
-    if packed := config.get("quantization_config"):
-        method = packed.get("quant_method", "a quantizer") if isinstance(packed, dict) else packed
+    if (how := config.get("quantization_config")) and not packed:
+        method = how.get("quant_method", "a quantizer") if isinstance(how, dict) else how
         unpacked = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(
             method if isinstance(method, str) else ""
         )
         advice = (
             f", or save it once unpacked (load it in transformers with {unpacked}(dequantize=True))" if unpacked else ""
         )
-        raise UnsupportedError(f"{folder} holds weights packed by {method}: open the original weights or a GGUF of the "
-                               f"model{advice}")
+        raise UnsupportedError(f"{folder} holds weights packed by {method}: `llm_workbench.load` reads some methods; "
+                               f"or open the original weights or a GGUF of the model{advice}")
     return config
 
 # %% ../../nbs/03_files/05_hub.ipynb #ee2dae2a
