@@ -11,6 +11,7 @@ from llm_workbench.architecture.matrices import Linear, Matrix, Stack, swapped
 from llm_workbench.architecture.ops import REFERENCE
 from llm_workbench.errors import InputError, WorkbenchError
 from llm_workbench.quantization.formats import FORMATS, PackedMatrix, PackedStack, packs, quantize
+from llm_workbench.quantization import packing
 from llm_workbench.quantization.packing import Packed
 
 FAMILIES = sorted(SMALL)
@@ -36,6 +37,26 @@ def test_a_format_keeps_its_promises(name):
     assert torch.equal(packed.unpack(torch.bfloat16), weight.bfloat16())
     for rows in ([4, 1, 1], slice(2, 5), torch.tensor([True, False, False, True, False, True])):
         assert torch.equal(packed[rows].unpack(), weight[rows]), "rows by indexing"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_in_pieces_or_at_once(name, monkeypatch):
+    "Packing goes through a weight in pieces of rows; where it cannot, it takes the whole."
+    format, generator = FORMATS[name], torch.Generator().manual_seed(2)
+    weight = torch.randn(2, 5, columns_for(format), generator=generator)
+    importance = torch.rand(weight.shape[-1], generator=generator) + 0.1
+    whole = format._pack(weight, importance)
+    calls, one = [], format._pack
+    monkeypatch.setattr(format, "_pack", lambda piece, i: calls.append(len(piece)) or one(piece, i))
+    monkeypatch.setattr(packing, "PIECE", 3 * weight.shape[-1])
+    packed = format.pack(weight, importance)
+    assert calls == ([3, 3, 3, 1] if format.by_rows(weight.shape) else [2])
+    assert all(torch.equal(t, packed.tensors[n]) for n, t in whole.items())
+    if not format.by_rows(weight.shape): return
+    rows = weight.flatten(0, 1)
+    with pytest.raises(InputError, match="rows"): format.gather(weight.shape, rows[:7].split(3), importance)
+    rows[4, 3] = float("nan")
+    with pytest.raises(InputError, match="NaN"): format.gather(weight.shape, rows.split(3), importance)
 
 
 @pytest.mark.parametrize("name", FORMATS)
