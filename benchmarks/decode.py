@@ -319,7 +319,8 @@ def main():
 def report(middle, units, more):
     "The medians, ratios and limits on the screen."
     for what, value in middle.items(): print(f"{what:42} {value:9.1f} {units[what]}")
-    peaks = {f"peak of reading / weights kept, {d}": v for d, v in more.get("peak of reading / weights kept", {}).items()}
+    what = "peak of reading / weights kept"
+    peaks = {f"{what}, {d}": v for d, v in more.get(what, {}).items()}
     for what, value in {**more["ratios"], **more["limits"], **peaks}.items(): print(f"{what:68} {value:6.2f}")
 
 

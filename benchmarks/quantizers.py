@@ -68,14 +68,15 @@ def every_format(rounds, seconds=0.5):
             calls["quantize, ggml"] = lambda w: c_quantize(w, format.block.name, importance if needs else None)
         for what, call in calls.items():
             rows, spent = 8, 0.0
-            while spent < seconds / 4 and rows < len(weight):                        # as many rows as half a second takes
+            while spent < seconds / 4 and rows < len(weight):                   # as many rows as half a second takes
                 rows = min(len(weight), rows * 4)
                 start = time.perf_counter()
                 call(weight[:rows])
                 spent = time.perf_counter() - start
             speeds[what, name] = timed(lambda: call(weight[:rows]), rows * 768, rounds)
         packed = format.pack(weight[:rows], importance if needs else None)
-        for what, call in {"dequantize, ours": packed.unpack, "dequantize, C": lambda: packed_cpu.unpack(packed)}.items():
+        ways = {"dequantize, ours": packed.unpack, "dequantize, C": lambda: packed_cpu.unpack(packed)}
+        for what, call in ways.items():
             if what.endswith("C") and packed_cpu.plan(packed) is None: continue
             speeds[what, name] = timed(call, rows * 768, rounds)
         line = "  ".join(f"{what} {statistics.median(v):7.1f}" for (what, n), v in speeds.items() if n == name)

@@ -241,7 +241,7 @@ static inline float exponential(float x) {                         // expf, in a
 #define BLOCK 64
 static inline __attribute__((always_inline)) void attend_any(
     const float *restrict query, const T *restrict keys, int64_t kt, const T *restrict values, int64_t vt,
-    int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *restrict sum) {   // kt, vt: to the next token
+    int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *restrict sum) {   // kt, vt: to the next
   float total = 0, largest = -3e38f;
   for (int64_t d = 0; d < Dv; d++) sum[d] = 0;
   for (int64_t first = start; first < end; first += BLOCK) {

@@ -64,7 +64,7 @@ static float gated(float gate, float up, int64_t gelu) {
   return 0.5f * gate * (1 + tanhf(0.7978845608f * (gate + 0.044715f * gate * gate * gate))) * up;
 }
 static void multiply(const Matrix *first, const float *const *bias, int64_t outs, const float *x, int64_t ins,
-                     int64_t rows, float *y) {                // by all threads: each takes a part, and waits for the others
+                     int64_t rows, float *y) {          // by all threads: each takes a part, and waits for the others
   #pragma omp for schedule(static)
   for (int64_t o = 0; o < outs; o++) {
     int64_t own = o, m = 0;

@@ -106,7 +106,8 @@ class Blocks:
     zero: int = 0     # its bytes in the tensor `zero`
 
 def _table(name: str, levels) -> str:
-    return f"static const float {name}[16] = {{{', '.join(f'{float(v):.9g}f' if v % 1 else str(int(v)) for v in levels)}}};\n"
+    numbers = (f"{float(v):.9g}f" if v % 1 else str(int(v)) for v in levels)
+    return f"static const float {name}[16] = {{{', '.join(numbers)}}};\n"
 
 TABLES = "".join(_table(name, levels) for name, levels in dict(
     CODES=range(16), AROUND=range(-8, 8), NF4_LEVELS=NF4.levels, FP4_LEVELS=FP4.levels, IQ4_LEVELS=IQ4_VALUES,
@@ -152,7 +153,8 @@ BLOCKS = {
 BLOCKS |= {
     "q2_k": Blocks(256, 84, 0, """V d = half(q + 80), m = half(q + 82), t = floats(CRUMBS);
         UNROLL for (int j = 0; j < 16; j++)
-          w[j] = d * (float)(q[j] & 15) * codes(q + 16 + 32 * (j / 8) + 16 * (j % 2), j % 8 / 2 * 2, t) - m * (float)(q[j] >> 4);"""),
+          w[j] = d * (float)(q[j] & 15) * codes(q + 16 + 32 * (j / 8) + 16 * (j % 2), j % 8 / 2 * 2, t)
+                 - m * (float)(q[j] >> 4);"""),
     "q3_k": Blocks(256, 110, 0, """V d = half(q + 108), t = floats(CRUMBS) - 4; const uint8_t *a = q + 96;
         UNROLL for (int j = 0; j < 16; j++) {
           int scale = (j < 8 ? a[j] & 15 : a[j - 8] >> 4) | (a[8 + j % 4] >> j / 4 * 2 & 3) << 4;
@@ -273,7 +275,8 @@ def place(packed: Packed, format: int) -> list[int]:   # -> the struct Matrix
     data, rows = packed.data, packed.shape[0]
     scale = next((packed.tensors[n] for n in ("scale", "absmax") if n in packed.tensors), data)
     zero = packed.tensors.get("zero", data)
-    return [*(t.data_ptr() for t in (data, scale, zero)), rows, *(t.nbytes // rows for t in (data, scale, zero)), format]
+    all_three = data, scale, zero
+    return [*(t.data_ptr() for t in all_three), rows, *(t.nbytes // rows for t in all_three), format]
 
 def known(packed: Packed) -> bool:
     "Whether the kernels can read this. Raises CheckpointError for tensors that are not of their format's layout."
