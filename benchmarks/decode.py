@@ -305,9 +305,9 @@ def main():
                 ratios=ratios_of(samples), limits=limits)
     if reasons: more["not measured"] = reasons
     if args.packed:
-        more["peak of reading / weights kept"] = {w: peak_of_load("float32", args.threads, w) for w in PACKED}
+        more["peak of load() / weights kept"] = {w: peak_of_load("float32", args.threads, w) for w in PACKED}
     elif args.device == "cpu":
-        more["peak of reading / weights kept"] = {d: peak_of_load(d, args.threads) for d in DTYPES}
+        more["peak of load() / weights kept"] = {d: peak_of_load(d, args.threads) for d in DTYPES}
     else: more["shape"] = args.shape
     units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
     shape, length = [args.shape] * (args.device == "cuda"), [f"{args.prompt}_tokens"] * (args.prompt != 512)
@@ -319,7 +319,7 @@ def main():
 def report(middle, units, more):
     "The medians, ratios and limits on the screen."
     for what, value in middle.items(): print(f"{what:42} {value:9.1f} {units[what]}")
-    what = "peak of reading / weights kept"
+    what = "peak of load() / weights kept"
     peaks = {f"{what}, {d}": v for d, v in more.get(what, {}).items()}
     for what, value in {**more["ratios"], **more["limits"], **peaks}.items(): print(f"{what:68} {value:6.2f}")
 

@@ -35,11 +35,28 @@ def ratios(result):
     return f"{fp32:.2f} times in fp32 and {bf16:.2f} times in bf16 after {result['prompt_tokens']:,} tokens ({verdict})"
 
 
+def packed(folder: str) -> list[str]:
+    "A sentence on packed weights, where they were measured."
+    if not (RESULTS / folder / "decode_packed.json").exists(): return []
+    result = recorded("decode_packed", folder)
+    speed, times, peak = result["medians"], result["ratios"], result["peak of load() / weights kept"]
+    def of(weights, peer): return times[f"decode, ours in {weights} / {peer}"]
+    return [
+        f"Packed, in a run of their own ([samples](benchmarks/results/{folder}/decode_packed.json)), in tokens/s: int8 "
+        f"{speed['decode, ours in int8 float32']:.0f} ({of('int8', 'transformers float32'):.1f} times transformers in "
+        f"fp32), int4_g32 {speed['decode, ours in int4_g32 float32']:.0f} "
+        f"({of('int4_g32', 'transformers float32'):.1f} times), the file's own blocks "
+        f"{speed['decode, ours in stored float32']:.0f} ({of('stored', 'llama.cpp Q4_1'):.2f} times llama.cpp with the "
+        f"same blocks); peak memory {peak['int8']:.2f}, {peak['int4_g32']:.2f} and {peak['stored']:.2f} times the "
+        "weights."]
+
+
 def block(folder: str) -> str:
     "The Markdown between the marks."
-    results = [recorded(path.stem, folder) for path in sorted((RESULTS / folder).glob("decode*.json"))]
+    names = sorted(path.stem for path in (RESULTS / folder).glob("decode*.json"))
+    results = [recorded(name, folder) for name in names if "packed" not in name]
     first = next(r for r in results if r["name"] == "decode")
-    peak = first["peak of reading / weights kept"]
+    peak = first["peak of load() / weights kept"]
     links = ", ".join(f"[{r['prompt_tokens']:,} tokens](benchmarks/results/{folder}/{r['name']}.json)" for r in results)
     return "\n".join([
         f"Measured with `make bench` on {first['date'][:10]}: {first['machine']['cpu']}, {first['threads']} threads, "
@@ -52,8 +69,9 @@ def block(folder: str) -> str:
         *(row for result in results for row in rows(result)), "",
         f"Decode against `transformers.generate` at the same dtype: {'; '.join(map(ratios, results))}.",
         f"The peak memory of `load()` is {peak['float32']:.2f} (fp32) and {peak['bfloat16']:.2f} (bf16) times the "
-        "weights that it keeps."
-        + ("" if any(RESULTS.glob("*/*SmolLM2*.json")) else " No GPU has been measured yet."), ""])
+        "weights that it keeps.",
+        *packed(folder),
+        *([] if any(RESULTS.glob("*/*SmolLM2*.json")) else ["No GPU has been measured yet."]), ""])
 
 
 if __name__ == "__main__":
