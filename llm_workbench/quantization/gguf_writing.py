@@ -31,7 +31,7 @@ from ..files.parts import Part, derived, is_blocks
 from .formats import FORMATS, PackedMatrix, PackedStack
 from .gguf_blocks import BlockFormat
 from .gguf_sizes import (
-    BASE, block_type, facts_of, fitting, gguf_entries, is_matrix, types_of)
+    BASE, PLAIN_FILES, block_type, facts_of, fitting, gguf_entries, is_matrix, types_of)
 from ..text.bpe import ByteBPE
 from ..text.pre_tokenizers import PATTERNS
 from ..text.sentencepiece import ScoreBPE
@@ -141,6 +141,9 @@ def _phi3_keys(c, x):
     trained = c.rope_parameters.get("original_max_position_embeddings") or c.max_position_embeddings
     return {"attention.sliding_window": c.sliding_window or 0, "rope.scaling.original_context_length": trained}
 
+def _phimoe_keys(c, x):       # it computes with LayerNorm, and its files call that otherwise
+    return _phi3_keys(c, x) | {"attention.layer_norm_rms_epsilon": c.norm_eps, "attention.layer_norm_epsilon": None}
+
 def _dbrx_keys(c, x):
     return {"attention.clamp_kqv": c.clip_qkv, "expert_count": c.num_experts,
             "expert_used_count": c.num_experts_per_tok}
@@ -150,7 +153,7 @@ def _olmo2_keys(c, x):
     return {"attention.sliding_window_pattern": slides} if c.sliding_window else {}
 
 OWN_KEYS: dict[str, Callable] = {      # architecture -> what the tables do not say; None: leave a key out
-    "deepseek2": _latent_keys, "phi3": _phi3_keys, "phimoe": _phi3_keys, "dbrx": _dbrx_keys, "olmo2": _olmo2_keys,
+    "deepseek2": _latent_keys, "phi3": _phi3_keys, "phimoe": _phimoe_keys, "dbrx": _dbrx_keys, "olmo2": _olmo2_keys,
     "qwen2moe": lambda c, x: {"expert_shared_feed_forward_length": c.shared_intermediate_size},
     "stablelm": lambda c, x: {"use_parallel_residual": c.block == "parallel"},
     "arctic": lambda c, x: {"feed_forward_length": c.moe_intermediate_size}}
@@ -264,7 +267,7 @@ Mixture = str | Mapping[str, str] | Callable[[str], str]
 
 def stored_type(part: Part) -> str:
     "The type that a tensor has already, or F32 where a GGUF has none for it."
-    return part.type if part.type in block_types() else "F32"
+    return part.type if part.type in PLAIN_FILES or is_blocks(part.type) else "F32"
 
 def chosen_types(
     parts: Mapping[str, Part],      # by GGUF name
@@ -279,9 +282,9 @@ def chosen_types(
         types, asked = types_of(shapes, facts), types_of(wide, facts)
     else:
         asked = {name: _asked(mixture, name, part) for name, part in parts.items()}
-        types = {n: kind if kind in PLAIN else fitting(kind, shapes[n][-1]) for n, kind in asked.items()}
+        types = {n: kind if kind in PLAIN_FILES else fitting(kind, shapes[n][-1]) for n, kind in asked.items()}
     for kind in set(types.values()):
-        if kind not in PLAIN and (kind.lower() not in FORMATS or kind not in block_types()):
+        if kind not in PLAIN_FILES and (kind.lower() not in FORMATS or kind not in block_types()):
             raise UnsupportedError(f"{kind} cannot be written here: choose another type")
     return types, {name: kind for name, kind in asked.items() if kind != types[name]}
 
@@ -299,7 +302,7 @@ def _tensor(part: Part, kind: str, seen) -> Tensor:
         try: return part.packed()
         except UnsupportedError: pass                                     # it is computed from what is kept
     weight = part.read(torch.float32)
-    if kind in PLAIN: return weight
+    if kind in PLAIN_FILES: return weight
     into, columns = FORMATS[kind.lower()], lambda s: s.importance if s is not None and s.rows else None
     if not isinstance(seen, list): return into.pack(weight, columns(seen)).data
     return torch.stack([into.pack(w, columns(s)).data for w, s in zip(weight, seen)])
