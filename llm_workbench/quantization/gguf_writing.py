@@ -8,6 +8,7 @@ __all__ = ['SAME', 'OWN_KEYS', 'PROBE', 'Mixture', 'held_parts', 'rope_tensors',
            'general_keys', 'Written', 'save_gguf']
 
 # %% ../../nbs/08_quantization/16_gguf_writing.ipynb #cellimports
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -176,8 +177,8 @@ def check_read_back(metadata: Mapping, parts: Mapping[str, Part], c: ModelConfig
     arch = architecture_of(architecture, "the new file")
     read = read_config(config_from_gguf(Fields(metadata, "the new file"), arch, shapes, divisors))
     for name, mine in _computed(c).items():
-        there = _computed(read)[name]
-        if not _alike(mine, there):
+        if not _alike(mine, there := _computed(read)[name]):
+            mine, there = _first_difference(mine, there)
             raise UnsupportedError(f"a GGUF of the architecture {architecture} cannot say {name}: this decoder has "
                                    f"{mine}, and a reader of the file would take {there}; save it as safetensors")
 
@@ -199,6 +200,11 @@ def _rotation(c, layer):
     found = [rope_frequencies(dim, rope, n) for n in (trained, trained + 1)]
     return [float(x) for frequencies, factor in found for x in (*frequencies, factor)]
 
+def _first_difference(a, b):
+    "Of lists of one length, the first items that differ."
+    if not isinstance(a, (list, tuple)) or not isinstance(b, (list, tuple)) or len(a) != len(b): return a, b
+    return _first_difference(*next((x, y) for x, y in zip(a, b) if not _alike(x, y)))
+
 def _alike(a, b):
     if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)): return len(a) == len(b) and all(map(_alike, a, b))
@@ -211,7 +217,6 @@ PROBE = ("Tom's 3 hens\tlaid 12345 eggs!!!\n\n  He'LL\r\n   count--them   , x_y=
 
 def _from_library(library) -> Vocabulary:
     "The vocabulary of a tokenizer.json as GGUF files hold it. Raises UnsupportedError for what they cannot."
-    import json
     model = json.loads(library.to_str())["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UnsupportedError(f"this tokenizer.json is a {model.get('type')} model{_with_fallback(model)}, whose scores "
