@@ -197,7 +197,7 @@ def _rotation(c, layer):
     rope, dim = c.rope(layer), c.qk_rope_head_dim or c.rotary_dim or c.head_dim
     if rope is None: return None
     trained = rope.get("original_max_position_embeddings") or 0
-    found = [rope_frequencies(dim, rope, n) for n in (trained, trained + 1)]
+    found = [rope_frequencies(dim, rope, n) for n in (trained, 4 * trained + 1)]
     return [float(x) for frequencies, factor in found for x in (*frequencies, factor)]
 
 def _first_difference(a, b):
@@ -208,7 +208,7 @@ def _first_difference(a, b):
 def _alike(a, b):
     if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)): return len(a) == len(b) and all(map(_alike, a, b))
-    if isinstance(a, float) and isinstance(b, (float, int)): return abs(a - b) <= 1e-3 * abs(a)
+    if isinstance(a, float) and isinstance(b, (float, int)): return abs(a - b) <= 1e-4 * abs(a)
     return a == b
 
 # %% ../../nbs/08_quantization/16_gguf_writing.ipynb #celllibrary
