@@ -16,7 +16,7 @@ from llm_workbench.files.gguf import GGUFFile
 from llm_workbench.quantization import gguf_writing as writing
 from llm_workbench.quantization.formats import quantize
 from llm_workbench.quantization.gguf_sizes import predict_bytes, tensor_types
-from llm_workbench.quantization.gguf_writing import gguf_metadata, gguf_parts, save_gguf, tokenizer_metadata
+from llm_workbench.quantization.gguf_writing import gguf_metadata, gguf_parts, save_gguf
 
 transformers = pytest.importorskip("transformers")
 ROUNDED = {"gemma", "gemma2", "gemma3_text"}       # a GGUF holds 1 + w of their norms
@@ -210,36 +210,37 @@ def test_tokenizers_of_other_kinds(tmp_path):
     from tokenizers import models, pre_tokenizers
     from llm_workbench.text.sentencepiece import ScoreBPE
     from llm_workbench.text.tokenizers import Tokenizer
-    from llm_workbench.text.vocabularies import BYTE, NORMAL, LibraryVocabulary, Vocabulary
+    from llm_workbench.text.vocabularies import NORMAL, UNUSED, LibraryVocabulary, Vocabulary
     lm_tokenizer = wb.load().tokenizer
     model = lm_tokenizer.vocabulary.model
     library = tokenizers.Tokenizer(models.BPE(dict(model.vocab), [p for p in sorted(model.ranks, key=model.ranks.get)]))
     library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                      pre_tokenizers.ByteLevel(add_prefix_space=False)])
     library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    keys = tokenizer_metadata(Tokenizer(LibraryVocabulary(library), eos_id=2), 49160)
+    keys = Tokenizer(LibraryVocabulary(library), eos_id=2).to_gguf(49160)
     again = Tokenizer.from_gguf(keys)
     assert keys["tokenizer.ggml.pre"] in ("gpt-2", "smollm") and len(keys["tokenizer.ggml.tokens"]) == 49160
-    assert keys["tokenizer.ggml.token_type"][-1] == writing.UNUSED
+    assert keys["tokenizer.ggml.token_type"][-1] == UNUSED
     for text in ("Hello, world 2024!", "x = [1, 23]\n\tend ", "日本 🙂"):
         assert again.encode(text) == lm_tokenizer.encode(text)
     assert again.encode("<|im_end|>", special=True) == library.encode("<|im_end|>").ids
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
     spm = Tokenizer(Vocabulary(list(vocab), [2, 3, 3, NORMAL, NORMAL, NORMAL], ScoreBPE(vocab, [0., 0, 0, -3, -2, -1])),
                     bos_id=1, eos_id=2, add_bos=True)
-    back = Tokenizer.from_gguf(tokenizer_metadata(spm, 8))
+    back = Tokenizer.from_gguf(spm.to_gguf(8))
     assert back.encode("a a") == spm.encode("a a") and len(back.vocabulary) == 8
     wordpiece = Tokenizer(LibraryVocabulary(tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))))
-    with pytest.raises(UnsupportedError, match="WordPiece.*tokenizer.model"): tokenizer_metadata(wordpiece, 2)
+    with pytest.raises(UnsupportedError, match="WordPiece.*tokenizer.model"): wordpiece.to_gguf()
     odd = tokenizers.Tokenizer(models.BPE(dict(model.vocab), list(model.ranks)))
     odd.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("l", "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    with pytest.raises(UnsupportedError, match="cuts text"): tokenizer_metadata(Tokenizer(LibraryVocabulary(odd)), 49152)
+    with pytest.raises(UnsupportedError, match="cuts text"): Tokenizer(LibraryVocabulary(odd)).to_gguf()
 
 
 def test_the_probe_tells_pre_tokenizers_apart():
     from llm_workbench.text.pre_tokenizers import PATTERNS, pre_tokenize
-    cuts = {name: tuple(pre_tokenize(writing.PROBE, name)) for name in PATTERNS}
+    from llm_workbench.text.tokenizers import PROBE
+    cuts = {name: tuple(pre_tokenize(PROBE, name)) for name in PATTERNS}
     assert len(set(cuts.values())) == len(cuts), {n: [m for m in cuts if m != n and cuts[m] == cuts[n]] for n in cuts}
 
 
