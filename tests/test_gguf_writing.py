@@ -197,12 +197,12 @@ def test_the_embedded_file_comes_back(tmp_path):
     assert len(written.unchanged) == sum(t.type not in ("F32", "F16") for t in original.tensors.values())
     mine, theirs = again.metadata, original.metadata
     for key in theirs:
-        if key.startswith("tokenizer.") and key != "tokenizer.ggml.add_space_prefix": assert mine[key] == theirs[key], key
+        if key.startswith("tokenizer.") and not key.endswith("add_space_prefix"): assert mine[key] == theirs[key], key
     other = wb.load(path, weights="stored")
     ids = lm.tokenizer.encode("The capital of France is")
     with torch.no_grad(): assert torch.equal(other.decoder(torch.tensor([ids])), lm.decoder(torch.tensor([ids])))
     assert other.card.name == lm.card.name and other.card.licence == lm.card.licence
-    assert other.config == lm.config if hasattr(lm, "config") else other.decoder.source == lm.decoder.source
+    assert other.decoder.source == lm.decoder.source
 
 
 def test_tokenizers_of_other_kinds(tmp_path):
@@ -229,7 +229,8 @@ def test_tokenizers_of_other_kinds(tmp_path):
                     bos_id=1, eos_id=2, add_bos=True)
     back = Tokenizer.from_gguf(spm.to_gguf(8))
     assert back.encode("a a") == spm.encode("a a") and len(back.vocabulary) == 8
-    wordpiece = Tokenizer(LibraryVocabulary(tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))))
+    pieces = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    wordpiece = Tokenizer(LibraryVocabulary(pieces))
     with pytest.raises(UnsupportedError, match="WordPiece.*tokenizer.model"): wordpiece.to_gguf()
     odd = tokenizers.Tokenizer(models.BPE(dict(model.vocab), list(model.ranks)))
     odd.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("l", "isolated"),
@@ -276,7 +277,8 @@ def test_what_is_refused(wide, tmp_path):
                        norm_topk_prob=False), "router"),
     ("smollm3", dict(num_hidden_layers=4, no_rope_layers=[0, 1, 1, 0]), "rotations"),
     ("gemma2", dict(head_dim=16, query_pre_attn_scalar=24, num_hidden_layers=4), "attention_scale"),
-    ("falcon", dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True, alibi=False), "")])
+    ("falcon", dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True, alibi=False),
+     "falcon")])
 def test_what_a_gguf_cannot_say_is_refused(kind, changes, word, tmp_path):
     model, config = make(kind, changes)
     decoder = Decoder.from_checkpoint(config, model.state_dict())
@@ -287,7 +289,7 @@ def test_what_a_gguf_cannot_say_is_refused(kind, changes, word, tmp_path):
 def test_a_failure_leaves_the_old_file(wide, tmp_path):
     decoder, path = quantize(wide[0], "q8_0"), tmp_path / "m.gguf"
     path.write_bytes(b"old")
-    with torch.no_grad(): decoder.get_submodule("layers.2.mlp.down_proj")._buffers["data"][:, :2] = 255      # NaN scales
+    decoder.get_submodule("layers.2.mlp.down_proj").packed.data[:, :2] = 255      # scales that are NaN
     with pytest.raises((InputError, CheckpointError), match="NaN"): save_gguf(decoder, path, "Q4_K_M")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -312,7 +314,8 @@ def _unturned(decoder, parts):
 
 def _no_offset(decoder, parts):
     own = writing.held_parts(decoder)
-    return parts | {f"blk.{i}.attn_norm.weight": own[f"layers.{i}.attn_norm.weight"] for i in range(len(decoder.layers))}
+    return parts | {f"blk.{i}.attn_norm.weight": own[f"layers.{i}.attn_norm.weight"]
+                    for i in range(len(decoder.layers))}
 
 
 @pytest.mark.parametrize("case, wrong", [("llama, rope_freqs", _unturned), ("gemma", _no_offset),

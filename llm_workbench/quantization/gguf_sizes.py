@@ -40,7 +40,7 @@ def gguf_entries(
     names = {ours: theirs for theirs, ours in reversed(arch.block_names(c).items())} | OUTSIDE
     older = {"attn_kv_b.weight"} | (set() if arch.architecture in FUSED_QKV else {"attn_qkv"})
     made_of = [entry for entry in made(arch.layouts, c) if entry.theirs[0] not in older]
-    outside = {entry.ours: entry for entry in made_of}                    # Gemma's last norm is changed as those of layers
+    outside = {entry.ours: entry for entry in made_of}               # Gemma's last norm is changed as those of layers
     return [outside.get(e.ours, e) for e in entries(own, c, names, (lambda c: STACKS + made_of,))]
 
 def gguf_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:   # transformers' config.json as a dict

@@ -301,7 +301,7 @@ def save_gguf(
     path: str | Path,                     # replaced only when everything is written
     mixture: Mixture = "Q4_K_M",          # of llama-quantize; "stored"; or by GGUF name the type of each matrix
     importance: Mapping | None = None,    # by matrix what it sees, from `calibration.collect`
-    tokenizer=None,                       # a Tokenizer; None: the LM's; a file without one can be asked with token ids only
+    tokenizer=None,                       # a Tokenizer; None: the LM's, or none: the file can be asked with ids only
 ) -> Written:
     "Write a GGUF that llama.cpp reads. Raises UnsupportedError, CheckpointError, InputError, SourceError."
     decoder, tokenizer = getattr(model, "decoder", model), tokenizer or getattr(model, "tokenizer", None)
