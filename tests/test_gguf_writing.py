@@ -341,3 +341,19 @@ def test_a_table_of_types_off_by_one_layer_is_noticed(wide, tmp_path, monkeypatc
     monkeypatch.setattr(writing, "chosen_types", late)
     path = save_gguf(decoder, tmp_path / "m.gguf", "Q4_K_M").path
     assert differing(GGUFFile(path), quantized_by_llama_cpp(f32, tmp_path / "theirs.gguf", "Q4_K_M"))
+
+
+def test_a_promise_that_is_not_kept_leaves_nothing(tmp_path):
+    from llm_workbench.files.gguf import Later, write_gguf
+    path, made = tmp_path / "m.gguf", []
+
+    def make(n): made.append(n); return torch.full((2, 32), float(n))
+    write_gguf(path, {}, {str(n): Later((2, 32), lambda n=n: make(n)) for n in range(3)}, dict.fromkeys("012", "Q8_0"))
+    file = GGUFFile(path)
+    assert made == [0, 1, 2] and [file.load(n)[0, 0].item() for n in "012"] == pytest.approx([0, 1, 2], abs=1e-2)
+    before = path.read_bytes()
+    for later, types, word in [(Later((3, 32), lambda: make(1)), {"0": "F32"}, "promised"),
+                               (Later((2, 32), list), {}, "type"),
+                               (Later((2, 33), lambda: make(1)), {"0": "Q8_0"}, "blocks")]:
+        with pytest.raises(CheckpointError, match=word): write_gguf(path, {}, {"0": later}, types)
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
