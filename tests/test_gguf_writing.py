@@ -357,3 +357,15 @@ def test_a_promise_that_is_not_kept_leaves_nothing(tmp_path):
                                (Later((2, 33), lambda: make(1)), {"0": "Q8_0"}, "blocks")]:
         with pytest.raises(CheckpointError, match=word): write_gguf(path, {}, {"0": later}, types)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@torch.no_grad()
+def test_llama_cpp_leaves_out_the_window_of_mistral(tmp_path):
+    "It is in the file, and our reader takes it; llama.cpp computes as if there were none."
+    from models import SMALL
+    model, config = make("mistral", SMALL["mistral"][0])
+    decoder = Decoder.from_checkpoint(config, model.state_dict())
+    path = save_gguf(decoder, tmp_path / "m.gguf", "F32").path
+    cpp, ours = llama_cpp_logits(path), decoder(TOKENS)
+    assert torch.equal(decoder_of(path)(TOKENS), ours) and relative(cpp, ours) > 0.1
+    assert relative(cpp, decoder.with_config(sliding_window=None)(TOKENS)) <= 1e-4
