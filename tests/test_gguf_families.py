@@ -2,7 +2,6 @@
 of llama.cpp's converter, must come back with the logits of transformers, and llama.cpp, reading the same file,
 must agree: so the layout is llama.cpp's and not only our idea of it."""
 import json
-import math
 import re
 
 import gguf
@@ -22,6 +21,7 @@ from llm_workbench.families.table import read_config, supported, transformers_na
 from llm_workbench.files.gguf import write_gguf
 from llm_workbench.files.safetensors import save_safetensors
 from llm_workbench.errors import CheckpointError, UnsupportedError
+from llm_workbench.quantization.gguf_writing import gguf_metadata
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.disable_progress_bar()
@@ -139,98 +139,7 @@ def tensors_of(state, c):
 
 
 def metadata_of(c):
-    "The keys that the converter writes for a transformers configuration, and a vocabulary that llama.cpp accepts."
-    a, kind, D = (
-        ARCHITECTURE[c["model_type"]],
-        c["model_type"],
-        c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-    )
-    rope = (c.get("rope_parameters") or {}).get("full_attention") or c.get("rope_parameters") or {}
-    local = (c.get("rope_parameters") or {}).get("sliding_attention")
-    get, first = c.get, lambda *names: next((c[n] for n in names if c.get(n) is not None), None)
-    factor = rope.get("factor") or get("max_position_embeddings", 0) / rope.get("original_max_position_embeddings", 1)
-    # no head_dim in their configuration
-    old_heads = kind in ("phi", "phi3", "phimoe", "stablelm", "granite", "gpt_neox", "falcon", "dbrx", "cohere")
-    keys = {
-        "block_count": get("num_hidden_layers"), "context_length": get("max_position_embeddings"),
-        "embedding_length": get("hidden_size"),
-        "feed_forward_length": first("ffn_hidden_size", "intermediate_size"),
-        "attention.head_count": get("num_attention_heads"),
-        "attention.head_count_kv": first("num_kv_heads", "num_key_value_heads"),
-        "attention.layer_norm_rms_epsilon": get("rms_norm_eps"),
-        "attention.layer_norm_epsilon": first("layer_norm_eps", "layer_norm_epsilon"), "vocab_size": get("vocab_size"),
-        "attention.key_length": None if old_heads else D, "attention.value_length": None if old_heads else D,
-        "rope.freq_base": rope.get("rope_theta"), "rope.freq_base_swa": local and local["rope_theta"],
-        "expert_count": first("num_local_experts", "num_experts", "n_routed_experts"),
-        "expert_used_count": get("num_experts_per_tok"),
-        "expert_feed_forward_length": get("intermediate_size" if kind == "gpt_oss" else "moe_intermediate_size"),
-        "expert_shared_feed_forward_length": get("shared_expert_intermediate_size"),
-        "logit_scale": first("logit_scale", "logits_scaling"), "embedding_scale": get("embedding_multiplier"),
-        "residual_scale": get("residual_multiplier"),
-        "attention.scale": get("attention_multiplier"), "attention.clamp_kqv": get("clip_qkv"),
-        "use_parallel_residual": get("use_parallel_residual"),
-        "attn_logit_softcapping": get("attn_logit_softcapping"),
-        "final_logit_softcapping": get("final_logit_softcapping")}
-    if rope.get("rope_type") in ("linear", "yarn"):
-        keys |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
-        if rope["rope_type"] == "yarn":
-            keys |= {
-                "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-                "rope.scaling.yarn_beta_fast": rope.get("beta_fast"),
-                "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
-            }
-            if rope.get("mscale_all_dim"): keys["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
-    if (part := rope.get("partial_rotary_factor", 1.0)) != 1: keys["rope.dimension_count"] = int(D * part)
-    elif a in PERMUTED: keys["rope.dimension_count"] = D
-    if kind in ("gemma2", "gemma3_text", "cohere2", "gpt_oss", "olmo3") or get("keep_window"):
-        keys["attention.sliding_window"] = get("sliding_window")
-    if kind == "olmo3": keys["attention.sliding_window_pattern"] = [t == "sliding_attention" for t in c["layer_types"]]
-    if kind == "olmo": keys["attention.layer_norm_epsilon"] = 1e-5
-    if kind in ("phi3", "phimoe"):
-        original = rope.get("original_max_position_embeddings", get("max_position_embeddings"))
-        keys |= {
-            "attention.sliding_window": get("sliding_window") or 0,
-            "rope.scaling.original_context_length": original,
-            "rope.dimension_count": int(D * rope.get("partial_rotary_factor", 1.0)),
-        }
-        if rope["rope_type"] == "longrope":
-            keys["rope.scaling.attn_factor"] = (
-                math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            )
-    if kind == "dbrx":
-        at, ff = c["attn_config"], c["ffn_config"]
-        keys |= {
-            "feed_forward_length": ff["ffn_hidden_size"],
-            "attention.head_count_kv": at["kv_n_heads"],
-            "attention.clamp_kqv": at["clip_qkv"],
-            "rope.freq_base": at["rope_theta"],
-            "expert_count": ff["moe_num_experts"],
-            "expert_used_count": ff["moe_top_k"],
-            "attention.layer_norm_epsilon": 1e-5,
-            "vocab_size": None,
-        }
-    if a == "deepseek2":
-        r = c["qk_rope_head_dim"]
-        keys |= {
-            "attention.head_count_kv": 1,
-            "attention.q_lora_rank": get("q_lora_rank"),
-            "attention.kv_lora_rank": c["kv_lora_rank"],
-            "attention.key_length": c["kv_lora_rank"] + r,
-            "attention.value_length": c["kv_lora_rank"],
-            "attention.key_length_mla": c["qk_nope_head_dim"] + r,
-            "attention.value_length_mla": c["v_head_dim"],
-            "leading_dense_block_count": c["first_k_dense_replace"],
-            "expert_shared_count": c["n_shared_experts"],
-            "expert_weights_scale": c["routed_scaling_factor"],
-            "expert_group_count": c["n_group"],
-            "expert_group_used_count": c["topk_group"],
-            "rope.dimension_count": r,
-        }
-        if kind == "deepseek_v3":
-            # the releases say scoring_func: sigmoid
-            keys |= {"expert_weights_norm": True, "expert_gating_func": 2}
-    if kind == "falcon": keys["attention.head_count_kv"] = c["num_kv_heads"] if c["new_decoder_architecture"] else 1
-    if kind == "gpt_neox": keys["attention.head_count_kv"] = None
+    "What the package writes for a transformers configuration, and a vocabulary that llama.cpp accepts."
     words = ["<unk>", "</s>", "<|endoftext|>", "\n", *(f"t{i}" for i in range(4, 97))]
     vocabulary = {
         "model": "gpt2",
@@ -241,11 +150,7 @@ def metadata_of(c):
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return (
-        {"general.architecture": a, "general.name": "Tiny"}
-        | {f"{a}.{k}": v for k, v in keys.items() if v is not None}
-        | {f"tokenizer.ggml.{k}": v for k, v in vocabulary.items()}
-    )
+    return gguf_metadata(c) | {"general.name": "Tiny"} | {f"tokenizer.ggml.{k}": v for k, v in vocabulary.items()}
 
 
 def to_gguf(state, config, path, tensors=None, **changes):
@@ -695,7 +600,7 @@ def test_attention_factor_of_the_file_is_used(case, key, value, tmp_path):
 def test_mistral_window_is_kept(tmp_path):
     "llama.cpp's converter drops Mistral's window; a file that has it is read with it."
     model, config = make("mistral", SMALL["mistral"][0])
-    path = to_gguf(model.state_dict(), config | dict(keep_window=True), tmp_path / "m.gguf")
+    path = to_gguf(model.state_dict(), config, tmp_path / "m.gguf")
     with torch.no_grad(): assert (decoder_of(path)(TOKENS) - model(TOKENS).logits).abs().max() <= 1e-4
 
 

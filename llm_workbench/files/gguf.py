@@ -6,13 +6,13 @@
 __all__ = ['VALUE_TYPES', 'UNPACK', 'PACK', 'PLAIN', 'CHUNK', 'Cursor', 'read_value', 'BlockType', 'block_types', 'GGUFTensor',
            'read_tensor_info', 'check_places', 'unpack_q8_0', 'unpack_q4_0', 'unpack_q4_1', 'pack_q8_0', 'pack_q4_0',
            'pack_q4_1', 'block_type', 'dequantize', 'quantize', 'GGUFFile', 'unpermute_qk', 'permute_qk', 'value_bytes',
-           'write_gguf', 'Fields']
+           'Later', 'write_gguf', 'Fields']
 
 # %% ../../nbs/03_files/02_gguf.ipynb #ccfb244d
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -453,9 +453,35 @@ def value_bytes(value, kind: str | None = None) -> bytes:  # kind: a name of VAL
         raise CheckpointError(f"{str(value)[:60]!r} cannot be written as {kind}: {error}") from error
 
 
+class Later(NamedTuple):
+    "A tensor that `write_gguf` makes when its turn comes, so that only one is in memory."
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]   # -> the tensor, as `write_gguf` takes it
+
+
+def _packed_rows(name, t, kind):
+    "The rows of bytes of a tensor, and its shape."
+    if t.ndim > 4: raise CheckpointError(f"tensor {name!r} has {t.ndim} dimensions, more than 4: reshape it")
+    is_packed = t.dtype == torch.uint8 and kind not in ("I8", "I16", "I32", "I64")
+    rows = t if is_packed else quantize(t.reshape(1) if not t.ndim else t, kind)
+    _, items, nbytes = block_types()[kind]
+    if not rows.ndim or rows.shape[-1] % nbytes:
+        raise CheckpointError(f"tensor {name!r} of {t.dtype}, shape {tuple(t.shape)}, is not made of {kind} blocks "
+                              f"of {nbytes} bytes")
+    return rows, (*rows.shape[:-1], rows.shape[-1] // nbytes * items) if t.ndim else ()
+
+
+def _made(name, later, kind):
+    "The rows of bytes of a tensor that was promised."
+    rows, shape = _packed_rows(name, later.make(), kind)
+    if shape != tuple(later.shape):
+        raise CheckpointError(f"tensor {name!r} was promised as {tuple(later.shape)} and came as {shape}")
+    return rows
+
+
 def write_gguf(path: str | Path,                    # replaced only when everything is written
                metadata: Mapping[str, object],      # values by key; "general.alignment" is respected
-               tensors: Mapping[str, Tensor],       # by name; uint8 rows under a block type are taken as packed
+               tensors: Mapping[str, Tensor | Later],   # by name; uint8 rows under a block type are taken as packed
                types: Mapping[str, str] = {},       # tensor type by name; without one a tensor keeps its dtype
                value_types: Mapping[str, str] = {},  # metadata type by key, where the guess is wrong
                ) -> None:
@@ -465,24 +491,21 @@ def write_gguf(path: str | Path,                    # replaced only when everyth
     if type(align) is not int or align < 1 or align & (align - 1):
         raise CheckpointError(f"general.alignment is {align!r}: use a power of two, such as 32")
     for name, t in tensors.items():
-        kind = types.get(name) or plain.get(t.dtype)
-        if kind not in block_types(): raise CheckpointError(f"tensor {name!r} of {t.dtype} needs a type of "
-                                                            f"block_types(), not {kind!r}")
-        if t.ndim > 4: raise CheckpointError(f"tensor {name!r} has {t.ndim} dimensions, more than 4: reshape it")
-        is_packed = t.dtype == torch.uint8 and kind not in ("I8", "I16", "I32", "I64")
-        rows = t if is_packed else quantize(t.reshape(1) if not t.ndim else t, kind)
-        _, items, nbytes = block_types()[kind]
-        if not rows.ndim or rows.shape[-1] % nbytes:
-            raise CheckpointError(f"tensor {name!r} of {t.dtype}, shape {tuple(t.shape)}, is not made of {kind} blocks "
-                                  f"of {nbytes} bytes")
-        shape = (*rows.shape[:-1], rows.shape[-1] // nbytes * items) if t.ndim else ()
+        later = isinstance(t, Later)
+        kind = types.get(name) or (None if later else plain.get(t.dtype))
+        if kind not in block_types(): raise CheckpointError(f"tensor {name!r} of {'' if later else t.dtype} needs a "
+                                                            f"type of block_types(), not {kind!r}")
+        rows, shape = (t, tuple(t.shape)) if later else _packed_rows(name, t, kind)
+        if later and (len(shape) > 4 or not shape or shape[-1] % block_types()[kind].items):
+            raise CheckpointError(f"tensor {name!r} of shape {shape} is not made of {kind} blocks")
+        size = prod(shape) // block_types()[kind].items * block_types()[kind].nbytes
         number = next(k for k, v in block_types().items() if v.name == kind)
         text = name.encode()
         table.append(
             struct.pack(f"<Q{len(text)}sI{len(shape)}QIQ", len(text), text, len(shape), *shape[::-1], number, offset)
         )
-        packed.append(rows)
-        offset += rows.numel() + -rows.numel() % align
+        packed.append((name, rows, kind))
+        offset += size + -size % align
     entries = [
         struct.pack("<Q", len(k.encode())) + k.encode() + value_bytes(v, value_types.get(k))
         for k, v in metadata.items()
@@ -490,7 +513,8 @@ def write_gguf(path: str | Path,                    # replaced only when everyth
     with replace_file(path) as f:
         f.write(b"".join([b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata)), *entries, *table]))
         f.write(bytes(-f.tell() % align))
-        for rows in packed:
+        for name, rows, kind in packed:
+            if isinstance(rows, Later): rows = _made(name, rows, kind)
             f.write(tensor_bytes(rows).numpy().data)
             f.write(bytes(-rows.numel() % align))
 

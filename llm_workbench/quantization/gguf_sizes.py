@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'FUSED_QKV', 'STACKS', 'PLAIN_FILES', 'SIMPLE', 'BASE', 'TINY', 'EMBEDDING', 'OUTPUT', 'EIGHT', 'FALLBACK',
-           'gguf_shapes', 'Facts', 'facts_of', 'outer_type', 'more', 'value_type', 'down_type', 'inner_type', 'fitting',
-           'is_matrix', 'types_of', 'tensor_types', 'predict_bytes', 'predict_bits']
+           'gguf_entries', 'gguf_shapes', 'Facts', 'facts_of', 'outer_type', 'more', 'value_type', 'down_type',
+           'inner_type', 'fitting', 'is_matrix', 'types_of', 'tensor_types', 'predict_bytes', 'predict_bits']
 
 # %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #43c6e5e2
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from ..architecture.decoder import Decoder, named_tensors
+from ..architecture.layers import ModelConfig
 from ..errors import UnsupportedError, did_you_mean
-from ..families.layouts import DOWN, GATE_UP, Entry, entries, made
+from ..families.gguf_layouts import GGUFArchitecture
+from ..families.layouts import Entry, entries, made
 from ..families.loading import shapes_of
 from ..families.table import family_of, read_config
 from .gguf_blocks import block_type
@@ -24,18 +26,28 @@ from .gguf_blocks import block_type
 # %% ../../nbs/08_quantization/09_gguf_sizes.ipynb #db9edd5f
 OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "layers": "blk"}
 FUSED_QKV = {"falcon", "gptneox", "phi3", "dbrx"}     # architectures whose files keep Q, K and V in one tensor
-STACKS = [Entry((f"{GATE_UP}.weight",), ("ffn_gate_exps.weight", "ffn_up_exps.weight"), join=lambda t: t.chunk(2, 1)),
-          Entry((f"{DOWN}.weight",), ("ffn_down_exps.weight",))]
+STACKS = [entry for part in ("mlp", "moe") for entry in (
+    Entry((f"{part}.experts.gate_up_proj.weight",), ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+          join=lambda t: t.chunk(2, 1)),
+    Entry((f"{part}.experts.down_proj.weight",), ("ffn_down_exps.weight",)))]
+
+def gguf_entries(
+    own: Iterable[str],        # names of a decoder's tensors, in its order
+    c: ModelConfig,
+    arch: GGUFArchitecture,
+) -> list[Entry]:
+    "Every tensor of a decoder and where it stands in a GGUF of today."
+    names = {ours: theirs for theirs, ours in reversed(arch.block_names(c).items())} | OUTSIDE
+    older = {"attn_kv_b.weight"} | (set() if arch.architecture in FUSED_QKV else {"attn_qkv"})
+    made_of = [entry for entry in made(arch.layouts, c) if entry.theirs[0] not in older]
+    outside = {entry.ours: entry for entry in made_of}               # Gemma's last norm is changed as those of layers
+    return [outside.get(e.ours, e) for e in entries(own, c, names, (lambda c: STACKS + made_of,))]
 
 def gguf_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:   # transformers' config.json as a dict
     "The tensors of a model by the names and shapes of its GGUF. Raises UnsupportedError, CheckpointError, InputError."
     c, arch = read_config(config), family_of(config.get("model_type")).gguf
     with torch.device("meta"): model = Decoder(c)
-    names = {ours: theirs for theirs, ours in reversed(arch.block_names(c).items())} | OUTSIDE
-    older = {"attn_kv_b.weight"} | (set() if arch.architecture in FUSED_QKV else {"attn_qkv"})
-    own = [entry for entry in made(arch.layouts, c) if entry.theirs[0] not in older]
-    found = entries(named_tensors(model), c, names, (lambda c: STACKS + own,))
-    return shapes_of(model, found) | _rope_shapes(c)
+    return shapes_of(model, gguf_entries(named_tensors(model), c, arch)) | _rope_shapes(c)
 
 def _rope_shapes(c):
     "Llama 3's RoPE and LongRoPE keep a divisor for each pair."
