@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CALIBRATION', 'HELD_OUT', 'Inputs', 'recorded', 'collect', 'windows']
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #8ae6b0bd
+# %% ../../nbs/08_quantization/11_calibration.ipynb #0b459dc6
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from ..display import progress
 from ..errors import InputError
 from .formats import packs, shape_of
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #a41a90ec
+# %% ../../nbs/08_quantization/11_calibration.ipynb #0f4fb899
 @dataclass
 class Inputs:
     "What a matrix saw: of `rows` vectors x of I numbers, what the quantizers ask for."
@@ -38,7 +38,7 @@ class Inputs:
         "Bytes of all its tensors."
         return sum(t.nbytes for t in (self.gram, self.mean_abs, self.largest, self.sample) if t is not None)
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #16ac94b6
+# %% ../../nbs/08_quantization/11_calibration.ipynb #e48a462f
 class _Sums:
     "The sums behind an `Inputs`, fed with rows; float32 whatever the model computes in."
     def __init__(self, keep: int = 0): self.keep, self.rows, self.gram = keep, 0, None
@@ -72,7 +72,7 @@ class _Sums:
         kept = self.sample.clone() if self.keep else None
         return Inputs(self.gram / n, self.total / n, self.largest.clone(), self.rows, kept)
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #452fc02d
+# %% ../../nbs/08_quantization/11_calibration.ipynb #db89c033
 class _Listener:
     "Who saw what. Neighbours that are given the very same tensor (q, k and v; gate and up) share their sums."
     def __init__(self, keep: int = 0): self.keep, self.sums, self.last = keep, {}, (None, None)
@@ -104,7 +104,7 @@ class _MatrixRecorder(_Recorder, Matrix):
         self.listener.saw(self.name, x)
         return self.inner(x, ops)
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #f3ddb0f7
+# %% ../../nbs/08_quantization/11_calibration.ipynb #ea93a3c6
 class _StackRecorder(_Recorder, Stack):
     def transposed(self, x, ops): return self.inner.transposed(x, ops)       # x comes from the side of the outputs
     def forward(self, x, which, ops):
@@ -138,7 +138,7 @@ def recorded(
         return _NormRecorder(module, keys, listener) if name.endswith("kv_a_norm") and keys in found else module
     return swapped(decoder, make), found
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #6559081a
+# %% ../../nbs/08_quantization/11_calibration.ipynb #63761cb1
 def collect(
     decoder: Decoder,
     batches: Iterable[Tensor],           # int64 tokens, (B, T) or (T,), of any lengths, no padding
@@ -164,7 +164,7 @@ def _checked(tokens, decoder) -> Tensor:
                          "use its own tokenizer")
     return tokens.view(-1, tokens.shape[-1]).to(decoder.device)
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #f3d0f549
+# %% ../../nbs/08_quantization/11_calibration.ipynb #aa71ad3e
 def _results(listener, found) -> dict[str, Inputs | list[Inputs]]:
     "What each matrix saw; those that share sums get the same object."
     done = {}
@@ -172,7 +172,8 @@ def _results(listener, found) -> dict[str, Inputs | list[Inputs]]:
         sums = listener.sums.get(key) or _Sums(listener.keep)
         if id(sums) not in done: done[id(sums)] = sums, sums.inputs(columns)      # `sums` kept: ids are not used again
         if not done[id(sums)][1].largest.isfinite().all():
-            raise InputError(f"{key} saw NaN or infinity: run the model in float32, or look for the layer that "
+            what = key if isinstance(key, str) else f"{key[0]}, matrix {key[1]},"
+            raise InputError(f"{what} saw NaN or infinity: run the model in float32, or look for the layer that "
                              "overflows")
         return done[id(sums)][1]
     def answer(name, module):
@@ -181,14 +182,14 @@ def _results(listener, found) -> dict[str, Inputs | list[Inputs]]:
         return [of(name if name in listener.sums else (name, i), columns) for i in range(lead[0])]
     return {name: answer(name, module) for name, module in found.items()}
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #5af6390f
+# %% ../../nbs/08_quantization/11_calibration.ipynb #5776cfe9
 def windows(ids: Sequence[int], length: int, batch: int = 4) -> list[Tensor]:      # (B, length) each
     "A long text cut into pieces of one length, a few to a batch; what is left over at the end is dropped."
     pieces = torch.tensor(ids[:len(ids) // length * length], dtype=torch.int64).view(-1, length)
     if not len(pieces): raise InputError(f"{len(ids)} tokens are less than one piece of {length}: give more text")
     return list(pieces.split(batch))
 
-# %% ../../nbs/08_quantization/11_calibration.ipynb #a85923a5
+# %% ../../nbs/08_quantization/11_calibration.ipynb #c6b17076
 CALIBRATION = """\
 The ferry left the harbour a little after seven, while the street lamps on the quay were still burning. Maren
 stood at the rail and counted the boats that had stayed behind: eleven, one fewer than yesterday. Her

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['damped', 'feedback', 'spread_errors', 'gptq_pack', 'check_gptq', 'gptq']
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #2d4b9197
+# %% ../../nbs/08_quantization/12_gptq.ipynb #59d092e0
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .formats import Plan, check_seen, packed_by, packs, plan_of, shape_of, stac
 from .packing import Packed, check_weight, pack_codes
 from .round_to_nearest import Integers, scale_of, to_codes
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #19baf08f
+# %% ../../nbs/08_quantization/12_gptq.ipynb #d2cd014f
 def damped(
     gram: Tensor,          # (..., I, I) mean of x x^T
     damp: float = 0.05,    # added to the diagonal, as a share of its mean (0.01 is usual for long texts)
@@ -42,7 +42,7 @@ def feedback(
     one = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
     return torch.linalg.solve_triangular(lower.flip(-2, -1), one, upper=True)
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #ea87e894
+# %% ../../nbs/08_quantization/12_gptq.ipynb #0c3a2a60
 def spread_errors(
     columns: Tensor,        # (..., I, O) the weight, transposed; changed in place
     U: Tensor,              # (..., I, I) of `feedback`
@@ -61,7 +61,7 @@ def spread_errors(
             columns[..., j + 1:stop, :] -= U[..., j, j + 1:stop, None] * error[..., None, :]
         columns[..., stop:, :] -= U[..., start:stop, stop:].mT @ errors
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #7a5011a3
+# %% ../../nbs/08_quantization/12_gptq.ipynb #abda7fd1
 def gptq_pack(
     weight: Tensor,             # (..., O, I) finite floats
     gram: Tensor,               # (..., I, I) mean of x x^T over what each matrix sees
@@ -88,7 +88,7 @@ def _by_rounding(W, size, format) -> Packed:
     if W.ndim == 2: return format.pack(W, size)
     return stacked([_by_rounding(w, s, format) for w, s in zip(W, size)])
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #8c6b6cf1
+# %% ../../nbs/08_quantization/12_gptq.ipynb #e6ac723b
 class _Rounding:
     "Rounds one column after the other with the scale of its group, and keeps the codes."
     def __init__(self, format: Integers, start: Packed, perm: Tensor, columns: Tensor | None):
@@ -126,7 +126,7 @@ class _Rounding:
             if self.zero is not None: tensors["zero"] = self.zero.mT.to(torch.uint8).contiguous()
         return Packed(self.format, shape, tensors | {"data": pack_codes(codes, self.format.width)})
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #3121d370
+# %% ../../nbs/08_quantization/12_gptq.ipynb #79600957
 def check_gptq(weight: Tensor, gram: Tensor, format, damp: float = 0.05, order: bool = True, dynamic: bool = False,
                block: int = 32) -> None:
     "Raise InputError, or UnsupportedError for a format of other levels, unless `gptq_pack` can do this."
@@ -147,7 +147,7 @@ def check_gptq(weight: Tensor, gram: Tensor, format, damp: float = 0.05, order: 
         raise InputError("scales can follow the weights (dynamic) only with order=False, groups, and blocks of whole "
                          "groups: a group is measured when all of it is still to be rounded")
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #f0d3dc84
+# %% ../../nbs/08_quantization/12_gptq.ipynb #cbafe909
 @dataclass
 class _Part:
     "One matrix of a model, with its name (and place in a stack), what it sees, and its format."
@@ -187,7 +187,7 @@ def _pack_batch(batch: list[list[_Part]], options) -> dict[tuple[str, int | None
         done |= {p.key: both[a:b] for p, a, b in zip(group, [0, *stops], stops)}
     return done
 
-# %% ../../nbs/08_quantization/12_gptq.ipynb #c43fc377
+# %% ../../nbs/08_quantization/12_gptq.ipynb #1dcc23c5
 def gptq(
     decoder: Decoder,
     format: str | Integers,
