@@ -222,9 +222,10 @@ def _some_rows(t: Tensor): return t.view(-1, t.shape[-1]).split(rows_at_once(t.s
 
 def _pieces(part: Part) -> Iterator[Tensor]:
     "The rows of a part as float32, some at a time where the file lets them be read so."
+    blocks = is_blocks(part.type)
     try: stored = part.packed()
-    except UnsupportedError: stored = part.read(torch.float32)             # computed from what is stored
-    blocks = is_blocks(part.type) and stored.dtype is torch.uint8
+    except UnsupportedError: stored, blocks = part.read(torch.float32), False     # computed from what is stored
+    if not blocks and not stored.is_floating_point(): stored = part.read(torch.float32)        # bytes of another kind
     for rows in _some_rows(stored.reshape(*part.shape[:-1], -1)):
         yield dequantize(rows, part.type) if blocks else rows.float()
         part.release()
