@@ -29,7 +29,7 @@ ALONE = ("int3_g32", "int4_g32", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4", "q5_0"
 BITS = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     decoders, batches, held = models()
@@ -37,7 +37,7 @@ def main():
     matrices = {n: m.dense(torch.float32) for n, m in layers(decoder).items()}
     weights = sum(w.numel() for w in matrices.values())
     want, inputs = predict(decoder, held), collect(decoder, batches, choose=lambda n, m: n.startswith("layers."))
-    with torch.inference_mode(False): grams = felt(decoder, batches)
+    grams = felt(decoder, batches)
     costs = costs_of(matrices, CANDIDATES, grams, inputs, by_ggml)
     rows, found, expected = {}, {}, {}
 
