@@ -3,14 +3,17 @@
     python -m benchmarks.mixtures
 
 On the twin of the embedded model whose weights are spread out (see `benchmarks.damage`), with the same text. Formats that
-use an importance get one, in the mixtures and alone."""
+use an importance get one, in the mixtures and alone. Mixtures are found twice: from the formats whose blocks fit the rows
+(what `quantize` can pack), and with blocks that run on into the next row, as `benchmarks.damage` does for all formats."""
 import argparse
+import itertools
 
 import torch
 
 from benchmarks.damage import WINDOW, by_ggml, models, pack_all, row
 from benchmarks.record import record
 from llm_workbench.quantization.calibration import collect
+from llm_workbench.quantization.formats import format_of
 from llm_workbench.quantization.measuring_damage import (
     compare,
     costs_of,
@@ -38,22 +41,23 @@ def main():
     weights = sum(w.numel() for w in matrices.values())
     want, inputs = predict(decoder, held), collect(decoder, batches, choose=lambda n, m: n.startswith("layers."))
     grams = felt(decoder, batches)
-    costs = costs_of(matrices, CANDIDATES, grams, inputs, by_ggml)
+    joined = costs_of(matrices, CANDIDATES, grams, inputs, by_ggml, fitting=False)
+    costs = {n: {f: c for f, c in options.items() if matrices[n].shape[1] % format_of(f).columns == 0}
+             for n, options in joined.items()}
     rows, found, expected = {}, {}, {}
 
     def keep(name, new, nbytes):
         rows[name] = row(compare(want, predict(replaced(decoder, new), held), held), nbytes, weights)
         print(f"{name:12} {rows[name]['bits']:.3f} bits  KL {rows[name]['kl']:.4f}  expected {expected.get(name)}", flush=True)
 
-    for bits in BITS:
-        name = f"{bits} bits"
-        found[name] = search(costs, int(bits * weights / 8))
-        expected[name] = sum(costs[n][f][1] for n, f in found[name].items())
+    for bits, (kind, options) in itertools.product(BITS, {"": costs, ", joined rows": joined}.items()):
+        name = f"{bits} bits{kind}"
+        found[name] = search(options, int(bits * weights / 8))
+        expected[name] = sum(options[n][f][1] for n, f in found[name].items())
         new = {n: rounded(w, found[name][n], inputs[n].importance, by_ggml)[0] for n, w in matrices.items()}
-        keep(name, new, size_of(costs, found[name]))
+        keep(name, new, size_of(options, found[name]))
     for format in ALONE:
-        if all(format in options for options in costs.values()):
-            expected[format] = sum(options[format][1] for options in costs.values())
+        expected[format] = sum(options[format][1] for options in joined.values())
         keep(format, *pack_all(decoder, format, inputs))
     out = record("mixtures", {name: r.pop("blocks") for name, r in rows.items()}, "KL divergence, nats a token",
                  rows=rows, found=found, expected=expected,
