@@ -3,10 +3,11 @@
     python -m benchmarks.damage                # every format, on two models; takes about half an hour
     python -m benchmarks.damage --seconds 200  # as far as that goes; the next call goes on where this one stopped
 
-Only the matrices of the layers are packed (106 of 134 million weights), from dense ones, and evaluated as the dense matrices
-that they unpack to. Where a row is no whole number of blocks, blocks run on into the next row. Two models: the one that
-ships with the package, whose weights were rounded to Q4_1 once, and a twin whose weights are spread evenly over the
-steps of that rounding. I-quants, and rows that say so, get the mean squares of inputs on other text as importance."""
+Only the matrices of the layers are packed (106 of 134 million weights), from dense ones, and evaluated as the dense
+matrices that they unpack to. Where a row is no whole number of blocks, blocks run on into the next row. Two models: the
+one that ships with the package, whose weights were rounded to Q4_1 once, and a twin whose weights are spread evenly
+over the steps of that rounding. I-quants, and rows that say so, get the mean squares of inputs on other text as
+importance."""
 import argparse
 import json
 import tempfile
@@ -92,13 +93,15 @@ def main():
         for name, format, weighed in todo:
             if time.monotonic() - started > args.seconds: return print(f"{len(rows)} rows so far; call again")
             new, nbytes = pack_all(decoder, format, inputs if weighed else None)
-            rows[f"{model}: {name}"] = r = row(compare(want, predict(replaced(decoder, new), held), held), nbytes, weights)
+            rows[f"{model}: {name}"] = r = row(compare(want, predict(replaced(decoder, new), held), held), nbytes,
+                                               weights)
             STATE.write_text(json.dumps(rows))
             print(f"{time.monotonic() - started:6.0f} s  {model}: {name:14} {r['bits']:6.3f} bits  KL {r['kl']:8.4f} "
                   f"({r['low']:.4f} to {r['high']:.4f})  same top {r['same_top']:.3f}", flush=True)
     samples = {name: r.pop("blocks") for name, r in rows.items()}
     out = record("damage", samples, f"KL divergence, nats a token, one sample per block of {BLOCK} tokens", rows=rows,
-                 settings=dict(model="SmolLM2-135M-Instruct", weights=weights, calibration_tokens=sum(b.numel() for b in batches),
+                 settings=dict(model="SmolLM2-135M-Instruct", weights=weights,
+                               calibration_tokens=sum(b.numel() for b in batches),
                                measured_tokens=held.numel() - len(held), window=WINDOW, block=BLOCK))
     STATE.unlink()
     print(f"written to {out.relative_to(out.parents[3])}")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.mixtures
 
-On the twin of the embedded model whose weights are spread out (see `benchmarks.damage`), with the same text. Formats that
-use an importance get one, in the mixtures and alone. Mixtures are found twice: from the formats whose blocks fit the rows
-(what `quantize` can pack), and with blocks that run on into the next row, as `benchmarks.damage` does for all formats."""
+On the twin of the embedded model whose weights are spread out (see `benchmarks.damage`), with the same text. Formats
+that use an importance get one, in the mixtures and alone. Mixtures are found twice: from the formats whose blocks fit
+the rows (what `quantize` can pack), and with blocks that run on into the next row, as in `benchmarks.damage`."""
 import argparse
 import itertools
 
@@ -26,8 +26,9 @@ from llm_workbench.quantization.measuring_damage import (
     size_of,
 )
 
-CANDIDATES = ("int2_g32", "uint2_g32", "int3_g32", "uint3_g32", "int4_g32", "int4_g64", "uint4_g32", "uint4_g64", "nf4", "q4_0",
-              "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq3_s", "iq4_xs")
+CANDIDATES = ("int2_g32", "uint2_g32", "int3_g32", "uint3_g32", "int4_g32", "int4_g64", "uint4_g32", "uint4_g64", "nf4",
+              "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+              "iq3_s", "iq4_xs")
 ALONE = ("int3_g32", "int4_g32", "q4_0", "q4_1", "q4_k", "iq4_nl", "nf4", "q5_0", "q5_1")
 BITS = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
 
@@ -48,7 +49,8 @@ def main():
 
     def keep(name, new, nbytes):
         rows[name] = row(compare(want, predict(replaced(decoder, new), held), held), nbytes, weights)
-        print(f"{name:12} {rows[name]['bits']:.3f} bits  KL {rows[name]['kl']:.4f}  expected {expected.get(name)}", flush=True)
+        r = rows[name]
+        print(f"{name:21} {r['bits']:.3f} bits  KL {r['kl']:.4f}  expected {expected[name]:.4f}", flush=True)
 
     for bits, (kind, options) in itertools.product(BITS, {"": costs, ", joined rows": joined}.items()):
         name = f"{bits} bits{kind}"

@@ -7,7 +7,7 @@ __all__ = ['Plan', 'Costs', 'Score', 'score', 'known', 'finite', 'halves', 'apar
            'compare', 'Interval', 'interval', 'joined', 'rounded', 'replaced', 'layers', 'spread_out', 'felt',
            'quadratic', 'costs_of', 'search', 'size_of']
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #0d02eeaa
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #42058d5f
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, gcd, log
@@ -23,7 +23,7 @@ from .calibration import Inputs
 from .formats import format_of
 from .packing import Format, Packed
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #2efcdbc5
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #4d1b43a1
 @dataclass(frozen=True)
 class Score:
     "How surprised a model was by a text, in all."
@@ -43,7 +43,7 @@ def _some(parts) -> int:
     if not parts: raise InputError("there is no text to divide by: give the text that was scored")
     return len(parts)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #645db786
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #bdb2c0d8
 Plan = Sequence[tuple[Tensor, int]]      # windows of tokens, (T,) int64, and how many of each one's last are scored
 
 @torch.inference_mode()
@@ -70,7 +70,7 @@ def finite(logits: Tensor) -> Tensor:
     raise InputError("some logits are NaN or infinite: a damaged model has no perplexity; look for the layer that "
                      "overflows, or run in float32")
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #ae8a313b
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #88ecabb0
 def halves(
     ids: Sequence[int],
     window: int,              # T, n_ctx of llama.cpp: 512 unless told otherwise
@@ -95,7 +95,7 @@ def _enough(ids, window):
     if len(ids) < window:
         raise InputError(f"{len(ids)} tokens do not fill one window of {window}: give more text, or smaller windows")
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #3969d647
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #eb5b25cc
 def sliding(
     ids: Sequence[int],
     window: int,
@@ -124,7 +124,7 @@ def rolling(
         plan.append((ids[max(0, end - window):end + 1], end - done))
     return plan
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #1b899020
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #46308061
 @dataclass(frozen=True)
 class Damage:
     "What became of the prediction at every place of a text, in its order."
@@ -153,7 +153,7 @@ class Damage:
         low, high = self.kl.sort().values[[int(at), min(int(at) + 1, len(self.kl) - 1)]].tolist()
         return low + (at - int(at)) * (high - low)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #7800687d
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #704966a8
 @torch.inference_mode()
 def predict(decoder: Decoder, tokens: Tensor) -> Tensor:    # (B, T) int64 -> (B, T - 1, V)
     "The logits of every token that has one before it. Raises InputError."
@@ -179,7 +179,7 @@ def _compared(want, got, come):                                     # (T, V) twi
     came = lambda logp: logp.gather(-1, come.to(logp.device)[:, None])[:, 0]
     return (p.exp() * (p - q)).sum(-1), want.argmax(-1) == got.argmax(-1), came(p), came(q)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #0585142f
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #cbeaa9bf
 @dataclass(frozen=True)
 class Interval:
     "A mean, and between what it would lie on other text of the same kind."
@@ -204,7 +204,7 @@ def interval(
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
     return Interval(values.double().mean().item(), low, high)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #fe4cb97d
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #45e57d1e
 def joined(weight: Tensor, columns: int) -> Tensor:    # (O, I) -> (O / k, k I)
     "The fewest rows put end to end that make whole groups of `columns`. Raises InputError where rows are left over."
     O, I = weight.shape
@@ -216,7 +216,7 @@ def rounded(
     weight: Tensor,                          # (O, I)
     format: str | Format,
     importance: Tensor | None = None,        # (I,)
-    pack: Callable[[Tensor, Format, Tensor | None], Packed] | None = None,     # None: the format's own
+    pack: Callable[[Tensor, Format, Tensor | None], Packed] | None = None,     # None: its own
 ) -> tuple[Tensor, int]:                     # (O, I) float32; bytes
     "A weight as a format would keep it, whose blocks run on into the next row where a row is no whole number of them."
     format = format_of(format)
@@ -225,7 +225,7 @@ def rounded(
     packed = pack(wide, format, importance) if pack else format.pack(wide, importance)
     return packed.unpack().view(weight.shape), packed.nbytes
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #1a707d74
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #3393ad29
 def replaced(decoder: Decoder, weights: Mapping[str, Tensor]) -> Decoder:       # by name, (O, I)
     "A decoder with other numbers in some of its matrices; the rest is shared."
     def make(name, module):
@@ -245,7 +245,7 @@ def spread_out(
     bits: int = 4,
     seed: int = 0,
 ) -> Decoder:
-    "A twin whose weights lie anywhere within the steps that they were once rounded to (groups with a scale and a minimum)."
+    "A twin whose weights lie anywhere within the steps that they were rounded to once: a scale and a minimum a group."
     g, new = torch.Generator().manual_seed(seed), {}
     for name, matrix in layers(decoder).items():
         w = matrix.dense(torch.float32)
@@ -254,7 +254,7 @@ def spread_out(
         new[name] = (parts + step * (torch.rand(parts.shape, generator=g) - 0.5)).flatten(-2)
     return replaced(decoder, new)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #d5e12f75
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #d9047949
 class _Felt(Matrix):
     "Stands in the place of a matrix; adds up x x^T, each row weighed by how strongly the loss feels the output there."
     def __init__(self, inner: Matrix):
@@ -286,7 +286,7 @@ def felt(
             logp.gather(-1, drawn).sum().backward()                        # tokens that the model itself would say
     return {name: m.gram / m.rows_seen for name, m in found.items()}
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #f78fff1a
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #5dc71380
 Costs = dict[str, dict[str, tuple[int, float]]]      # by matrix, by format: bytes, and the damage that is expected
 
 def quadratic(error: Tensor, gram: Tensor) -> float:       # (O, I), (I, I)
@@ -310,7 +310,7 @@ def costs_of(
             costs[name][format] = nbytes, quadratic(new - weight, grams[name]) / 2
     return costs
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #a98bc0ef
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #a8deba0e
 def search(costs: Costs, budget: int) -> dict[str, str]:       # bytes -> a format for each matrix
     "The formats with the least damage expected within a budget. Raises InputError for one that nothing fits."
     least = sum(min(n for n, _ in options.values()) for options in costs.values())
