@@ -7,7 +7,7 @@ __all__ = ['Plan', 'Costs', 'Score', 'score', 'known', 'finite', 'halves', 'apar
            'compare', 'Interval', 'interval', 'joined', 'rounded', 'replaced', 'layers', 'spread_out', 'felt',
            'quadratic', 'costs_of', 'search', 'size_of']
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #75ebbcf3
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #08e6446c
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, gcd, log
@@ -23,7 +23,7 @@ from .calibration import Inputs
 from .formats import format_of
 from .packing import Format, Packed
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #fd20176e
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #bd774bce
 @dataclass(frozen=True)
 class Score:
     "How surprised a model was by a text, in all."
@@ -43,7 +43,7 @@ def _some(parts) -> int:
     if not parts: raise InputError("there is no text to divide by: give the text that was scored")
     return len(parts)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #ec4526c5
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #77dbc216
 Plan = Sequence[tuple[Tensor, int]]      # windows of tokens, (T,) int64, and how many of each one's last are scored
 
 @torch.inference_mode()
@@ -70,7 +70,7 @@ def finite(logits: Tensor) -> Tensor:
     raise InputError("some logits are NaN or infinite: a damaged model has no perplexity; look for the layer that "
                      "overflows, or run in float32")
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #8c0992f5
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #dc76d427
 def halves(
     ids: Sequence[int],
     window: int,              # T, n_ctx of llama.cpp: 512 unless told otherwise
@@ -95,7 +95,7 @@ def _enough(ids, window):
     if len(ids) < window:
         raise InputError(f"{len(ids)} tokens do not fill one window of {window}: give more text, or smaller windows")
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #4f4923bf
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #ca6ee272
 def sliding(
     ids: Sequence[int],
     window: int,
@@ -124,7 +124,7 @@ def rolling(
         plan.append((ids[max(0, end - window):end + 1], end - done))
     return plan
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #4ad862b2
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #321be7a6
 @dataclass(frozen=True)
 class Damage:
     "What became of the prediction at every place of a text, in its order."
@@ -153,7 +153,7 @@ class Damage:
         low, high = self.kl.sort().values[[int(at), min(int(at) + 1, len(self.kl) - 1)]].tolist()
         return low + (at - int(at)) * (high - low)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #83770f11
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #aae17c28
 @torch.inference_mode()
 def predict(decoder: Decoder, tokens: Tensor) -> Tensor:    # (B, T) int64 -> (B, T - 1, V)
     "The logits of every token that has one before it. Raises InputError."
@@ -179,7 +179,7 @@ def _compared(want, got, come):                                     # (T, V) twi
     came = lambda logp: logp.gather(-1, come.to(logp.device)[:, None])[:, 0]
     return (p.exp() * (p - q)).sum(-1), want.argmax(-1) == got.argmax(-1), came(p), came(q)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #1eb6641f
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #d88401d7
 @dataclass(frozen=True)
 class Interval:
     "A mean, and between what it would lie on other text of the same kind."
@@ -204,7 +204,7 @@ def interval(
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
     return Interval(values.double().mean().item(), low, high)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #811e8205
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #5ffb6937
 def joined(weight: Tensor, columns: int) -> Tensor:    # (O, I) -> (O / k, k I)
     "The fewest rows put end to end that make whole groups of `columns`. Raises InputError where rows are left over."
     O, I = weight.shape
@@ -225,7 +225,7 @@ def rounded(
     packed = pack(wide, format, importance) if pack else format.pack(wide, importance)
     return packed.unpack().view(weight.shape), packed.nbytes
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #785e9a97
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #b402445d
 def replaced(decoder: Decoder, weights: Mapping[str, Tensor]) -> Decoder:       # by name, (O, I)
     "A decoder with other numbers in some of its matrices; the rest is shared."
     def make(name, module):
@@ -254,7 +254,7 @@ def spread_out(
         new[name] = (parts + step * (torch.rand(parts.shape, generator=g) - 0.5)).flatten(-2)
     return replaced(decoder, new)
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #0053edc3
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #0d906985
 class _Felt(Matrix):
     "Stands in the place of a matrix; adds up x x^T, each row weighed by how strongly the loss feels the output there."
     def __init__(self, inner: Matrix):
@@ -286,7 +286,7 @@ def felt(
             logp.gather(-1, drawn).sum().backward()                        # tokens that the model itself would say
     return {name: m.gram / m.rows_seen for name, m in found.items()}
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #c30103b7
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #75bd9a45
 Costs = dict[str, dict[str, tuple[int, float]]]      # by matrix, by format: bytes, and the damage that is expected
 
 def quadratic(error: Tensor, gram: Tensor) -> float:       # (O, I), (I, I)
@@ -310,7 +310,7 @@ def costs_of(
             costs[name][format] = nbytes, quadratic(new - weight, grams[name]) / 2
     return costs
 
-# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #39b92964
+# %% ../../nbs/08_quantization/15_measuring_damage.ipynb #a98aaa43
 def search(costs: Costs, budget: int) -> dict[str, str]:       # bytes -> a format for each matrix
     "The formats with the least damage expected within a budget. Raises InputError for one that nothing fits."
     least = sum(min(n for n, _ in options.values()) for options in costs.values())
