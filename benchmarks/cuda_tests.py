@@ -30,7 +30,7 @@ def main(options):
     import torch
     if not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU here (llm-workbench doctor says why)")
     outcomes = Outcomes()
-    status = pytest.main(["-q", "-m", "cuda", str(TESTS), *options], plugins=[outcomes])
+    status = pytest.main(["-q", "-m", "cuda or triton", str(TESTS), *options], plugins=[outcomes])
     if outcomes.seconds:
         more = {f"tests {what}": len(tests) for what, tests in outcomes.of.items()}
         more |= {what: outcomes.of[what] for what in ("failed", "skipped")}

@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))  # benchmarks/ is part of the checkout, not of the package
@@ -14,12 +17,12 @@ if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))  # benchmarks/ is pa
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU that torch can use")
+    config.addinivalue_line("markers", "triton: Triton kernels, interpreted without a GPU and compiled with one")
     config.addinivalue_line("markers", "slow: takes more than 20 seconds")
 
 
 def pytest_collection_modifyitems(items):
     if not any("cuda" in item.keywords for item in items): return
-    import torch
     if torch.cuda.is_available(): return
     for item in items:
         if "cuda" in item.keywords: item.add_marker(pytest.mark.skip(reason="torch sees no NVIDIA GPU"))
@@ -28,7 +31,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     "Every test runs on at most two torch threads: what continuous integration has, and the same rounding everywhere."
-    import torch
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -48,7 +50,6 @@ def gguf_path() -> Path:
 @pytest.fixture(scope="session")
 def hf_model(gguf_path):
     "The oracle: transformers' own model with the same dequantized weights, fp32."
-    import torch
     from transformers import AutoModelForCausalLM, GgufConfig
     model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32,
                                                  quantization_config=GgufConfig(dequantize=True))
