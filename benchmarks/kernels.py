@@ -3,6 +3,7 @@
     python -m benchmarks.kernels                    # every chapter's cases
     python -m benchmarks.kernels bytes reductions   # some
     python -m benchmarks.kernels bytes --rounds 5
+    python -m benchmarks.kernels --dry              # every function once, a process a chapter: compiles all at a time
 
 A chapter's cases are in benchmarks/gpu/<chapter>.py: `cases()` yields a `Case`. Peers of a case take turns, each from a
 cold L2 cache, each recorded as a CUDA graph where it can be, so that Python's time is not measured. What is written
@@ -10,6 +11,7 @@ down per peer: every sample, the median with p20 and p80, and the share of the r
 """
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -148,16 +150,38 @@ def run_chapter(name, timer, args):
     return failed
 
 
+def dry(name):
+    "Call every function of a chapter once, so that it is compiled; say what fails."
+    bad = 0
+    for case in import_module(f"benchmarks.gpu.{name}").cases():
+        for peer, run in case.peers.items():
+            try: run(); torch.cuda.synchronize()
+            except Exception as e:
+                bad += peer.startswith("ours")
+                print(f"{name}: {case.label}: {peer}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+    return bad
+
+
+def dry_together(chapters):
+    "The same for several chapters at a time, each in a process of its own."
+    command = [sys.executable, "-m", "benchmarks.kernels", "--dry"]
+    running = [subprocess.Popen([*command, name]) for name in chapters]
+    sys.exit(sum(process.wait() != 0 for process in running))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", help=f"of {', '.join(CHAPTERS)}")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.4, help="for a case, about")
+    parser.add_argument("--dry", action="store_true", help="call every function once; nothing is measured")
     args = parser.parse_args()
+    chapters = args.chapters or [c for c in CHAPTERS if c != "reading"]
     if not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU here (llm-workbench doctor says why)")
     torch.manual_seed(0)
     timer, failed = Timer(), []
-    for name in args.chapters or [c for c in CHAPTERS if c != "reading"]:
+    if args.dry: dry_together(chapters) if len(chapters) > 1 else sys.exit(dry(chapters[0]))
+    for name in chapters:
         try: failed += run_chapter(name, timer, args)
         except Exception as e:
             failed.append(f"{name}: {type(e).__name__}: {e}")
