@@ -50,7 +50,9 @@ class Recorded:
         made = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(made): self.kept = run()
-        except Exception as e: print(f"    (not recorded: {type(e).__name__}: {str(e).splitlines()[0][:100]})"); torch.cuda.synchronize()
+        except Exception as e:
+            print(f"    (not recorded: {type(e).__name__}: {str(e).splitlines()[0][:100]})")
+            torch.cuda.synchronize()
         else: self.run, self.graph = made.replay, made
 
 
@@ -110,7 +112,8 @@ def summary(case, samples, limits) -> dict:
     share = {name: {roof: amount.get(roof, case.flops) / m / statistics.median(limits[roof])
                     for roof in {case.roof, *(g for g in case.goals if g in limits)}} for name, m in middle.items()}
     faster = {name: m / middle["ours"] for name, m in middle.items() if name != "ours"}
-    reached = {g: {"goal": goal, "reached": share["ours"][g] if g in limits else faster.get(g)} for g, goal in case.goals.items()}
+    came = lambda g: share["ours"][g] if g in limits else faster.get(g)
+    reached = {g: {"goal": goal, "reached": came(g)} for g, goal in case.goals.items()}
     return dict(nbytes=case.nbytes, flops=case.flops, roof=case.roof, seconds={
         name: dict(median=middle[name], p20=percentile(v, 0.2), p80=percentile(v, 0.8)) for name, v in samples.items()},
         share_of_roof=share, ours_times_as_fast_as=faster, goals=reached, **case.more)
@@ -122,8 +125,8 @@ def show(label, found):
     against = "  ".join(f"{name} {x:.2f}x" for name, x in found["ours_times_as_fast_as"].items())
     missed = " ".join(f"MISSED {g} {r['reached']} of {r['goal']}" for g, r in found["goals"].items()
                       if r["reached"] is None or r["reached"] < r["goal"])
-    print(f"  {label:52} {found['seconds']['ours']['median'] * 1e6:9.1f} us  {found['share_of_roof']['ours'][roof]:.3f} of {roof}"
-          f"   {against}  {missed}", flush=True)
+    took, share = found["seconds"]["ours"]["median"] * 1e6, found["share_of_roof"]["ours"][roof]
+    print(f"  {label:52} {took:9.1f} us  {share:.3f} of {roof}   {against}  {missed}", flush=True)
 
 
 def run_chapter(name, timer, args):

@@ -386,7 +386,7 @@ class GGUFFile:
         return rows.view(PLAIN[t.type]).reshape(t.shape) if t.type in PLAIN else rows
 
     def release(self, name: str) -> None:
-        "Give back the mapped pages of a tensor and around it; they are fetched again if needed, without what was written into them."
+        "Give back the mapped pages of a tensor and around it: fetched again if needed, without what was written there."
         t = self.info(name)
         start, stop = self.data_start + t.offset, self.data_start + t.offset + t.nbytes
         first = max(0, start // mmap.PAGESIZE - AROUND) * mmap.PAGESIZE
