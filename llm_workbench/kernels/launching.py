@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NARROW', 'COUNTED', 'TOOLS', 'RUN', 'triton_or_reason', 'interpreting', 'mend_interpreter', 'add_kernel', 'need',
-           'runnable', 'add', 'Launch', 'used', 'resources']
+           'runnable', 'add', 'seen_by_torch', 'Launch', 'used', 'resources']
 
 # %% ../../nbs/09_kernels/04_launching.ipynb #e2bc3a4d
 import json
@@ -113,6 +113,12 @@ def add(x: Tensor,      # (N,) of any dtype that torch adds
     out = torch.empty_like(x)
     add_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, out, x.numel(), BLOCK=1024)
     return out
+
+# %% ../../nbs/09_kernels/04_launching.ipynb #77583810
+def seen_by_torch(*tensors: Tensor | None) -> bool:
+    "Must a call go through torch, because a gradient is wanted or torch is compiling?"
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted or torch.compiler.is_compiling()
 
 # %% ../../nbs/09_kernels/04_launching.ipynb #a54dc820
 @dataclass(frozen=True)
