@@ -120,13 +120,13 @@ def seen_by_torch(*tensors: Tensor | None) -> bool:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return wanted or torch.compiler.is_compiling()
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #a54dc820
+# %% ../../nbs/09_kernels/04_launching.ipynb #890fad6d
 @dataclass(frozen=True)
 class Launch:
     "One way in which a kernel is called."
     kernel: str                                   # "module:name"
     types: Sequence[str]                          # of all arguments but the constants: "*bf16", "i32", "i32:16", "fp32"
-    constants: dict = field(default_factory=dict) # the tl.constexpr arguments
+    constants: dict = field(default_factory=dict) # the tl.constexpr arguments; a type by its name, "fp32"
     num_warps: int = 4
     num_stages: int = 3
     label: str = ""                               # how the table calls it
@@ -134,7 +134,7 @@ class Launch:
 COUNTED = dict(wgmma=r"wgmma\.mma_async", tma=r"cp\.async\.bulk\.tensor", cp_async=r"cp\.async\.c[ag]",
                wide_loads=r"ld\.global[^;]*\.v(4\.b32|2\.b64|8\.b32)", atomics=r"\b(atom|red)\.")       # in PTX
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #bb74e623
+# %% ../../nbs/09_kernels/04_launching.ipynb #d22b3147
 def _signature(kernel, launch: Launch):
     "What triton.compile wants to know: types and known divisors by position."
     names = [p.name for p in kernel.params]
@@ -153,7 +153,9 @@ def _compile(launch: Launch) -> dict:
     module, _, name = launch.kernel.partition(":")
     kernel = getattr(import_module(module), name)
     signature, divisible = _signature(kernel, launch)
-    source = ASTSource(kernel, signature, constexprs=dict(launch.constants), attrs=divisible)
+    types = {t.name: t for t in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}     # "fp32" stands for tl.float32
+    constants = {name: types.get(value, value) for name, value in launch.constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                           options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages))
     counts = {what: len(re.findall(pattern, made.asm["ptx"])) for what, pattern in COUNTED.items()}
