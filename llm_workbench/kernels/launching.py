@@ -25,15 +25,17 @@ from torch import Tensor
 import llm_workbench as pkg
 from ..errors import InputError, UnsupportedError
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #b56e06a6
+# %% ../../nbs/09_kernels/04_launching.ipynb #c3a1dd56
 def triton_or_reason() -> str | None:
     "Import Triton for this machine: compiled with a GPU, interpreted without. None, or why that cannot be."
-    if "triton" not in sys.modules and not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
-    try: import triton.language as tl
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        if "triton" in sys.modules:
+            return ("Triton was imported before it could be told to interpret: import llm_workbench.kernels.launching "
+                    "first, or set TRITON_INTERPRET=1 before Python starts")
+        os.environ["TRITON_INTERPRET"] = "1"
+    try: import triton.language
     except ImportError as e:
         return f"Triton is not here ({e}): on Linux, pip install triton==3.6.0; elsewhere there is none"
-    if not torch.cuda.is_available() and interpreting() and not hasattr(tl.sum, "rewrite"):
-        return "Triton was imported before TRITON_INTERPRET was set: set TRITON_INTERPRET=1 before Python starts"
 
 def interpreting() -> bool:
     "Are kernels run by the interpreter in this process?"
