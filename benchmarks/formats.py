@@ -9,8 +9,10 @@ and the head are packed; the dense decoder in fp32 and bf16 is measured beside t
 read is unpacked for every token by plain torch.
 """
 import argparse
+import os
 import statistics
 import time
+from functools import cache
 
 import torch
 
@@ -29,9 +31,12 @@ SHAPE = dict(vocab_size=32768, hidden_size=768, intermediate_size=2048, num_hidd
 ROWS, AFTER = 8, 64             # rows that are packed; tokens in the cache
 
 
-def repeated(name, module, format):
+def repeated(name, module, format): return rows_again(tuple(shape_of(module)), format)
+
+
+@cache
+def rows_again(shape, format):
     "A matrix of this shape whose rows are a few packed ones, over and over."
-    shape = tuple(shape_of(module))
     if not format.by_rows(shape): return format.pack(torch.randn(shape) * 0.02)
     needs = isinstance(format, BlockFormat) and needs_importance(format.block.name)
     few = format.pack(torch.randn(ROWS, shape[-1]) * 0.02, torch.ones(shape[-1]) if needs else None)
@@ -72,6 +77,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    os.environ.setdefault("IN_TEST", "1")                              # no progress bars between the lines
     dense = Decoder(ModelConfig(**SHAPE), fused_cpu.CPU).eval().requires_grad_(False)
     always = {"fp32": Peer(dense), "bf16": Peer(Decoder(ModelConfig(**SHAPE), fused_cpu.CPU).bfloat16().eval())}
     bandwidth = [read_bandwidth() / 1e9 for _ in range(3)]
