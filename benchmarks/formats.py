@@ -12,7 +12,7 @@ import argparse
 import os
 import statistics
 import time
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -31,10 +31,13 @@ SHAPE = dict(vocab_size=32768, hidden_size=768, intermediate_size=2048, num_hidd
 ROWS, AFTER = 8, 64             # rows that are packed; tokens in the cache
 
 
-def repeated(name, module, format): return rows_again(tuple(shape_of(module)), format)
+def repeated(name, module, format):
+    "A matrix in memory of its own: shared ones would stay in the processor's caches."
+    one = rows_again(tuple(shape_of(module)), format)
+    return Packed(format, one.shape, {n: t.clone() for n, t in one.tensors.items()})
 
 
-@cache
+@lru_cache(maxsize=8)
 def rows_again(shape, format):
     "A matrix of this shape whose rows are a few packed ones, over and over."
     if not format.by_rows(shape): return format.pack(torch.randn(shape) * 0.02)
