@@ -74,7 +74,7 @@ def test_routings_that_hurt(name):
     for way in ("tall", "low"): agrees((x, gate_up, down, chosen, weights), SMALL[way])
 
 
-def sorts(N=700, E=6, k=3, block_m=16):
+def sorts(N=300, E=6, k=3, block_m=16):
     chosen = randn(N, E).topk(k, -1).indices
     with guarded(module): plan = sort_by_expert(chosen, E, block_m)
     flat, count = chosen.flatten(), chosen.flatten().bincount(minlength=E)
@@ -89,7 +89,7 @@ def sorts(N=700, E=6, k=3, block_m=16):
     assert torch.equal(plan.rows[plan.place.long()].long(), torch.arange(len(flat), device=DEVICE) // k), "tokens"
 
 
-@pytest.mark.parametrize("N,E,k,block_m", [(700, 6, 3, 16), (1, 1, 1, 16), (33, 40, 2, 64), (1700, 100, 3, 64)])
+@pytest.mark.parametrize("N,E,k,block_m", [(300, 6, 3, 16), (1, 1, 1, 16), (33, 40, 2, 64), (1400, 100, 3, 64)])
 def test_sorting(N, E, k, block_m):
     sorts(N, E, k, block_m)
 
@@ -229,8 +229,8 @@ def test_wrong_variants_are_rejected(mistake, monkeypatch, tmp_path):
 # --- what the compiler makes of it -----------------------------------------------------------------------------------
 
 def test_compiled_for_sm_90():
-    launches = [each for m in CONFIGS[2] for each in compiled_as(CONFIGS[2][m], torch.bfloat16)]
-    launches += compiled_as(CONFIGS[2][128], torch.float16) + [each for m in CONFIGS[4] for each in compiled_as(CONFIGS[4][m], torch.float32)]
+    launches = [each for m in (16, 128) for each in compiled_as(CONFIGS[2][m], torch.bfloat16)]
+    launches += compiled_as(CONFIGS[4][16], torch.float32)
     table = resources(*launches)
     assert (table["stack"] == 0).all() and (table.spills == 0).all(), table
     assert (table.shared <= 227 * 1024).all() and (table.tma > 0).all(), table
