@@ -53,12 +53,12 @@ def matmul_kernel(x_ptr, w_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, out_ptr, M, 
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #79181a09
+# %% ../../nbs/09_kernels/07_matmul.ipynb #f469e30d
 @triton.jit
-def matmul_tma_kernel(x_desc, w_desc, out_desc, bias_ptr, x_scale_ptr, w_scale_ptr, M, N, K, stride_xs, stride_ws,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                      X_T: tl.constexpr, W_T: tl.constexpr, SPLIT: tl.constexpr, SPECIALIZE: tl.constexpr,
-                      EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def matmul_tma_kernel(x_desc, w_desc, out_desc, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, M, N, K, stride_om,
+                      stride_xs, stride_ws, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      GROUP: tl.constexpr, X_T: tl.constexpr, W_T: tl.constexpr, SPLIT: tl.constexpr,
+                      SPECIALIZE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=not SPECIALIZE,
@@ -78,7 +78,10 @@ def matmul_tma_kernel(x_desc, w_desc, out_desc, bias_ptr, x_scale_ptr, w_scale_p
             acc *= tl.load(x_scale_ptr + rows * stride_xs, mask=rows < M, other=0.0)[:, None]
             acc *= tl.load(w_scale_ptr + cols * stride_ws, mask=cols < N, other=0.0)[None, :]
         if bias_ptr is not None: acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-        if SPLIT == 1: out_desc.store([row, col], acc.to(out_desc.dtype))
+        if SPECIALIZE:                                                   # two groups of warps with half of the rows each
+            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        elif SPLIT == 1: out_desc.store([row, col], acc.to(out_desc.dtype))
         else:                                                            # half the shared memory for the way out
             left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             out_desc.store([row, col], left.to(out_desc.dtype))
@@ -106,14 +109,14 @@ def few_kernel(x_ptr, w_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn, s
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #7adbfdc4
+# %% ../../nbs/09_kernels/07_matmul.ipynb #b134a5f9
 @dataclass(frozen=True)
 class Config:
     "How a product is cut into tiles."
     m: int                     # BLOCK_M, rows of x in a tile; 1 or 16 with how="few"
     n: int                     # BLOCK_N, rows of w
     k: int                     # BLOCK_K, length of one step
-    warps: int = 8
+    warps: int = 8             # 4 with specialize: four that load, and two times four that multiply
     stages: int = 3            # steps whose loads are in flight
     group: int = 8             # rows of tiles that are walked through together
     split: int = 1             # pieces in which a tile is written
@@ -183,7 +186,7 @@ def matmul(x: Tensor,                        # (..., K)
         LAUNCH[config.how](flat, w, None if bias is None else bias.contiguous(), scales, out, config, precision)
     return out.view(*x.shape[:-1], N)
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #42c2541d
+# %% ../../nbs/09_kernels/07_matmul.ipynb #d0e92ab5
 def _check(x, w, bias, x_scale, w_scale, precision):
     "Raise InputError unless `matmul` takes that."
     need(x.dtype in TYPES and w.dtype == x.dtype, "matmul", f"float64, float32, float16, bfloat16 or float8_e4m3fn, both "
@@ -223,7 +226,7 @@ def _by_descriptors(x, w, bias, scales, out, config, precision):
     programs = tiles if c.how == "tiles" else min(tiles, multiprocessors(x.device) * c.per_sm)
     pointers, strides = _arguments(bias, scales)
     matmul_tma_kernel[(programs,)](
-        x_desc, w_desc, describe(out, c.m, c.n // c.split), *pointers, M, N, K, *strides, BLOCK_M=c.m, BLOCK_N=c.n,
+        x_desc, w_desc, None if c.specialize else describe(out, c.m, c.n // c.split), out, *pointers, M, N, K, out.stride(0), *strides, BLOCK_M=c.m, BLOCK_N=c.n,
         BLOCK_K=c.k, GROUP=c.group, X_T=X_T, W_T=W_T, SPLIT=c.split, SPECIALIZE=c.specialize, EXACT=c.exact,
         PRECISION=precision, WIDE=x.dtype == torch.float64, num_warps=c.warps, num_stages=c.stages)
 
@@ -283,7 +286,7 @@ def float8(x: Tensor,           # (M, K)
     scale = most.float().clamp(min=1e-12) / torch.finfo(FLOAT8).max
     return (x.float() / scale).clamp(-448, 448).to(FLOAT8), scale
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #5eab4575
+# %% ../../nbs/09_kernels/07_matmul.ipynb #3ce860c9
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FLOAT8: "fp8e4nv"}
 
 def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=False, scaled=False, precision="ieee", label="") -> Launch:
@@ -302,6 +305,7 @@ def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=F
         constants |= dict(stride_xk=1, stride_wk=1, stride_xs=1, stride_ws=1, GROUP=c.group)
     else:
         name, types = "matmul_tma_kernel", [block(c.k, c.m) if x_t else block(c.m, c.k), block(c.k, c.n) if w_t else block(c.n, c.k),
-                                            block(c.m, c.n // c.split, o), *types, *sizes]
+                                            block(c.m, c.n // c.split, o), f"*{o}", *types, *sizes, "i32:16"]
+        if c.specialize: constants |= dict(out_desc=None); del types[2]
         constants |= dict(stride_xs=1, stride_ws=1, GROUP=c.group, X_T=x_t, W_T=w_t, SPLIT=c.split, SPECIALIZE=c.specialize, EXACT=c.exact)
     return Launch(f"{__name__}:{name}", types, constants, c.warps, c.stages, label or f"{t} {c.how} {c.m}x{c.n}x{c.k}")
