@@ -27,7 +27,7 @@ SMALL = {"tall": MoEConfig(Tiles(64, 16, 32, 4, 2, flatten=False), Tiles(64, 32,
          "specialized": MoEConfig(*[Tiles(128, 64, 64, 4, 2, flatten=False, specialize=True)] * 2),
          "low": MoEConfig(Tiles(16, 32, 32, 4, 2, flatten=False), Tiles(16, 64, 32, 4, 2))}
 
-if DEVICE == "cuda" and "moe" not in specialized().split(): del SMALL["specialized"]        # test_gpu_matmul says why
+if DEVICE == "cuda" and "moe" not in specialized().splitlines(): del SMALL["specialized"]        # test_gpu_matmul says why
 
 
 def block(N=20, E=5, k=2, C=72, F=40, dtype=torch.float32, seed=0, chosen=None):
