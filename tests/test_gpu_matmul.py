@@ -151,7 +151,7 @@ def test_gradients_in_float64():
     for t in args: t.requires_grad_()
     assert torch.autograd.gradcheck(matmul_op, args)
     assert torch.autograd.gradcheck(lambda x, w: matmul_op(x, w), args[:2])
-    assert torch.autograd.gradgradcheck(lambda x, w: matmul_op(x, w), [t.detach()[:1].clone().requires_grad_() for t in args[:2]])
+    assert torch.autograd.gradgradcheck(lambda x, w: matmul_op(x, w), [t.detach()[:1].clone().requires_grad_() for t in args[:2]], fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,7 +173,7 @@ def test_only_the_gradients_that_are_wanted():
 
 def test_opcheck():
     x, w, bias = randn(2, 20, 16), randn(24, 16, seed=1), randn(24, seed=2)
-    for args in ((x, w, bias), (x, w), (x.requires_grad_(), w.requires_grad_(), bias)): torch.library.opcheck(matmul_op, args)
+    for args in ((x, w), (x.requires_grad_(), w.requires_grad_(), bias)): torch.library.opcheck(matmul_op, args)
 
 
 def test_inside_compile():

@@ -13,13 +13,14 @@ from kernel_checks import DEVICE, DTYPES, as_accurate, guarded, randn, rejects
 from llm_workbench.architecture.matrices import Stack
 from llm_workbench.architecture.moe import clamped_swiglu
 from llm_workbench.architecture.moe import moe as plain_moe
+from llm_workbench.architecture.moe import route as plain_route
 from llm_workbench.architecture.norms_and_mlps import swiglu
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.errors import InputError
 from llm_workbench.kernels import moe as module
 from llm_workbench.kernels.launching import resources
 from llm_workbench.kernels.moe import (CONFIGS, MoEConfig, Tiles, compiled_as, experts, moe, moe_op, plain_experts,
-                                       sort_by_expert, why_plain)
+                                       route, sort_by_expert, why_plain)
 
 pytestmark = pytest.mark.triton
 SMALL = {"tall": MoEConfig(Tiles(64, 16, 32, 4, 2, flatten=False), Tiles(64, 32, 32, 4, 2)),
@@ -44,6 +45,39 @@ def agrees(args, config=None):
     with guarded(module): got = experts(*args, config)
     return as_accurate(got, want, plain_experts(*args))
 
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+def routes(logits, k, **options):
+    want, weights = plain_route(logits.double(), k, **{n: o.double() if n == "bias" and o is not None else o for n, o in options.items()})
+    with guarded(module): got, mine = route(logits, k, **options)
+    assert torch.equal(got, want), "other experts"
+    return as_accurate(mine, weights, plain_route(logits, k, **options)[1])
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("N,E,k", [(7, 5, 2), (3, 128, 8), (1, 1, 1), (4, 60, 4)])
+def test_routing(N, E, k, score, normalise):
+    logits = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i)) for i in range(N)]).to(DEVICE) * 0.1
+    for dtype in (torch.float32, torch.bfloat16) if E < 100 else (torch.float32,):
+        routes(logits.to(dtype), k, score=score, normalise=normalise)
+    if E > 1: routes(logits, k, score=score, bias=randn(E), scale=2.5)
+
+
+def test_routing_at_the_edges():
+    logits = randn(5, 6)
+    assert torch.equal(route(torch.zeros(2, 6, device=DEVICE), 3)[0], torch.arange(3, device=DEVICE).expand(2, 3))    # of equals the first
+    routes(logits * 1e4, 1)
+    routes(logits * 10, 2)
+    routes(torch.full((9, 12), 7.0, device=DEVICE)[::2, 1:7] + logits, 3)
+    assert route(logits - 200, 2, score="sigmoid", scale=3.0)[1].eq(0).all()   # all scores underflow: zero, and no NaN
+    assert route(logits[:0], 2)[0].shape == (0, 2)
+    for bad in (dict(top_k=7), dict(top_k=0), dict(top_k=2, score="tanh"), dict(top_k=2, bias=randn(5))):
+        with pytest.raises(InputError): route(logits, **bad)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", SMALL)
@@ -212,6 +246,8 @@ WRONG = {
     "gate and up exchanged": ("gate_up_kernel", "(-gate)) * up)", "(-up)) * up)", "tall"),
     "the first expert for all": ("down_kernel", "tl.load(expert_ptr + m) * C", "tl.load(expert_ptr) * C", "tall"),
     "slots instead of tokens": ("gate_up_kernel", "token[:, None] * stride_x", "(token[:, None] // 2) * stride_x", "low"),
+    "the same expert again": ("route_kernel", "tl.where(mine, float(\"-inf\"), ranking)", "ranking", "route"),
+    "the bias in the weights": ("route_kernel", "tl.where(mine, scores, 0.0)", "tl.where(mine, ranking, 0.0)", "route"),
     "unweighted": ("combine_kernel", "total += weight *", "total += ", "low"),
     "weights of the first expert": ("combine_kernel", "+ j * stride_wk", "+ 0 * stride_wk", "low"),
 }
@@ -228,7 +264,8 @@ def test_wrong_variants_are_rejected(mistake, monkeypatch, tmp_path):
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     monkeypatch.setattr(module, name, getattr(made, name))
-    assert rejects(sorts) if way == "sorts" else rejects(agrees, block(40), SMALL[way])
+    if way == "route": assert rejects(routes, randn(5, 6), 3, bias=randn(6, seed=1))
+    else: assert rejects(sorts) if way == "sorts" else rejects(agrees, block(40), SMALL[way])
 
 
 # --- what the compiler makes of it -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from benchmarks.gpu.matmul import without_hanging
 from benchmarks.kernels import Case
 from llm_workbench.architecture.matrices import Stack
 from llm_workbench.architecture.moe import moe as plain_moe
+from llm_workbench.architecture.moe import route as plain_route
 from llm_workbench.architecture.norms_and_mlps import swiglu
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.kernels import moe as module
@@ -77,6 +78,14 @@ def parts(T, E, k, C, F):
                 roof="bf16" if T > 1000 else "read")
 
 
+def routing(T, E, k):
+    "Softmax, choice and weights."
+    torch.manual_seed(0)
+    logits = torch.randn(T, E, device="cuda", dtype=BF16)
+    return Case(f"routing T {T}, E {E} k {k}", {"ours": lambda: module.route(logits, k), "torch": lambda: plain_route(logits, k)},
+                nbytes=T * (2 * E + 12 * k), goals={"torch": 2.0})
+
+
 QWEN3 = dict(E=128, k=8, C=2048, F=768)          # Qwen3-30B-A3B
 MIXTRAL = dict(E=8, k=2, C=4096, F=14336)
 
@@ -86,6 +95,8 @@ def cases():
     yield whole(64, **QWEN3, others=DECODE, goals={"grouped_mm": 1.5, "read": 0.80})
     yield parts(32768, **QWEN3)
     yield parts(64, **QWEN3)
+    yield routing(64, 128, 8)
+    yield routing(32768, 128, 8)
     yield whole(1, **QWEN3, others={}, goals={"grouped_mm": 1.0})
     yield whole(1024, **QWEN3, others={}, goals={"grouped_mm": 1.5})
     yield whole(8192, **MIXTRAL, others={}, goals={"grouped_mm": 1.2})
