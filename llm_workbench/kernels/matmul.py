@@ -53,7 +53,7 @@ def matmul_kernel(x_ptr, w_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, out_ptr, M, 
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #f469e30d
+# %% ../../nbs/09_kernels/07_matmul.ipynb #73ae851e
 @triton.jit
 def matmul_tma_kernel(x_desc, w_desc, out_desc, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, M, N, K, stride_om,
                       stride_xs, stride_ws, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -78,7 +78,7 @@ def matmul_tma_kernel(x_desc, w_desc, out_desc, out_ptr, bias_ptr, x_scale_ptr, 
             acc *= tl.load(x_scale_ptr + rows * stride_xs, mask=rows < M, other=0.0)[:, None]
             acc *= tl.load(w_scale_ptr + cols * stride_ws, mask=cols < N, other=0.0)[None, :]
         if bias_ptr is not None: acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-        if SPECIALIZE:                                                   # two groups of warps with half of the rows each
+        if SPECIALIZE:                                                   # each of two groups of warps has half the rows
             out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
             tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
         elif SPLIT == 1: out_desc.store([row, col], acc.to(out_desc.dtype))
@@ -134,7 +134,7 @@ CONFIGS = dict(                # by bytes of a number
     pointers={1: Config(128, 128, 64, stages=4, how="pointers"), 2: Config(128, 128, 64, stages=3, how="pointers"),
               4: Config(64, 64, 32, warps=4, how="pointers"), 8: Config(32, 32, 16, warps=4, how="pointers")})
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #f2fa72c8
+# %% ../../nbs/09_kernels/07_matmul.ipynb #1ba4a9b3
 @cache
 def multiprocessors(device: torch.device) -> int:
     "How many programs run at once; three where kernels are interpreted."
@@ -155,9 +155,10 @@ def choose(M: int, N: int, x: Tensor, w: Tensor, device: torch.device, precision
     wide = size == 8 or size == 4 and precision == "ieee"
     if wide or not (stored(x) and stored(w) and N * size % 16 == 0): return CONFIGS["pointers"][size]
     large = CONFIGS["large"][size]
-    return large if triton.cdiv(M, large.m) * triton.cdiv(N, large.n) >= multiprocessors(device) else CONFIGS["small"][size]
+    fills = triton.cdiv(M, large.m) * triton.cdiv(N, large.n) >= multiprocessors(device)
+    return large if fills else CONFIGS["small"][size]
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #6b9d9964
+# %% ../../nbs/09_kernels/07_matmul.ipynb #ec345984
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
          torch.float8_e4m3fn: tl.float8e4nv}
 FLOAT8 = torch.float8_e4m3fn
@@ -169,7 +170,7 @@ def matmul(x: Tensor,                        # (..., K)
            x_scale: Tensor | None = None,    # float8: one number, or one for each row of x
            w_scale: Tensor | None = None,    # float8: one number, or one for each row of w
            out_dtype: torch.dtype | None = None,  # None: that of x; bfloat16 for float8
-           precision: str | None = None,     # of float32: "ieee", or "tf32" for tensor cores and 10 bits; None: as torch is set
+           precision: str | None = None,     # of float32: "ieee", or "tf32" (10 bits, fast); None: as torch is set
            config: Config | None = None,     # None: chosen by shape and layout
           ) -> Tensor:                       # (..., N)
     "x @ w.T + bias, summed in float32. Raises InputError for what the kernels do not take."
@@ -186,18 +187,19 @@ def matmul(x: Tensor,                        # (..., K)
         LAUNCH[config.how](flat, w, None if bias is None else bias.contiguous(), scales, out, config, precision)
     return out.view(*x.shape[:-1], N)
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #d0e92ab5
+# %% ../../nbs/09_kernels/07_matmul.ipynb #3d8d5961
 def _check(x, w, bias, x_scale, w_scale, precision):
     "Raise InputError unless `matmul` takes that."
-    need(x.dtype in TYPES and w.dtype == x.dtype, "matmul", f"float64, float32, float16, bfloat16 or float8_e4m3fn, both "
-         f"sides alike, not {x.dtype} and {w.dtype}")
+    need(x.dtype in TYPES and w.dtype == x.dtype, "matmul", "float64, float32, float16, bfloat16 or float8_e4m3fn, "
+         f"both sides alike, not {x.dtype} and {w.dtype}")
     need(x.dim() > 0 and w.dim() == 2 and x.shape[-1] == w.shape[1], "matmul",
          f"x (..., K) and w (N, K), not {tuple(x.shape)} and {tuple(w.shape)}")
     need(bias is None or bias.shape == w.shape[:1], "matmul", f"a bias of shape ({len(w)},)")
     need(precision in (None, "ieee", "tf32"), "matmul", f"precision 'ieee' or 'tf32', not {precision!r}")
     need((x_scale is None) == (w_scale is None) and (x.dtype == FLOAT8 or x_scale is None), "matmul",
          "scales for both sides or none, and only with float8")
-    for name, scale, n in () if x_scale is None else (("x", x_scale, x.numel() // max(1, x.shape[-1])), ("w", w_scale, len(w))):
+    rows = dict(x=(x_scale, x.shape[:-1].numel()), w=(w_scale, len(w)))
+    for name, (scale, n) in rows.items() if x_scale is not None else ():
         need(scale.dtype == torch.float32 and scale.numel() in (1, n), "matmul",
              f"{name}_scale as float32, one or {n} numbers, not {scale.dtype} {tuple(scale.shape)}")
 
@@ -207,12 +209,18 @@ def _arguments(bias, scales):
     strides = (0, 0) if scales is None else tuple(int(s.numel() > 1) for s in scales)
     return (bias, x_scale, w_scale), strides
 
+def _tiles(config: Config, x, precision):
+    "What all kernels want to know of a configuration."
+    c = config
+    return dict(BLOCK_M=c.m, BLOCK_N=c.n, BLOCK_K=c.k, PRECISION=precision, WIDE=x.dtype == torch.float64,
+                num_warps=c.warps, num_stages=c.stages)
+
 def _by_pointers(x, w, bias, scales, out, config, precision):
     c, (M, K), N = config, x.shape, len(w)
     pointers, strides = _arguments(bias, scales)
     matmul_kernel[(triton.cdiv(M, c.m) * triton.cdiv(N, c.n),)](
-        x, w, *pointers, out, M, N, K, *x.stride(), *w.stride(), out.stride(0), *strides, BLOCK_M=c.m, BLOCK_N=c.n,
-        BLOCK_K=c.k, GROUP=c.group, PRECISION=precision, WIDE=x.dtype == torch.float64, num_warps=c.warps, num_stages=c.stages)
+        x, w, *pointers, out, M, N, K, *x.stride(), *w.stride(), out.stride(0), *strides, GROUP=c.group,
+        **_tiles(c, x, precision))
 
 def _by_descriptors(x, w, bias, scales, out, config, precision):
     c, (M, K), N = config, x.shape, len(w)
@@ -222,21 +230,20 @@ def _by_descriptors(x, w, bias, scales, out, config, precision):
     describe = lambda t, rows, cols: TensorDescriptor.from_tensor(t, [rows, cols])
     x_desc = describe(x, c.k, c.m) if X_T else describe(x, c.m, c.k)
     w_desc = describe(w, c.k, c.n) if W_T else describe(w, c.n, c.k)
+    out_desc = None if c.specialize else describe(out, c.m, c.n // c.split)
     tiles = triton.cdiv(M, c.m) * triton.cdiv(N, c.n)
     programs = tiles if c.how == "tiles" else min(tiles, multiprocessors(x.device) * c.per_sm)
     pointers, strides = _arguments(bias, scales)
     matmul_tma_kernel[(programs,)](
-        x_desc, w_desc, None if c.specialize else describe(out, c.m, c.n // c.split), out, *pointers, M, N, K, out.stride(0), *strides, BLOCK_M=c.m, BLOCK_N=c.n,
-        BLOCK_K=c.k, GROUP=c.group, X_T=X_T, W_T=W_T, SPLIT=c.split, SPECIALIZE=c.specialize, EXACT=c.exact,
-        PRECISION=precision, WIDE=x.dtype == torch.float64, num_warps=c.warps, num_stages=c.stages)
+        x_desc, w_desc, out_desc, out, *pointers, M, N, K, out.stride(0), *strides, GROUP=c.group, X_T=X_T, W_T=W_T,
+        SPLIT=c.split, SPECIALIZE=c.specialize, EXACT=c.exact, **_tiles(c, x, precision))
 
 def _by_rows(x, w, bias, scales, out, config, precision):
     c, (M, K), N = config, x.shape, len(w)
     need(M <= c.m and x.stride(1) == w.stride(1) == 1 and scales is None, "matmul of few rows",
          f"at most {c.m} rows, both sides with numbers of a row beside each other, no scales")
     few_kernel[(triton.cdiv(N, c.n),)](
-        x, w, bias, out, M, N, K, x.stride(0), w.stride(0), out.stride(0), BLOCK_M=c.m, BLOCK_N=c.n, BLOCK_K=c.k,
-        PRECISION=precision, WIDE=x.dtype == torch.float64, num_warps=c.warps, num_stages=c.stages)
+        x, w, bias, out, M, N, K, x.stride(0), w.stride(0), out.stride(0), **_tiles(c, x, precision))
 
 LAUNCH = dict(pointers=_by_pointers, tiles=_by_descriptors, persistent=_by_descriptors, few=_by_rows)
 
@@ -269,8 +276,11 @@ def _backward(ctx, grad):
 
 matmul_op.register_autograd(_backward, setup_context=_keep)
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #0dd94796
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:   # (..., in), (out, in), (out,) -> (..., out)
+# %% ../../nbs/09_kernels/07_matmul.ipynb #ed6a2b20
+def linear(x: Tensor,                   # (..., in)
+           weight: Tensor,              # (out, in)
+           bias: Tensor | None = None,  # (out,)
+          ) -> Tensor:                  # (..., out)
     "`Ops.linear` by these kernels. float32 is exact unless `torch.set_float32_matmul_precision` allows TF32."
     taught = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if taught or torch.compiler.is_compiling() or not (x.is_cuda or interpreting()):
@@ -286,26 +296,29 @@ def float8(x: Tensor,           # (M, K)
     scale = most.float().clamp(min=1e-12) / torch.finfo(FLOAT8).max
     return (x.float() / scale).clamp(-448, 448).to(FLOAT8), scale
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #3ce860c9
+# %% ../../nbs/09_kernels/07_matmul.ipynb #7475c7bd
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FLOAT8: "fp8e4nv"}
 
-def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=False, scaled=False, precision="ieee", label="") -> Launch:
+def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=False, scaled=False, precision="ieee",
+                label="") -> Launch:
     "The launch of `matmul` with this configuration on a GPU, for `resources`."
     c, t, o = config, NAMES[dtype], NAMES[torch.bfloat16 if dtype == FLOAT8 else dtype]
-    tile = dict(BLOCK_M=c.m, BLOCK_N=c.n, BLOCK_K=c.k, PRECISION=precision, WIDE=t == "fp64")
-    given = dict(bias_ptr=f"*{o}" if bias else None, x_scale_ptr="*fp32" if scaled else None, w_scale_ptr="*fp32" if scaled else None)
-    types = [v for v in given.values() if v]
-    constants = {**tile, **{k: v for k, v in given.items() if v is None}}
-    sizes, block = ["i32:16"] * 3, lambda a, b, kind=t: f"tensordesc<{kind}[{a}, {b}]>"
-    if c.how == "few":
-        del constants["x_scale_ptr"], constants["w_scale_ptr"]
-        name, types = "few_kernel", [f"*{t}", f"*{t}", *types, f"*{o}", *sizes, *sizes]
+    scale = "*fp32" if scaled else None
+    given = dict(bias_ptr=f"*{o}" if bias else None, x_scale_ptr=scale, w_scale_ptr=scale)
+    if c.how == "few": del given["x_scale_ptr"], given["w_scale_ptr"]
+    constants = dict(BLOCK_M=c.m, BLOCK_N=c.n, BLOCK_K=c.k, PRECISION=precision, WIDE=t == "fp64")
+    constants |= {name: None for name, kind in given.items() if kind is None}
+    types, sizes = [kind for kind in given.values() if kind], ["i32:16"] * 3
+    block = lambda rows, cols, kind=t: f"tensordesc<{kind}[{rows}, {cols}]>"
+    if c.how == "few": name, types = "few_kernel", [f"*{t}", f"*{t}", *types, f"*{o}", *sizes, *sizes]
     elif c.how == "pointers":
         name, types = "matmul_kernel", [f"*{t}", f"*{t}", *types, f"*{o}", *sizes, *sizes]
         constants |= dict(stride_xk=1, stride_wk=1, stride_xs=1, stride_ws=1, GROUP=c.group)
     else:
-        name, types = "matmul_tma_kernel", [block(c.k, c.m) if x_t else block(c.m, c.k), block(c.k, c.n) if w_t else block(c.n, c.k),
-                                            block(c.m, c.n // c.split, o), f"*{o}", *types, *sizes, "i32:16"]
-        if c.specialize: constants |= dict(out_desc=None); del types[2]
-        constants |= dict(stride_xs=1, stride_ws=1, GROUP=c.group, X_T=x_t, W_T=w_t, SPLIT=c.split, SPECIALIZE=c.specialize, EXACT=c.exact)
-    return Launch(f"{__name__}:{name}", types, constants, c.warps, c.stages, label or f"{t} {c.how} {c.m}x{c.n}x{c.k}")
+        name, out = "matmul_tma_kernel", [] if c.specialize else [block(c.m, c.n // c.split, o)]
+        inputs = [block(c.k, c.m) if x_t else block(c.m, c.k), block(c.k, c.n) if w_t else block(c.n, c.k)]
+        types = [*inputs, *out, f"*{o}", *types, *sizes, "i32:16"]
+        constants |= dict(stride_xs=1, stride_ws=1, GROUP=c.group, X_T=x_t, W_T=w_t, SPLIT=c.split,
+                          SPECIALIZE=c.specialize, EXACT=c.exact) | ({} if out else dict(out_desc=None))
+    label = label or f"{t} {c.how} {c.m}x{c.n}x{c.k}"
+    return Launch(f"{__name__}:{name}", types, constants, c.warps, c.stages, label)
