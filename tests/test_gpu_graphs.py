@@ -14,7 +14,8 @@ from llm_workbench.inference.generation import Batch, generate_tokens
 from llm_workbench.inference.sampling import Sampler
 from llm_workbench.kernels import decode_step, graphs
 from llm_workbench.kernels.decode_step import STEP, FusedBlocks
-from llm_workbench.kernels.graphs import Recorded, RecordedStep, recorded, take_step, why_not_fused
+from llm_workbench.kernels.graphs import RecordedStep, recorded, take_step, why_not_fused
+from llm_workbench.kernels.launching import triton
 
 pytestmark = pytest.mark.triton
 PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
@@ -25,6 +26,9 @@ OURS = STEP if DEVICE == "cuda" else TORCH.but(blocks=FusedBlocks(TORCH))
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(graphs, "ON_A_CPU", True)
+    if DEVICE == "cpu":      # fewer and larger programs: the interpreter takes its time for each
+        whole = lambda N, K, gated, itemsize: dict(BLOCK_N=64, BLOCK_K=max(16, triton.next_power_of_2(K)), num_warps=4)
+        monkeypatch.setattr(decode_step, "gemv_config", whole)
     graphs._idle.clear()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,12 +127,12 @@ def test_reasons(monkeypatch):
     assert given.why_not == "a QuantizedCache"
     assert written(decoder, recorded(Batch), n=2, prompts=[[1]] * 33)[1].why_not.startswith("33 texts")
     stretched = decoder_of("llama", 2)
-    assert "dynamic" in recorded(Batch)(stretched, PROMPTS).why_not
+    assert "dynamic" in recorded(Batch)(stretched, PROMPTS, max_new_tokens=2).why_not
     with pytest.raises(InputError, match="dynamic"): RecordedStep(stretched)
     assert written(stretched, recorded(Batch), n=2)[0] == written(stretched, n=2)[0]
     assert "its ops" in why_not_fused(small_llama(TORCH))
     monkeypatch.setattr(graphs, "ON_A_CPU", False)
-    if DEVICE == "cpu": assert "no GPU" in recorded(Batch)(decoder, PROMPTS).why_not
+    if DEVICE == "cpu": assert "no GPU" in recorded(Batch)(decoder, PROMPTS, max_new_tokens=2).why_not
 
 
 @torch.inference_mode()
