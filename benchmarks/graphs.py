@@ -142,8 +142,8 @@ def main():
             label = f"{shape}, batch {batch}"
             samples |= {f"{name}, {label}": values for name, values in speeds.items()}
             middle = {name: statistics.median(values) for name, values in speeds.items()}
-            ratios[label] = middle["graph"] / middle["eager"]
-            against |= {f"{name}, {label}": m / middle["graph"] for name, m in middle.items() if name.startswith("ours")}
+            if "graph" in middle: ratios[label] = middle["graph"] / middle["eager"]
+            against |= {f"{name}, {label}": m / middle.get("graph", m) for name, m in middle.items() if "ours" in name}
             shares |= {
                 f"{name}, {label}": m / batch * nbytes / (statistics.median(bandwidth) * 1e9)
                 for name, m in middle.items()
@@ -153,16 +153,16 @@ def main():
                 print(f"    {name:16} {m:9.0f} tok/s  {batch / m * 1e6:8.1f} us a step  "
                       f"{shares[f'{name}, {label}']:.3f} of read", flush=True)
             torch.cuda.empty_cache()
-    units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
-    out = record(
-        "graphs",
-        samples,
-        units,
-        ratios=ratios,
-        times_the_graph=against,
-        shares=shares,
-        settings={k: getattr(args, k) for k in ("prompt", "new", "eager_new", "slots", "rounds")},
-    )
+            units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
+            out = record(
+                "graphs",
+                samples,
+                units,
+                ratios=ratios,
+                times_the_graph=against,
+                shares=shares,
+                settings={k: getattr(args, k) for k in ("prompt", "new", "eager_new", "slots", "rounds")},
+            )
     print(f"written to {out.relative_to(out.parents[3])}")
 
 
