@@ -24,8 +24,9 @@ from benchmarks.record import record
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.layers import ModelConfig
 from llm_workbench.architecture.ops import TORCH
+from llm_workbench.inference.generation import Batch, generate_tokens
 from llm_workbench.kernels import decode_step
-from llm_workbench.kernels.graphs import RecordedStep
+from llm_workbench.kernels.graphs import RecordedStep, recorded
 
 SHAPES = {  # sizes of released configurations: V, C, F, layers, H, K, D, tied
     "SmolLM2-135M": (49152, 576, 1536, 30, 9, 3, 64, True),
@@ -118,6 +119,27 @@ def measure(shape, batch, args):
     return speeds, weights + cache
 
 
+@torch.inference_mode()
+def written(decoder, batch, prompts, n):
+    "Tokens per second of generation as a user calls it: every token is read by the host. Without prompt and recording."
+    rows = generate_tokens(decoder, prompts, batch=batch, max_new_tokens=n + 2)
+    for _ in range(2): next(rows)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in rows: pass
+    return len(prompts) * n / (time.perf_counter() - start)
+
+
+def generation(shape, batch, args):
+    "The ordinary loop against the recorded one."
+    decoder = random_decoder(shape)
+    prompts = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt)).tolist()
+    ways = {"generate, eager": (decoder, Batch, args.eager_new),
+            "generate, ours": (decoder.with_ops(decode_step.STEP), recorded(Batch), args.new)}
+    for decoder, kind, n in ways.values(): written(decoder, kind, prompts, n)
+    return {name: [written(decoder, kind, prompts, n) for _ in range(3)] for name, (decoder, kind, n) in ways.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -139,6 +161,9 @@ def main():
         for batch in args.batches:
             start = time.time()
             speeds, nbytes = measure(shape, batch, args)
+            if batch == 1:
+                try: speeds |= generation(shape, batch, args)
+                except Exception as e: print(f"    generation: {type(e).__name__}: {str(e)[:300]}", flush=True)
             label = f"{shape}, batch {batch}"
             samples |= {f"{name}, {label}": values for name, values in speeds.items()}
             middle = {name: statistics.median(values) for name, values in speeds.items()}

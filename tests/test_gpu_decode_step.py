@@ -61,7 +61,7 @@ def test_few_rows(dtype, M):
 
 @given(st.integers(0, 32), st.integers(1, 300), st.lists(st.integers(1, 70), min_size=1, max_size=3), st.booleans(),
        st.sampled_from([None, "rows", "bias"]), st.sampled_from(DTYPES))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=8 if GPU else 25, deadline=None, derandomize=True)
 def test_any_shape(M, K, sizes, norm, add, dtype):
     check_few_rows(few_rows, dtype, M, K, sizes, norm=norm, add=add)
 
@@ -204,7 +204,7 @@ def test_attend(dtype):
 @given(st.lists(st.integers(0, 150), min_size=1, max_size=3), st.sampled_from([(1, 1), (2, 3), (3, 4), (1, 17)]),
        st.sampled_from([(8, 8), (16, 0), (20, 12), (64, 64)]), st.sampled_from([None, 1, 40]), st.sampled_from([1, 2, 8]),
        st.sampled_from(DTYPES))
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8 if GPU else 20, deadline=None, derandomize=True)
 def test_any_past(lengths, heads, sizes, window, splits, dtype):
     (K, G), (D, R) = heads, sizes
     config = dict(BLOCK_G=16 if G <= 16 else 32, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=16, SPLITS=splits,
@@ -348,9 +348,9 @@ def test_compiled_for_sm_90():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 8, 16, 32])
-def test_real_shapes(dtype, M):
+@pytest.mark.parametrize("M,dtype", [(1, torch.bfloat16), (1, torch.float32), (7, torch.bfloat16), (32, torch.bfloat16),
+                                     (32, torch.float16)], ids=str)
+def test_real_shapes(M, dtype):
     check_few_rows(few_rows, dtype, M, 4096, [4096, 1024, 1024], norm=True)
     check_few_rows(few_rows, dtype, M, 4096, [14336, 14336], norm=True, gated=True)
     check_few_rows(few_rows, dtype, M, 14336, [4096], add="rows")

@@ -18,7 +18,7 @@ from llm_workbench.kernels.graphs import RecordedStep, recorded, take_step, why_
 from llm_workbench.kernels.launching import triton
 
 pytestmark = pytest.mark.triton
-PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]          # three texts take a step for four
 # interpreted, prompts would take long: they go through torch
 OURS = STEP if DEVICE == "cuda" else TORCH.but(blocks=FusedBlocks(TORCH))
 
@@ -44,14 +44,13 @@ def decoder_of(family="llama", variant=0, ops=OURS, dtype=torch.float32, **chang
 def small_llama(ops=OURS, **more): return decoder_of("llama", 0, ops, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=16, **more)
 
 
-def written(decoder, batch=Batch, n=4, prompts=PROMPTS, **settings):
+def written(decoder, batch=Batch, n=3, prompts=PROMPTS, **settings):
     made = batch(decoder, prompts, max_new_tokens=n, **settings)
     for _ in made.steps(): pass
     return [row.tokens for row in made.rows], made
 
 
-@pytest.mark.parametrize("ops", [OURS, TORCH], ids=["fused", "torch"])
-@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("ops,texts", [(OURS, 1), (OURS, 2), (TORCH, 2)], ids=["fused", "fused, two texts", "torch"])
 @torch.inference_mode()
 def test_a_step_equals_a_growing_cache(ops, texts):
     decoder = small_llama(ops)
@@ -62,7 +61,7 @@ def test_a_step_equals_a_growing_cache(ops, texts):
     step.load(grows)
     step.tokens.copy_(tokens[:, :1])
     asked = step.tokens.clone()
-    for _ in range(3 if DEVICE == "cpu" else 16):
+    for _ in range(2 if DEVICE == "cpu" else 16):
         want = decoder.with_ops(REFERENCE)(asked, grows)[:, -1]
         chosen = step.run().clone()
         assert (step.logits - want).abs().max() <= 1e-4 * want.abs().max()
@@ -74,7 +73,7 @@ def test_a_step_equals_a_growing_cache(ops, texts):
 @pytest.mark.parametrize("settings", [
     {}, dict(sampler=Sampler(temperature=0.9, top_k=20, top_p=0.95, min_p=0.01), seed=3),
     dict(sampler=Sampler(temperature=0.0, repetition_penalty=1.3)),
-    dict(sampler=Sampler(temperature=torch.tensor([0.0, 1.0, 0.7])), seed=1),
+    dict(sampler=Sampler(temperature=torch.tensor([0.0, 1.0, 0.7]), top_k=torch.tensor([1, 5, 50])), seed=1),
     dict(mask=lambda rows, logits: logits.index_fill(1, torch.arange(40, device=logits.device), -torch.inf)),
 ], ids=["greedy", "sampled", "penalty", "per-row", "mask"])
 def test_generation_writes_the_same(settings):
@@ -84,21 +83,21 @@ def test_generation_writes_the_same(settings):
 
 
 def test_rows_end_at_different_times():
-    want, _ = written(small_llama(TORCH), n=6)
-    eos = [want[0][2], want[1][3]]
-    want, _ = written(small_llama(TORCH), n=6, eos_ids=eos)
-    got, _ = written(small_llama(), recorded(Batch), n=6, eos_ids=eos)
+    want, _ = written(small_llama(TORCH), n=5)
+    eos = [want[0][1], want[1][3]]
+    want, _ = written(small_llama(TORCH), n=5, eos_ids=eos)
+    got, _ = written(small_llama(), recorded(Batch), n=5, eos_ids=eos)
     assert got == want and len({len(t) for t in got}) > 1
 
 
 def test_the_same_step_serves_the_next_batch_and_keeps_no_model_alive():
     decoder = small_llama()
-    _, first = written(decoder, recorded(Batch), n=3)
+    _, first = written(decoder, recorded(Batch), n=2)
     other, second = written(decoder, recorded(Batch), n=3, prompts=[[9, 8], [3], [1, 2, 3, 4, 5]])
     assert first.played is second.played and first.played.decoder is None
     assert other == written(small_llama(TORCH), n=3, prompts=[[9, 8], [3], [1, 2, 3, 4, 5]])[0]
-    both = [recorded(Batch)(decoder, PROMPTS, max_new_tokens=4) for _ in range(2)]      # at the same time
-    for _ in range(4): states = [[list(r.tokens) for r in b.step()] for b in both]
+    both = [recorded(Batch)(decoder, PROMPTS, max_new_tokens=3) for _ in range(2)]      # at the same time
+    for _ in range(3): states = [[list(r.tokens) for r in b.step()] for b in both]
     assert both[0].played is not both[1].played and states[0] == states[1]
     gone = weakref.ref(decoder)
     del decoder, first, second, both
@@ -150,9 +149,9 @@ def test_bad_input_and_bad_weights():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("early", [False, True], ids=["one-by-one", "early"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("texts", [1, 2, 8, 32])
+@pytest.mark.parametrize("texts,dtype,early", [
+    (1, torch.float32, False), (1, torch.float32, True), (1, torch.bfloat16, True), (8, torch.bfloat16, False),
+    (8, torch.bfloat16, True), (32, torch.float32, False)], ids=str)
 @torch.inference_mode()
 def test_recorded_on_a_gpu(texts, dtype, early, monkeypatch):
     "The graph plays what the kernels compute one by one, over 60 steps across tiles and splits of the cache."
