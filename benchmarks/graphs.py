@@ -6,8 +6,8 @@
 
 A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that
 grows; `graph` records it once, with torch's ops, over a cache of fixed shape and plays it back; `ours` records the
-kernels of `kernels.decode_step`, `ours, early` lets each start while the one before it runs (programmatic dependent
-launch). All start behind the same prompt, in one process, in turns; speed is tokens per second of all rows together,
+kernels of `kernels.decode_step`, `ours, early` lets each start when all programs of the one before it have begun to
+work (programmatic dependent launch), `ours, at once` when they are merely there. All start behind the same prompt, in one process, in turns; speed is tokens per second of all rows together,
 beside what the memory allows: the weights and the filled part of the cache, read once in every step, at the rate at
 which `benchmarks.kernels` reads memory.
 """
@@ -57,12 +57,12 @@ class Eager:
 
 class Graph:
     "The same step recorded once; the cache has fixed slots."
-    def __init__(self, decoder, prompt, slots, early=False):
+    def __init__(self, decoder, prompt, slots, early=0):
         cache = decoder.new_cache(capacity=slots)
         first = decoder(prompt, cache)[:, -1:].argmax(-1)
         decode_step.PDL = early
         try: self.step = RecordedStep(decoder, len(prompt), slots)
-        finally: decode_step.PDL = False
+        finally: decode_step.PDL = 0
         self.step.load(cache)
         self.step.tokens.copy_(first)
 
@@ -96,7 +96,8 @@ def measure(shape, batch, args):
     prompt = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt), device="cuda")
     fast = decoder.with_ops(decode_step.STEP)
     make = {"eager": lambda: Eager(decoder, prompt, args.slots), "graph": lambda: Graph(decoder, prompt, args.slots),
-            "ours": lambda: Graph(fast, prompt, args.slots), "ours, early": lambda: Graph(fast, prompt, args.slots, True)}
+            "ours": lambda: Graph(fast, prompt, args.slots), "ours, early": lambda: Graph(fast, prompt, args.slots, 1),
+            "ours, at once": lambda: Graph(fast, prompt, args.slots, 2)}
     if args.compile: make["graph, compiled"] = lambda: Compiled(decoder, prompt, args.slots)
     peers = {}
     for name, peer in make.items():

@@ -99,7 +99,8 @@ def test_inputs_that_are_not_contiguous_and_outputs_in_place():
 
 @triton.jit
 def without_scale(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b, n_c, K, eps, NORM: tl.constexpr,
-                  GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                  GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  AHEAD: tl.constexpr):
     "Wrong: forgets the mean in the mean square."
     row, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)

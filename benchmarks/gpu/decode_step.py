@@ -24,7 +24,7 @@ TUNED = {1: ["8B qkv 6144 x 4096", "8B gate+up 2 x 14336 x 4096", "8B down 4096 
 
 
 def config_of(M, other):
-    if M == 1: return dict(zip(("BLOCK_N", "BLOCK_K", "num_warps"), other))
+    if M == 1: return dict(zip(("BLOCK_N", "BLOCK_K", "num_warps"), other), AHEAD=0)
     return dict(zip(("BLOCK_N", "BLOCK_K", "num_stages", "SPLIT", "num_warps"), other), BLOCK_M=16 if M <= 16 else 32)
 
 
