@@ -101,16 +101,16 @@ def places(decoder: Decoder) -> list:
     "Where the weights are: a graph reads them there."
     return [id(decoder.ops), *((id(t), t.data_ptr()) for t in (*decoder.parameters(), *decoder.buffers()))]
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #adca8607
+# %% ../../nbs/09_kernels/13_graphs.ipynb #e9aff572
 @patch
 def _step(self: RecordedStep):
     d, cache, w = self.decoder, self.cache, self.work
     if self.why_not_fused: logits = d.logits(d.hidden(self.tokens, cache)[:, -1])
     else:
         x = self.plan.run(d.embed(self.tokens)[:, 0], cache.store, cache.lengths, self.tables, True, w)     # (B, C)
-        cache.lengths.add_(1)
         logits = few_rows(x, [d.lm_head.weight], norm=d.norm.weight, eps=d.norm.eps, dtype=torch.float32, work=w)
     greedy(logits, self.chosen, self.tokens[:, 0], w)
+    if not self.why_not_fused: cache.lengths.add_(1)
     self.logits = logits                                                         # (B, V)
 
 @patch
