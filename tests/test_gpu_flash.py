@@ -1,10 +1,11 @@
 "Flash attention: every mask, forward and backward, against float64; interpreted without a GPU, compiled with one."
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernel_checks as kc
 from kernel_checks import DEVICE, DTYPES, as_accurate, guarded, randn, rejects
 from llm_workbench.architecture.attention import attention
 from llm_workbench.errors import InputError
@@ -19,7 +20,7 @@ import triton.language as tl
 SMALL = Config(16, 16, 4, 2, TMA=False)     # several tiles in a short text
 SMALL_TMA = Config(16, 32, 4, 2)
 OPTIONS = {   # B, Tq, Tk, H, K, D and what is asked for
-    "causal": ((2, 37, 37, 4, 2, 32), {}),
+    "causal": ((1, 37, 37, 4, 2, 24), {}),
     "after a past": ((1, 19, 53, 2, 1, 16), {}),
     "both directions": ((1, 21, 35, 2, 2, 16), dict(causal=False)),
     "window": ((1, 50, 50, 2, 1, 16), dict(window=20)),
@@ -76,7 +77,8 @@ def check_backward(tensors, options, run=flash_backward, configs=(SMALL, SMALL),
     with guarded(flash): got = run(grad, *tensors, out, lse, configs=configs, **options)
     wide, wide_options = widened(tensors, options)
     for mine, want, eager in zip(got, gradients(wide, wide_options, grad.double()), gradients(tensors, options, grad)):
-        as_accurate(mine, want, eager, floor=floor)
+        if want.any(): as_accurate(mine, want, eager, floor=floor)
+        else: assert mine.abs().max() < 8 * torch.finfo(mine.dtype).eps * grad.abs().max()    # one key: its weight is 1
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -109,7 +111,7 @@ def test_head_sizes_with_the_table(D):
     check_forward(*inputs((1, 70, 70, 1, 1, D), torch.bfloat16), config=wide if D % 8 == 0 else wide._replace(TMA=False))
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(deadline=None, derandomize=True, max_examples=6)
 @given(st.data())
 def test_random_shapes(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
@@ -159,7 +161,7 @@ def test_empty():
 
 
 def test_backward_gives_the_same_bits():
-    tensors, options = inputs((2, 40, 40, 4, 2, 16))
+    tensors, options = inputs((1, 36, 36, 2, 1, 16))
     out, lse = flash_forward(*tensors, config=SMALL)
     runs = [flash_backward(out, *tensors, out, lse, configs=(SMALL, SMALL)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*(r[:3] for r in runs)))
@@ -309,7 +311,7 @@ def test_resources():
     "What the compiler makes of the kernels for an H100 or H200: tensor cores and copy engine, nothing spilled."
     launches = [flash.launch("flash_kernel", D, c, label=f"forward {D}") for D, c in flash.HALF.items()]
     launches += [flash.launch(kernel, 128, c, label=kernel) for kernel, c in zip(("dkdv_kernel", "dq_kernel"), flash.HALF_BACKWARD[128])]
-    launches += [flash.launch("flash_kernel", 128, flash.FULL, "fp32", label="forward float32")]
+    launches += [flash.launch("flash_kernel", 128, flash.FULL[128], "fp32", label="forward float32")]
     table = resources(*launches)
     print(table.to_string())
     assert (table.spills == 0).all() and (table["stack"] == 0).all() and (table.shared <= 227 * 1024).all()
@@ -330,7 +332,7 @@ def test_resources_of_every_launch():
             for there in (True, False):
                 for kernel, c in zip(("dkdv_kernel", "dq_kernel"), flash.backward_configs(D, kind, there)):
                     launches.append(flash.launch(kernel, D, c, dtype, f"{kernel} {D} {dtype} {there}", WINDOW=True, SOFTCAP=True, LENGTHS=True))
-    table = resources(*dict.fromkeys(launches, 0)) if False else resources(*launches)
+    table = resources(*{repr(replace(x, label="")): x for x in launches}.values())
     print(table.to_string())
     assert (table.spills == 0).all() and (table["stack"] == 0).all() and (table.shared <= 227 * 1024).all()
 
