@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOG2E', 'HALF', 'FULL', 'DTYPES', 'HALF_BACKWARD', 'FULL_BACKWARD', 'KERNELS', 'tile', 'put', 'sees', 'key_ranges',
-           'tanh', 'attend', 'flash_kernel', 'Config', 'describable', 'describe', 'forward_config', 'flash_forward',
-           'delta_kernel', 'query_ranges', 'gather', 'dkdv_kernel', 'spread', 'dq_kernel', 'backward_configs',
-           'flash_backward', 'plain_forward', 'plain_backward', 'flash_op', 'flash_backward_op', 'flash_attention',
-           'tiled_kernel', 'tiled_attention', 'launch']
+           'tanh', 'attend', 'flash_kernel', 'Config', 'describable', 'describe', 'forward_config', 'sees_by_hand',
+           'fetch', 'weigh', 'step', 'consume', 'gluon_kernel', 'flash_forward', 'delta_kernel', 'query_ranges',
+           'gather', 'dkdv_kernel', 'spread', 'dq_kernel', 'backward_configs', 'flash_backward', 'plain_forward',
+           'plain_backward', 'flash_op', 'flash_backward_op', 'flash_attention', 'tiled_kernel', 'tiled_attention',
+           'launch']
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #10a6eb66
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #922815c4
 import math
 from typing import NamedTuple, Optional
 
@@ -22,6 +23,10 @@ from ..errors import InputError
 from .launching import Launch, interpreting, need, runnable
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # %% ../../nbs/09_kernels/08_flash_attention.ipynb #3023567f
@@ -160,40 +165,43 @@ def flash_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, sinks_ptr, 
     tl.store(lse_ptr + (pid % (B * H)).to(tl.int64) * Tq + rows, m + tl.log2(l), mask=rows < Tq)
     put(out_ptr, acc / l[:, None], b, h, start_m, Tq, stride_ob, stride_ot, stride_oh, D, BLOCK_M, BLOCK_D, TMA and not WS)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #b7acbc95
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #a8978ddb
 class Config(NamedTuple):
-    "How a kernel is cut: queries and keys of a tile, warps of a program, tiles on the way, descriptors, roles for warps."
+    "How a kernel is cut: queries and keys of a tile, warps of a program, tiles on the way, and how tiles are fetched."
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    TMA: bool = True
-    WS: bool = False
+    how: str = "tma"     # "pointers", "tma" (descriptors), "roles" (and roles for warps, by the compiler), "gluon" (by hand)
+
+    @property
+    def TMA(self): return self.how != "pointers"
 
 def describable(x: Tensor) -> bool:
     "Can the chip's copy engine (TMA) fetch tiles of x (B, T, H, D)? It wants 16-byte steps."
     steps = [x.data_ptr(), *(n * x.element_size() for n, size in zip(x.stride()[:-1], x.shape) if size > 1), x.shape[-1] * x.element_size()]
     return x.numel() > 0 and x.stride(-1) == 1 and all(n % 16 == 0 and n > 0 for n in steps)
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    "x (B, T, H, D) as the copy engine sees it: (B, H, T, D), in tiles of (rows, columns)."
+def describe(x: Tensor, rows: int, columns: int, layout=None):
+    "x (B, T, H, D) as the copy engine sees it: (B, H, T, D), in tiles of (rows, columns); with a layout, for Gluon."
     B, T, H, D = x.shape
     strides = [n if size > 1 else H * T * max(D, 8) for n, size in zip(x.stride(), x.shape)]
-    return TensorDescriptor(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, rows, columns])
+    kind, more = (TensorDescriptor, ()) if layout is None else (GluonDescriptor, (layout,))
+    return kind(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, rows, columns], *more)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #2cf63fcd
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #0e11bb8e
 HALF = {   # by head size: 16-bit numbers go through tensor cores in large tiles
     64: Config(128, 128, 8, 3),
     128: Config(128, 128, 8, 2),
     256: Config(128, 64, 8, 2)}
-FULL = {128: Config(32, 32, 8, 1, TMA=False), 256: Config(32, 16, 8, 1, TMA=False)}   # float32 has no exact tensor core
+FULL = {128: Config(32, 32, 8, 1, how="pointers"), 256: Config(32, 16, 8, 1, how="pointers")}   # float32 has no exact tensor core
 
 def forward_config(D: int, dtype: torch.dtype, Tq: int, describable: bool = True) -> Config:
     "The tiles for a head size, a dtype and a number of queries."
     config = next(c for size, c in (HALF if dtype.itemsize == 2 else FULL).items() if D <= size)
     if dtype.itemsize > 2: return config
-    if Tq <= 64: return Config(16 if Tq <= 16 else 64, 64, 4, 2, TMA=False)
-    return config if describable else config._replace(num_stages=2, TMA=False, WS=False)
+    if Tq <= 64: return Config(16 if Tq <= 16 else 64, 64, 4, 2, how="pointers")
+    return config if describable else config._replace(num_stages=2, how="pointers")
 
 # %% ../../nbs/09_kernels/08_flash_attention.ipynb #67014f79
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -228,7 +236,172 @@ def _flags(q, config, causal, window, softcap):
 
 def _rows(x): return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #21f45dbf
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #a75ce316
+@gluon.jit
+def sees_by_hand(position, key, length, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    seen = key < length
+    if CAUSAL: seen = seen & (key <= position)
+    if WINDOW: seen = seen & (key > position - window)
+    return seen
+
+@gluon.jit
+def fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
+          b, h, kh, start_m, last, count, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    "One warp asks the copy engine for tiles, as long as there is a free place."
+    HALF: gl.constexpr = BLOCK_M // 2
+    for half in gl.static_range(2):
+        mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [b, h, start_m + half * HALF, 0], q_ready.index(half), q_tiles.index(half))
+    for i in range(count):
+        place, turn, at = i % STAGES, i // STAGES & 1, last - i * BLOCK_N
+        mbarrier.wait(k_free.index(place), turn ^ 1)
+        mbarrier.expect(k_ready.index(place), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [b, kh, at, 0], k_ready.index(place), k_tiles.index(place))
+        mbarrier.wait(v_free.index(place), turn ^ 1)
+        mbarrier.expect(v_ready.index(place), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [b, kh, at, 0], v_ready.index(place), v_tiles.index(place))
+
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #96531446
+@gluon.jit
+def weigh(s, l, m, at, position, length, window, scale, layout: gl.constexpr, BLOCK_N: gl.constexpr, MASKED: gl.constexpr,
+          CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    "Scores become weights; the sum and the largest score go on."
+    if MASKED:
+        key = at + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        seen = sees_by_hand(position[:, None], key[None, :], length, window, CAUSAL, WINDOW)
+        s = gl.where(seen, s * scale, float("-inf"))
+        m_new = gl.maximum(m, gl.max(s, 1))
+        p = gl.exp2(s - m_new[:, None])
+    else:
+        m_new = gl.maximum(m, gl.max(s, 1) * scale)
+        p = gl.exp2(s * scale - m_new[:, None])
+    alpha = gl.exp2(m - m_new)
+    return p, l * alpha + gl.sum(p, 1), m_new, alpha
+
+@gluon.jit
+def step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window, scale,
+         layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+         MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    "Scores of tile i and the values of tile i - 1, at the same time; the softmax of i while the values are multiplied."
+    here, before = i % STAGES, (i - 1) % STAGES
+    mbarrier.wait(k_ready.index(here), i // STAGES & 1)
+    zeros = gl.zeros([BLOCK_M // 2, BLOCK_N], gl.float32, layout)
+    s = warpgroup_mma(q, k_tiles.index(here).reshape((BLOCK_N, q.shape[1])).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)
+    acc = warpgroup_mma(p, v_tiles.index(before).reshape((BLOCK_N, q.shape[1])), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_free.index(here), count=1)
+    p_new, l, m, alpha = weigh(s, l, m, last - i * BLOCK_N, position, length, window, scale, layout, BLOCK_N, MASKED, CAUSAL, WINDOW)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    mbarrier.arrive(v_free.index(before), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))[:, None]
+    p = gl.convert_layout(p_new.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
+    return acc, l, m, p
+
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #c19b45b7
+@gluon.jit
+def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
+            b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
+            BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    "Four warps: half of the queries of the program."
+    ROWS: gl.constexpr = BLOCK_M // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    position = first + half * ROWS + row
+    if sinks_ptr is None:
+        m, l = gl.full([ROWS], -3.0e38, gl.float32, gl.SliceLayout(1, layout)), gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    else:
+        m = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, layout)) + gl.load(sinks_ptr + h).to(gl.float32) * 1.4426950408889634
+        l = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, out_layout)
+    q = q_tiles.index(half).reshape((ROWS, BLOCK_D))
+    mbarrier.wait(q_ready.index(half), 0)
+    mbarrier.wait(k_ready.index(0), 0)                           # the first tile of keys is the last that these queries see
+    s = warpgroup_mma(q, k_tiles.index(0).reshape((BLOCK_N, BLOCK_D)).permute((1, 0)), gl.zeros([ROWS, BLOCK_N], gl.float32, layout), use_acc=False)
+    mbarrier.arrive(k_free.index(0), count=1)
+    p, l, m, alpha = weigh(s, l, m, last, position, length, window, scale, layout, BLOCK_N, True, CAUSAL, WINDOW)
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
+    for i in range(1, masked):
+        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window, scale,
+                            layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
+    for i in range(masked, full):
+        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window, scale,
+                            layout, out_layout, BLOCK_M, BLOCK_N, STAGES, False, CAUSAL, WINDOW)
+    if WINDOW:
+        for i in range(full, count):
+            acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window, scale,
+                                layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
+    mbarrier.wait(v_ready.index((count - 1) % STAGES), (count - 1) // STAGES & 1)
+    acc = warpgroup_mma(p, v_tiles.index((count - 1) % STAGES).reshape((BLOCK_N, BLOCK_D)), acc)
+    l = gl.where(l == 0.0, 1.0, l)
+    rows = start_m + half * ROWS + row
+    gl.store(lse_ptr + line.to(gl.int64) * Tq + rows, m + gl.log2(l), mask=rows < Tq)
+    out = acc / gl.convert_layout(l, gl.SliceLayout(1, out_layout))[:, None]
+    q.store(out.to(q.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [b, h, start_m + half * ROWS, 0], q_tiles.index(half))
+    tma.store_wait(0)
+
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #042e08ec
+@gluon.jit
+def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_ptr, B, H, G, Tq, Tk, window, scale,
+                 BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    pid = gl.program_id(0)
+    start_m = (gl.cdiv(Tq, BLOCK_M) - 1 - pid // (B * H)) * BLOCK_M
+    line = pid % (B * H)
+    b, h = line // H, line % H
+    kh = h // G
+    length = Tk
+    if lengths_ptr is not None: length = gl.load(lengths_ptr + b).to(gl.int32)
+    first = length - Tq + start_m
+    stop, part = length, length
+    if CAUSAL: stop, part = gl.minimum(length, first + BLOCK_M), gl.minimum(length, first + 1)
+    stop, part = gl.cdiv(gl.maximum(stop, 1), BLOCK_N), gl.maximum(part, 0) // BLOCK_N     # in tiles of keys
+    start, whole = 0, 0
+    if WINDOW:
+        start = gl.minimum(gl.maximum(first - window + 1, 0) // BLOCK_N, stop - 1)
+        whole = gl.cdiv(gl.maximum(first + BLOCK_M - window, 0), BLOCK_N)
+    count = stop - start
+    masked = gl.minimum(gl.maximum(stop - part, 1), count)       # from the last tile backwards: seen in part,
+    full = gl.maximum(gl.minimum(stop - whole, count), masked)   # seen by all, and again in part
+    last = (stop - 1) * BLOCK_N
+
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2): mbarrier.init(q_ready.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    gl.warp_specialize([
+        (consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free, b, h, line, start_m,
+                   first, length, Tq, window, scale, last, count, masked, full, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
+        (consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free, b, h, line, start_m,
+                   first, length, Tq, window, scale, last, count, masked, full, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
+        (fetch, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free, b, h, kh, start_m, last, count,
+                 BLOCK_M, BLOCK_N, STAGES)),
+    ], [4, 1], [240, 24])
+
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #1fe7cc5e
+def _gluon_forward(q, k, v, out, lse, lengths, sinks, numbers, config, causal, window):
+    wide = max(16, triton.next_power_of_2(q.shape[3]))
+    layout = lambda rows: gl.NVMMASharedLayout.get_default_for([1, 1, rows, wide], gl.bfloat16)
+    half = config.BLOCK_M // 2
+    tiles = [describe(x, rows, wide, layout(rows)) for x, rows in ((q, half), (k, config.BLOCK_N), (v, config.BLOCK_N), (out, half))]
+    B, H, G, Tq = numbers[:4]
+    gluon_kernel[(triton.cdiv(Tq, config.BLOCK_M) * B * H,)](
+        *tiles, lse, lengths, sinks, *numbers[:7], BLOCK_D=wide, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, STAGES=config.num_stages,
+        CAUSAL=bool(causal), WINDOW=window is not None, num_warps=4, maxnreg=168)
+
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #c2ac9d7d
 def flash_forward(
     q: Tensor,                        # (B, Tq, H, D)
     k: Tensor,                        # (B, Tk, K, D)
@@ -247,14 +420,18 @@ def flash_forward(
     if not q.numel(): return out, lse
     if scale < 0 and not softcap: q, numbers = -q, (*numbers[:6], -numbers[6], 0.0)      # the kernel wants a factor above 0
     config = config or forward_config(q.shape[3], q.dtype, Tq, _tma_fits(q, k, v, out))
+    if config.how == "gluon":
+        need(not softcap and q.dtype.itemsize == 2 and not interpreting(), "flash_forward", "no soft cap and 16-bit numbers on a GPU with its Gluon kernel")
+        _gluon_forward(q, k, v, out, lse, lengths, sinks, numbers, config, causal, window)
+        return out, lse
     flags = _flags(q, config, causal, window, softcap)
     tensors, strides = (q, k, v, out), [s for x in (q, k, v, out) for s in x.stride()[:3]]
     if config.TMA:
         rows = config.BLOCK_M, config.BLOCK_N, config.BLOCK_N, config.BLOCK_M
-        tensors = [x if config.WS and (x is q or x is out) else describe(x, n, flags["BLOCK_D"]) for x, n in zip(tensors, rows)]
-    if config.WS: triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+        tensors = [x if config.how == "roles" and (x is q or x is out) else describe(x, n, flags["BLOCK_D"]) for x, n in zip(tensors, rows)]
+    if config.how == "roles": triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
     grid = (triton.cdiv(Tq, config.BLOCK_M) * B * H,)
-    flash_kernel[grid](*tensors, lse, lengths, sinks, *numbers, *strides, **flags, WS=config.WS,
+    flash_kernel[grid](*tensors, lse, lengths, sinks, *numbers, *strides, **flags, WS=config.how == "roles",
                        num_warps=config.num_warps, num_stages=config.num_stages)
     return out, lse
 
@@ -406,17 +583,17 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, lengths_p
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, TMA)
     put(dq_ptr, dq * factor, b, h, start_m, Tq, stride_ob, stride_ot, stride_oh, D, BLOCK_M, BLOCK_D, TMA)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #c3b33309
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #3cba350b
 HALF_BACKWARD = {   # by head size: (for dk and dv, for dq)
     64: (Config(64, 128, 8, 3), Config(128, 128, 8, 2)),
     128: (Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
     256: (Config(32, 64, 8, 2), Config(64, 64, 8, 1))}
-FULL_BACKWARD = {128: (Config(16, 16, 4, 1, TMA=False),) * 2, 256: (Config(16, 16, 8, 1, TMA=False),) * 2}
+FULL_BACKWARD = {128: (Config(16, 16, 4, 1, how="pointers"),) * 2, 256: (Config(16, 16, 8, 1, how="pointers"),) * 2}
 
 def backward_configs(D: int, dtype: torch.dtype, describable: bool = True) -> tuple[Config, Config]:
     "The tiles of the two backward kernels."
     configs = next(c for size, c in (HALF_BACKWARD if dtype.itemsize == 2 else FULL_BACKWARD).items() if D <= size)
-    return configs if describable or dtype.itemsize > 2 else tuple(c._replace(TMA=False) for c in configs)
+    return configs if describable or dtype.itemsize > 2 else tuple(c._replace(how="pointers") for c in configs)
 
 def flash_backward(
     grad: Tensor,                     # (B, Tq, H, D) of out
@@ -600,7 +777,7 @@ def tiled_attention(q, k, v, *, causal=True, BLOCK_M=64, BLOCK_N=64):
     tiled_kernel[triton.cdiv(T, BLOCK_M), B * H](q, k, v, out, T, H, H // k.shape[2], D ** -0.5, D, BLOCK_M, BLOCK_N, causal)
     return out
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #3dcb6f51
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #3d73abe9
 KERNELS = dict(flash_kernel="MNNM", dkdv_kernel="MNNMNN", dq_kernel="MNNMM", delta_kernel="")   # rows of each tensor's tiles
 
 def launch(kernel: str,             # a key of KERNELS
@@ -615,11 +792,18 @@ def launch(kernel: str,             # a key of KERNELS
     if kernel == "delta_kernel":
         return Launch(f"{module}:{kernel}", [f"*{dtype}"] * 2 + ["*fp32"] + ["i32"] * 3 + ["i32:16"] * 6,
                       dict(D=D, BLOCK_D=wide, BLOCK_M=64), 4, 3, label)
+    if config.how == "gluon":
+        layout = lambda rows: repr(gl.NVMMASharedLayout.get_default_for([1, 1, rows, wide], gl.bfloat16))
+        rows = (config.BLOCK_M // 2, config.BLOCK_N, config.BLOCK_N, config.BLOCK_M // 2)
+        types = [f"tensordesc<{dtype}[1,1,{n},{wide}],{layout(n)}>" for n in rows] + ["*fp32", "*i64", "*fp32"] + ["i32"] * 6 + ["fp32"]
+        constants = dict(BLOCK_D=wide, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, STAGES=config.num_stages,
+                         CAUSAL=flags.get("CAUSAL", True), WINDOW=flags.get("WINDOW", False))
+        return Launch(f"{module}:gluon_kernel", types, constants, 4, 1, label, maxnreg=168)
     rows = {"M": config.BLOCK_M, "N": config.BLOCK_N}
     types = [f"tensordesc<{dtype}[1,1,{rows[r]},{wide}]>" if config.TMA else f"*{dtype}" for r in KERNELS[kernel]]
-    if config.WS: types[0] = types[3] = f"*{dtype}"
+    if config.how == "roles": types[0] = types[3] = f"*{dtype}"
     forward, constants = kernel == "flash_kernel", dict(D=D, BLOCK_D=wide, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, TMA=config.TMA)
-    constants |= {flag: flags.get(flag, flag == "CAUSAL") for flag in ("CAUSAL", "WINDOW", "SOFTCAP")} | (dict(WS=config.WS) if forward else {})
+    constants |= {flag: flags.get(flag, flag == "CAUSAL") for flag in ("CAUSAL", "WINDOW", "SOFTCAP")} | (dict(WS=config.how == "roles") if forward else {})
     types += ["*fp32"] * (1 if forward else 2)
     for name, given in (("lengths_ptr", flags.get("LENGTHS")),) + ((("sinks_ptr", flags.get("SINKS")),) if forward else ()):
         if given: types.append("*i64" if name == "lengths_ptr" else "*fp32")

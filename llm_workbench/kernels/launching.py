@@ -122,6 +122,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     label: str = ""                               # how the table calls it
+    maxnreg: int | None = None                    # registers a thread, where the launcher says so
 
 COUNTED = dict(wgmma=r"wgmma\.mma_async", tma=r"cp\.async\.bulk\.tensor", cp_async=r"cp\.async\.c[ag]",
                wide_loads=r"ld\.global[^;]*\.v(4\.b32|2\.b64|8\.b32)", atomics=r"\b(atom|red)\.")       # in PTX
@@ -142,12 +143,13 @@ def _compile(launch: Launch) -> dict:
     "Compile for compute capability 9.0 in this process and read the result."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     module, _, name = launch.kernel.partition(":")
     kernel = getattr(import_module(module), name)
     signature, divisible = _signature(kernel, launch)
-    source = ASTSource(kernel, signature, constexprs=dict(launch.constants), attrs=divisible)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs=dict(launch.constants), attrs=divisible)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                          options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages))
+                          options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.maxnreg))
     counts = {what: len(re.findall(pattern, made.asm["ptx"])) for what, pattern in COUNTED.items()}
     return dict(kernel=launch.label or name, **used(made.asm["cubin"]), shared=made.metadata.shared, **counts)
 
