@@ -189,7 +189,7 @@ def describe(x: Tensor, rows: int, columns: int, layout=None):
     kind, more = (TensorDescriptor, ()) if layout is None else (GluonDescriptor, (layout,))
     return kind(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, rows, columns], *more)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #0e11bb8e
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #4c051f62
 HALF = {   # by head size: 16-bit numbers go through tensor cores in large tiles
     64: Config(128, 128, 8, 3),
     128: Config(128, 128, 8, 2),
@@ -200,7 +200,7 @@ def forward_config(D: int, dtype: torch.dtype, Tq: int, describable: bool = True
     "The tiles for a head size, a dtype and a number of queries."
     config = next(c for size, c in (HALF if dtype.itemsize == 2 else FULL).items() if D <= size)
     if dtype.itemsize > 2: return config
-    if Tq <= 64: return Config(16 if Tq <= 16 else 64, 64, 4, 2, how="pointers")
+    if Tq <= 64: return Config(16 if Tq <= 16 else 64, 64, 8 if D > 128 and Tq > 16 else 4, 2, how="pointers")
     return config if describable else config._replace(num_stages=2, how="pointers")
 
 # %% ../../nbs/09_kernels/08_flash_attention.ipynb #67014f79
@@ -583,17 +583,22 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, lengths_p
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, TMA)
     put(dq_ptr, dq * factor, b, h, start_m, Tq, stride_ob, stride_ot, stride_oh, D, BLOCK_M, BLOCK_D, TMA)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #3cba350b
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #fbbf0bf9
 HALF_BACKWARD = {   # by head size: (for dk and dv, for dq)
     64: (Config(64, 128, 8, 3), Config(128, 128, 8, 2)),
     128: (Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
-    256: (Config(32, 64, 8, 2), Config(64, 64, 8, 1))}
-FULL_BACKWARD = {128: (Config(16, 16, 4, 1, how="pointers"),) * 2, 256: (Config(16, 16, 8, 1, how="pointers"),) * 2}
+    256: (Config(16, 64, 8, 2), Config(128, 32, 8, 2))}
+FULL_BACKWARD = (Config(16, 16, 8, 1, how="pointers"),) * 2
 
-def backward_configs(D: int, dtype: torch.dtype, describable: bool = True) -> tuple[Config, Config]:
-    "The tiles of the two backward kernels."
-    configs = next(c for size, c in (HALF_BACKWARD if dtype.itemsize == 2 else FULL_BACKWARD).items() if D <= size)
-    return configs if describable or dtype.itemsize > 2 else tuple(c._replace(how="pointers") for c in configs)
+def backward_configs(D: int, dtype: torch.dtype, describable: bool = True, softcap: bool = False) -> tuple[Config, Config]:
+    "The tiles of the two backward kernels. A soft cap needs registers for its slope: then the moving tile is half as long."
+    if dtype.itemsize > 2: return FULL_BACKWARD
+    for_keys, for_queries = next(c for size, c in HALF_BACKWARD.items() if D <= size)
+    if softcap:
+        if D <= 128: for_keys = for_keys._replace(BLOCK_M=32)
+        else: for_queries = for_queries._replace(BLOCK_N=16)
+    how = "tma" if describable else "pointers"
+    return for_keys._replace(how=how), for_queries._replace(how=how)
 
 def flash_backward(
     grad: Tensor,                     # (B, Tq, H, D) of out
@@ -612,7 +617,7 @@ def flash_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty(lse.shape, dtype=lse.dtype, device=q.device)
     if not q.numel(): return dq, dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
-    for_keys, for_queries = configs or backward_configs(q.shape[3], q.dtype, _tma_fits(q, k, v, grad, dq, dk))
+    for_keys, for_queries = configs or backward_configs(q.shape[3], q.dtype, _tma_fits(q, k, v, grad, dq, dk), bool(softcap))
     flags = _flags(q, for_queries, causal, window, softcap)
     delta_kernel[(triton.cdiv(Tq, 64) * B * H,)](out, grad, delta, B, H, Tq, *out.stride()[:3], *grad.stride()[:3], D=flags["D"],
                                                  BLOCK_D=flags["BLOCK_D"], BLOCK_M=64, num_warps=4)
