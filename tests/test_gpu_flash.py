@@ -23,24 +23,24 @@ import triton.language as tl
 
 SMALL = Config(16, 16, 4, 2, "pointers")     # several tiles in a short text
 SMALL_TMA = Config(16, 32, 4, 2)
-OPTIONS = {   # B, Tq, Tk, H, K, D and what is asked for
-    "causal": ((1, 37, 37, 4, 2, 24), {}),
+OPTIONS = {   # B, Tq, Tk, H, K, D and what is asked for; sizes that share compiled kernels where they can
+    "causal": ((1, 37, 37, 2, 1, 16), {}),
     "after a past": ((1, 19, 53, 2, 1, 16), {}),
-    "both directions": ((1, 21, 35, 2, 2, 16), dict(causal=False)),
+    "both directions": ((1, 21, 35, 2, 1, 16), dict(causal=False)),
     "window": ((1, 50, 50, 2, 1, 16), dict(window=20)),
-    "window smaller than a tile": ((1, 33, 40, 2, 1, 16), dict(window=3)),
-    "window of one": ((1, 18, 18, 1, 1, 16), dict(window=1)),
-    "window, both directions": ((1, 34, 40, 1, 1, 16), dict(window=9, causal=False)),
+    "window smaller than a tile": ((1, 33, 41, 2, 1, 16), dict(window=3)),
+    "window of one": ((1, 18, 18, 2, 1, 16), dict(window=1)),
+    "window, both directions": ((1, 34, 41, 2, 1, 16), dict(window=9, causal=False)),
     "softcap": ((1, 37, 37, 2, 1, 16), dict(softcap=3.0)),
-    "sinks": ((2, 20, 36, 4, 2, 16), dict(sinks=True)),
+    "sinks": ((2, 21, 37, 4, 2, 16), dict(sinks=True)),
     "lengths": ((3, 18, 50, 2, 1, 16), dict(lengths=[50, 20, 33])),
-    "lengths below the queries": ((3, 20, 36, 2, 1, 16), dict(lengths=[0, 7, 36])),
-    "lengths, both directions": ((2, 17, 36, 2, 1, 16), dict(lengths=[0, 19], causal=False)),
+    "lengths below the queries": ((3, 21, 37, 2, 1, 16), dict(lengths=[0, 7, 37])),
+    "lengths, both directions": ((2, 17, 37, 2, 1, 16), dict(lengths=[0, 19], causal=False)),
     "everything": ((2, 21, 45, 4, 2, 24), dict(window=17, softcap=5.0, sinks=True, lengths=[45, 30], scale=0.4)),
-    "one token": ((2, 1, 40, 4, 2, 16), dict(lengths=[40, 17])),
+    "one token": ((2, 1, 41, 4, 2, 16), dict(lengths=[41, 17])),
     "one and one": ((1, 1, 1, 1, 1, 8), {}),
-    "negative scale": ((1, 17, 17, 1, 1, 16), dict(scale=-0.3)),
-    "no scale": ((1, 17, 20, 1, 1, 16), dict(scale=0.0)),
+    "negative scale": ((1, 17, 17, 2, 1, 16), dict(scale=-0.3)),
+    "no scale": ((1, 17, 21, 2, 1, 16), dict(scale=0.0)),
 }
 
 
@@ -95,27 +95,25 @@ def test_backward(name):
     check_backward(*inputs(OPTIONS[name][0], **OPTIONS[name][1]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("config", [SMALL, SMALL_TMA], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("name", ["causal", "everything", "lengths below the queries"])
+@pytest.mark.parametrize("name, config, dtype", [
+    ("causal", SMALL, torch.float16), ("everything", SMALL_TMA, torch.float16), ("everything", SMALL_TMA, torch.bfloat16),
+    ("lengths below the queries", SMALL, torch.bfloat16)], ids=str)
 def test_half_precision(name, config, dtype):
     case = inputs(OPTIONS[name][0], dtype, **OPTIONS[name][1])
     check_forward(*case, config=config)
     check_backward(*case, configs=(config, config))
 
 
-@pytest.mark.parametrize("D", [1, 8, 32, 40, 64, 80, 96, 128, 200, 256])
-def test_head_sizes_with_the_table(D):
-    "The tiles that users get, in each dtype that they were chosen for."
-    for dtype in DTYPES[:1] + DTYPES[2:]:
-        case = inputs((1, 20, 20, 2, 1, D), dtype)
-        check_forward(*case, config=None)
-        if D in (8, 80, 256): check_backward(*case, configs=None) if DEVICE == "cuda" else None
-    wide = flash.forward_config(D, torch.bfloat16, 1000)
-    check_forward(*inputs((1, 70, 70, 1, 1, D), torch.bfloat16), config=wide if D % 8 == 0 else wide._replace(how="pointers"))
+@pytest.mark.parametrize("D", [1, 40, 80, 200])
+def test_odd_head_sizes_with_the_table(D):
+    "The tiles that users get: few queries, many queries, float32."
+    check_forward(*inputs((1, 21, 21, 2, 1, D)), config=None)
+    check_forward(*inputs((1, 21, 21, 2, 1, D), torch.bfloat16), config=None)
+    wide = flash.forward_config(D, torch.bfloat16, 1000, D % 8 == 0)
+    check_forward(*inputs((1, 71, 71, 2, 1, D), torch.bfloat16), config=wide)
 
 
-@settings(deadline=None, derandomize=True, max_examples=6)
+@settings(deadline=None, derandomize=True, max_examples=6 if interpreting() else 3)
 @given(st.data())
 def test_random_shapes(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
@@ -188,7 +186,7 @@ def test_custom_op():
     leaves = [t.requires_grad_() for t in (*tensors, options["sinks"])]
     arguments = (*leaves[:3], True, 9, None, leaves[3], None, torch.tensor([18], device=DEVICE))
     torch.library.opcheck(flash.flash_op, arguments, atol=1e-4, rtol=1e-3)
-    torch.library.opcheck(flash.flash_op, (*(t.detach() for t in tensors), False, None, 2.0, None, 0.3, None), atol=1e-4, rtol=1e-3)
+    torch.library.opcheck(flash.flash_op, (*(t.detach() for t in tensors), False, None, 2.0, None, 0.3, None), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_plain_twins():
@@ -311,6 +309,7 @@ def test_bad_inputs():
     with pytest.raises(InputError, match="gradient like q"): flash_backward(out[:1], q, k, v, out, lse)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the same on every machine")
 def test_resources():
     "What the compiler makes of the kernels for an H100 or H200: tensor cores and copy engine, nothing spilled."
     launches = [flash.launch("flash_kernel", D, c, label=f"forward {D}") for D, c in flash.HALF.items()]
@@ -325,6 +324,7 @@ def test_resources():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="the same on every machine")
 def test_resources_of_every_launch():
     "All masks at once, which is the largest variant of every kernel. What a soft cap spills is a few registers, outside of common shapes."
     everything, launches = dict(WINDOW=True, SOFTCAP=True, LENGTHS=True), []
@@ -343,40 +343,43 @@ def test_resources_of_every_launch():
 # Compiled, at sizes that models have
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [64, 80, 128, 256])
-def test_real_sizes(D, dtype):
-    for options in ({}, dict(causal=False), dict(window=300, sinks=True, softcap=20.0), dict(lengths=[1111, 700])):
-        shape = (2, 1111, 1111, 8, 2, D) if options.get("causal", True) else (2, 500, 1111, 8, 2, D)
-        case = inputs(shape, dtype, **options)
-        check_forward(*case, config=None)
-        check_backward(*case, configs=None)
+@pytest.mark.parametrize("D, dtype, options", [
+    (128, torch.bfloat16, {}), (80, torch.float16, dict(window=300, sinks=True, softcap=20.0)), (64, torch.bfloat16, dict(causal=False)),
+    (256, torch.bfloat16, dict(lengths=[1111, 700])), (128, torch.float32, {})], ids=str)
+def test_real_sizes(D, dtype, options):
+    case = inputs((2, 1111 if options.get("causal", True) else 500, 1111, 8, 2, D), dtype, **options)
+    check_forward(*case, config=None)
+    check_backward(*case, configs=None)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("D, config", [(D, c) for D in (64, 128) for c in (Config(128, 128, 4, 2, "roles"), Config(128, 128, 8, 3),
-                                       Config(128, 64, 8, 3), Config(64, 128, 4, 2), Config(128, 128, 8, 2, "pointers"))])
-def test_other_configurations(D, config):
-    check_forward(*inputs((2, 1000, 1000, 8, 2, D), torch.bfloat16), config=config)
-    check_forward(*inputs((2, 500, 1000, 8, 2, D), torch.bfloat16, window=300), config=config)
+@pytest.mark.parametrize("config", [Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2, "pointers")], ids=str)
+def test_other_configurations(config):
+    check_forward(*inputs((2, 1000, 1000, 8, 2, 128), torch.bfloat16), config=config)
+
+
+def roles_at_real_sizes():
+    check_forward(*inputs((2, 1000, 1000, 8, 2, 128), torch.bfloat16), config=Config(128, 128, 4, 2, "roles"))
+    print("roles by the compiler: right", flush=True)
+    gluon_at_real_sizes()
 
 
 def gluon_at_real_sizes():
-    for dtype in DTYPES[1:]:
-        for D in (64, 80, 128, 256):
-            config = Config(128, 128 if D <= 128 else 64, 4, 2, "gluon")
-            for options in ({}, dict(causal=False), dict(window=300, sinks=True), dict(window=20), dict(lengths=[1111, 700]), dict(lengths=[0, 60])):
-                check_forward(*inputs((2, 500 if options.get("lengths") else 1111, 1111, 8, 2, D), dtype, **options), config=config)
+    for D, dtype, options in ((128, torch.bfloat16, {}), (128, torch.bfloat16, dict(causal=False)), (128, torch.bfloat16, dict(window=300, sinks=True)),
+                              (128, torch.bfloat16, dict(lengths=[0, 60, 1111])), (80, torch.float16, dict(window=20)), (256, torch.float16, {})):
+        config, B = Config(128, 128 if D <= 128 else 64, 4, 2, "gluon"), len(options.get("lengths", "ab"))
+        check_forward(*inputs((B, 500 if B == 3 else 1111, 1111, 8, 2, D), dtype, **options), config=config)
+        print(D, dtype, options, "right", flush=True)
 
 
 @pytest.mark.cuda
-def test_gluon_at_real_sizes():
+def test_roles_at_real_sizes():
     "In a process of its own: warps that wait for each other can wait for ever."
-    if torch.cuda.get_device_capability()[0] != 9: pytest.skip("the Gluon kernel is for compute capability 9.0")
-    code = "import test_gpu_flash as t; t.gluon_at_real_sizes()"
+    if torch.cuda.get_device_capability()[0] != 9: pytest.skip("these kernels are for compute capability 9.0")
+    code = "import test_gpu_flash as t; t.roles_at_real_sizes()"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, timeout=120, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])})
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.cuda
