@@ -122,7 +122,7 @@ def seen_by_torch(*tensors: Tensor | None) -> bool:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return wanted or torch.compiler.is_compiling()
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #890fad6d
+# %% ../../nbs/09_kernels/04_launching.ipynb #4015492f
 @dataclass(frozen=True)
 class Launch:
     "One way in which a kernel is called."
@@ -131,12 +131,13 @@ class Launch:
     constants: dict = field(default_factory=dict) # the tl.constexpr arguments; a type by its name, "fp32"
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None                    # registers a thread, where the launcher says so
     label: str = ""                               # how the table calls it
 
 COUNTED = dict(wgmma=r"wgmma\.mma_async", tma=r"cp\.async\.bulk\.tensor", cp_async=r"cp\.async\.c[ag]",
                wide_loads=r"ld\.global[^;]*\.v(4\.b32|2\.b64|8\.b32)", atomics=r"\b(atom|red)\.")       # in PTX
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #d22b3147
+# %% ../../nbs/09_kernels/04_launching.ipynb #994ba8ea
 def _signature(kernel, launch: Launch):
     "What triton.compile wants to know: types and known divisors by position."
     names = [p.name for p in kernel.params]
@@ -152,14 +153,16 @@ def _compile(launch: Launch) -> dict:
     "Compile for compute capability 9.0 in this process and read the result."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     module, _, name = launch.kernel.partition(":")
     kernel = getattr(import_module(module), name)
     signature, divisible = _signature(kernel, launch)
     types = {t.name: t for t in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}     # "fp32" stands for tl.float32
     constants = {name: types.get(value, value) for name, value in launch.constants.items()}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                          options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages))
+    language = GluonASTSource if kernel.is_gluon() else ASTSource       # Gluon: Triton's layer below, for Hopper only
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.maxnreg)
+    made = triton.compile(language(kernel, signature, constexprs=constants, attrs=divisible),
+                          target=GPUTarget("cuda", 90, 32), options=options)
     counts = {what: len(re.findall(pattern, made.asm["ptx"])) for what, pattern in COUNTED.items()}
     return dict(kernel=launch.label or name, **used(made.asm["cubin"]), shared=made.metadata.shared, **counts)
 
