@@ -306,14 +306,14 @@ def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, n_rows, n_cols, stri
     if BIAS: y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(ACC)
     tl.store(out_ptr + row * n_cols + col, y.to(out_ptr.dtype.element_ty), mask=inside)
 
-# %% ../../nbs/09_kernels/05_bytes.ipynb #2a016d87
+# %% ../../nbs/09_kernels/05_bytes.ipynb #5af99fbb
 def layer_norm(x: Tensor,              # (..., C)
                weight: Tensor | None,  # (C,) or (H, C)
                bias: Tensor | None,    # like the weight
                eps: float,             # added to the variance
               ) -> Tensor:             # (..., C)
-    """`layer_norm` of `Ops` as one kernel; where a gradient is wanted, or torch compiles, the plain one. Raises InputError
-    for what it does not take, rows of more than `MOST` among it."""
+    """`layer_norm` of `Ops` as one kernel; where a gradient is wanted, or torch compiles, the plain one. Raises
+    InputError for what it does not take, rows of more than `MOST` among it."""
     if seen_by_torch(x, weight, bias): return plain.layer_norm(x, weight, bias, eps)
     check_norm("layer_norm", x, weight, bias, most=MOST)
     flat = rows_of(x)
@@ -364,7 +364,7 @@ def rotate_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, Hq, H
             rest = (head < H) & (j < D)
             tl.store(target + j, tl.load(source + j, mask=rest, other=0.0).to(narrow), mask=rest)
 
-# %% ../../nbs/09_kernels/05_bytes.ipynb #281faac7
+# %% ../../nbs/09_kernels/05_bytes.ipynb #09275199
 def check_rotate(kernel, x, cos, sin):
     "Raise InputError for what the kernel does not take."
     runnable(kernel, x, cos, sin)
@@ -413,7 +413,7 @@ def rotate_in_place(q: Tensor,     # (B, T, H, D) queries; overwritten
     need(alike, "rotate_in_place", "queries and keys of one dtype, no narrower than the tables', and one head size")
     near = all(t.stride(-1) == 1 and 0 not in t.stride() for t in (q, k))
     need(near, "rotate_in_place", f"dense heads (last stride 1, nothing expanded), not {q.stride()} and {k.stride()}")
-    need(not seen_by_torch(q, k), "rotate_in_place", "tensors without gradients, outside torch.compile; else use rotate")
+    need(not seen_by_torch(q, k), "rotate_in_place", "tensors without gradients, outside torch.compile")
     _launch_rotate(q, k, cos, sin, q, k, False)
 
 # %% ../../nbs/09_kernels/05_bytes.ipynb #a92f8bec
@@ -442,11 +442,13 @@ def rotate(x: Tensor,    # (B, T, H, D) queries or keys
     "`rotate` of `Ops` as one kernel, forward and backward (the tables get no gradient). Raises InputError."
     return rotate_op(x, cos, sin, False) if seen_by_torch(x) else rotated(x, cos, sin)
 
-# %% ../../nbs/09_kernels/05_bytes.ipynb #3a3dc3a6
+# %% ../../nbs/09_kernels/05_bytes.ipynb #1df1d8ba
 @triton.jit
 def _gate(g, GELU: tl.constexpr):
     "sigma(z) and dz/dg."
-    if GELU: return 1 / (1 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g))), 1.5957691216057308 * (1 + 0.134145 * g * g)
+    if GELU:
+        z, slope = 1.5957691216057308 * (g + 0.044715 * g * g * g), 1.5957691216057308 * (1 + 0.134145 * g * g)
+        return 1 / (1 + tl.exp(-z)), slope
     return 1 / (1 + tl.exp(-g)), g * 0 + 1
 
 @triton.jit
