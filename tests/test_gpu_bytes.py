@@ -13,7 +13,8 @@ from llm_workbench.kernels import bytes as kb
 from llm_workbench.kernels.launching import resources
 
 pytestmark = pytest.mark.triton
-quick = settings(max_examples=4 if DEVICE == "cpu" else 40, deadline=None, derandomize=True)
+quick = settings(max_examples=8 if DEVICE == "cpu" else 2, deadline=None, derandomize=True)
+if DEVICE == "cuda": DTYPES = DTYPES[::2]     # a kernel is compiled for each type and kind of shape: half a second
 
 
 def checked(mine, theirs, *args, floor=1.0):
@@ -85,7 +86,7 @@ def test_add_norm_has_a_derivative():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, weight", [((7, 33), (33,)), ((3, 2, 4, 24), (4, 24)), ((5, 40), None), ((1, 3), (3,)),
-                                           ((3, 8300), (8300,)), ((2, 8300), None)])
+                                           ((3, 8300), (8300,)), ((2, 8300), None), ((300, 33), (33,))])
 def test_rms_norm_backward(shape, weight, dtype):
     x, dy = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
     w = None if weight is None else randn(*weight, dtype=dtype, seed=2)
@@ -205,13 +206,12 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_torch_accepts_the_op(name):
-    torch.library.opcheck(getattr(torch.ops.llm_workbench, name).default, OPS[name]())
+    torch.library.opcheck(*OPS[name]())
 
 
 def test_hopper_code_spills_nothing():
-    norms = [x for t in ("*bf16", "*fp32") for x in kb.launches(t, 16384) if "norm" in x.kernel]
-    all_types = [x for t in ("*bf16", "*fp16", "*fp32") for x in kb.launches(t)]
-    table = resources(*norms, *all_types, *kb.launches("*bf16", 128)[:2])
+    wide = [x for t in ("*bf16", "*fp32") for x in kb.launches(t, 16384) if "norm" in x.kernel]
+    table = resources(*kb.launches(), *wide)
     assert (table[["stack", "spills"]] == 0).all().all(), table
     assert (table.shared <= 227 * 1024).all() and (table.wide_loads + table.cp_async > 0).all(), table
 
@@ -268,13 +268,16 @@ def test_a_wrong_gate_is_rejected():
 
 
 @pytest.mark.cuda
-def test_real_shapes_on_a_gpu():
-    for dtype in DTYPES:
-        x, w = randn(4096, 4096, dtype=dtype), randn(4096, dtype=dtype, seed=1)
-        checked(kb.rms_norm, plain.rms_norm, x, w, 1e-5)
-        checked(kb.rms_norm, plain.rms_norm, randn(64, 65536, dtype=dtype), None, 1e-5)
-        checked(kb.swiglu, plain.swiglu, x, x.flip(0))
-        checked(kb.rotate, plain_rotate, x.view(2, 2048, 32, 128), *tables(2048, 128, dtype=dtype))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_real_shapes_on_a_gpu(dtype):
+    x, w = randn(1024, 4096, dtype=dtype), randn(4096, dtype=dtype, seed=1)
+    checked(kb.rms_norm, plain.rms_norm, x, w, 1e-5)
+    checked(kb.rms_norm, plain.rms_norm, randn(64, 65536, dtype=dtype), None, 1e-5)
+    checked(kb.swiglu, plain.swiglu, x, x.flip(0))
+    checked(kb.rotate, plain_rotate, x.view(1, 1024, 32, 128), *tables(1024, 128, dtype=dtype))
+    rstd = kb.normed(x, None, w, 1e-5)[2]
+    for mine, plainly in zip(kb.normed_backward(x.flip(0), x, w, rstd), kb._plain_backward(x.flip(0), x, w, rstd)):
+        assert (mine - plainly).abs().max() <= 4 * torch.finfo(dtype).eps * plainly.abs().max()
 
 
 @pytest.mark.cuda

@@ -22,7 +22,7 @@ def persistent_norm_kernel(x_ptr, weight_ptr, out_ptr, n_rows, n_cols, eps, BLOC
     weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0), num_stages=STAGES):
         x = tl.load(x_ptr + row * n_cols + col, mask=inside, other=0.0).to(tl.float32)
-        y = (x / tl.sqrt(tl.sum(x * x) / n_cols + eps)).to(out_ptr.dtype.element_ty).to(tl.float32)
+        y = (x * tl.rsqrt(tl.sum(x * x) / n_cols + eps)).to(out_ptr.dtype.element_ty).to(tl.float32)
         tl.store(out_ptr + row * n_cols + col, (y * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -35,12 +35,18 @@ def norm_rungs(x, w):
     BLOCK = triton.next_power_of_2(C)
     def looped(): kb.rms_norm_loop_kernel[(N,)](*args, BLOCK=1024, **how, num_warps=4)
     def row(warps): return lambda: kb.rms_norm_kernel[(N,)](*args, ROWS=1, BLOCK=BLOCK, **how, num_warps=warps)
-    def persistent(stages, warps, a_chip):
+    def persistent(stages):
+        warps, a_chip = (8, 4) if C <= 4096 else (16, 2)
         return lambda: persistent_norm_kernel[(132 * a_chip,)](x, w, out, N, C, 1e-6, BLOCK=BLOCK, STAGES=stages,
                                                                num_warps=warps)
-    return {"a loop, 4 warps": looped, "a row, 4 warps": row(4), "a row, 16 warps": row(16), "a row, 32 warps": row(32),
-            "persistent": persistent(1, 8, 6) if C <= 4096 else persistent(1, 16, 3),
-            "persistent, 3 stages": persistent(3, 8, 4) if C <= 4096 else persistent(3, 16, 1)}
+    return {"a loop, 4 warps": looped, **{f"a row, {n} warps": row(n) for n in (4, 8, 16, 32)},
+            "persistent": persistent(1), "persistent, 3 stages": persistent(3)}
+
+
+def a_copy(nbytes):
+    "Copies so much that `nbytes` are read and written: what these bytes cost where nothing is computed."
+    one, two = torch.zeros(2, int(nbytes) // 2, dtype=torch.int8, device="cuda")
+    return lambda: one.copy_(two)
 
 
 def swiglu_backward(dy, g, u): return torch.ops.aten.silu_backward(dy * u, g), dy * F.silu(g)
@@ -60,12 +66,11 @@ def cases():
     compiled_norm = torch.compile(eager_norm, dynamic=False)
     for N, C in [(16384, 4096), (4096, 16384)]:
         x, w = randn(N, C), randn(C)
-        out = torch.empty_like(x)
         yield Case(f"RMSNorm {N} x {C} bf16", {
             "ours": lambda: kb.rms_norm(x, w, 1e-6), "op by op": lambda: eager_norm(x, w),
             "F.rms_norm": lambda: F.rms_norm(x, (C,), w, 1e-6), "compiled": lambda: compiled_norm(x, w),
-            "copy": lambda: out.copy_(x), **norm_rungs(x, w)},
-            nbytes=2 * x.nbytes + w.nbytes, goals={"copy": 0.95, "F.rms_norm": 1.3})
+            "a copy": a_copy(2 * x.nbytes), **norm_rungs(x, w)},
+            nbytes=2 * x.nbytes + w.nbytes, goals={"copy": 0.95, "a copy": 0.95, "F.rms_norm": 1.3})
 
     x, r, w = randn(16384, 4096), randn(16384, 4096), randn(4096)
     def two_steps(norm):
@@ -75,25 +80,29 @@ def cases():
     fused = two_steps(lambda x, w: F.rms_norm(x, (4096,), w, 1e-6))
     yield Case("add + RMSNorm 16384 x 4096 bf16", {
         "ours": lambda: kb.add_norm(x, r, w, 1e-6), "op by op": lambda: two_steps(eager_norm)(x, r, w),
-        "F.rms_norm": lambda: fused(x, r, w), "compiled": lambda: compiled_add(x, r, w)},
-        nbytes=4 * x.nbytes + w.nbytes, goals={"copy": 0.95, "op by op": 1.8})
+        "F.rms_norm": lambda: fused(x, r, w), "compiled": lambda: compiled_add(x, r, w),
+        "a copy": a_copy(4 * x.nbytes)}, nbytes=4 * x.nbytes + w.nbytes,
+        goals={"copy": 0.95, "a copy": 0.95, "op by op": 1.8})
 
     rstd = kb.normed(x, None, w, 1e-6)[2]
     yield Case("RMSNorm backward 16384 x 4096 bf16", {
         "ours": lambda: kb.normed_backward(r, x, w, rstd), "op by op": lambda: kb._plain_backward(r, x, w, rstd),
-        **torch_backward(r, x, w), **backward_rungs(r, x, w)}, nbytes=3 * x.nbytes + 2 * w.nbytes, goals={"copy": 0.8})
+        **torch_backward(r, x, w), **backward_rungs(r, x, w), "a copy": a_copy(3 * x.nbytes)},
+        nbytes=3 * x.nbytes + 2 * w.nbytes, goals={"copy": 0.8})
 
     heads, per_head = randn(16384 * 32, 128), randn(128)
     yield Case("RMSNorm of heads 524288 x 128 bf16", {
         "ours": lambda: kb.rms_norm(heads, per_head, 1e-6), "op by op": lambda: eager_norm(heads, per_head),
         "F.rms_norm": lambda: F.rms_norm(heads, (128,), per_head, 1e-6),
-        "a row a program": lambda: one_row_each(heads, per_head)}, nbytes=2 * heads.nbytes, goals={"copy": 0.95})
+        "16 rows a program": some_rows_each(heads, per_head, 16), "a row a program": some_rows_each(heads, per_head, 1),
+        "a copy": a_copy(2 * heads.nbytes)}, nbytes=2 * heads.nbytes, goals={"copy": 0.95, "a copy": 0.95})
     del heads
 
     b = randn(4096)
     yield Case("LayerNorm 16384 x 4096 bf16", {
         "ours": lambda: kb.layer_norm(x, w, b, 1e-5), "op by op": lambda: plain.layer_norm(x, w, b, 1e-5),
-        "F.layer_norm": lambda: F.layer_norm(x, (4096,), w, b, 1e-5)}, nbytes=2 * x.nbytes, goals={"copy": 0.95})
+        "F.layer_norm": lambda: F.layer_norm(x, (4096,), w, b, 1e-5), "a copy": a_copy(2 * x.nbytes)},
+        nbytes=2 * x.nbytes, goals={"copy": 0.95, "a copy": 0.95})
     del x, r
 
     B, T, H, K, D = 4, 4096, 32, 8, 128
@@ -102,8 +111,10 @@ def cases():
     both = lambda turn: lambda: (turn(q, *tables), turn(k, *tables))
     yield Case(f"RoPE {B} x {T}, 32 + 8 heads of 128, bf16", {
         "ours": both(kb.rotate), "ours, in place": lambda: kb.rotate_in_place(q, k, *tables),
-        "op by op": both(plain_rotate), "compiled": both(torch.compile(plain_rotate, dynamic=False))},
-        nbytes=2 * (q.nbytes + k.nbytes) + 2 * tables[0].nbytes, goals={"copy": 0.9})
+        "in place, 8 pairs a thread": with_pairs(8, lambda: kb.rotate_in_place(q, k, *tables)),
+        "op by op": both(plain_rotate), "compiled": both(torch.compile(plain_rotate, dynamic=False)),
+        "a copy": a_copy(2 * (q.nbytes + k.nbytes))}, nbytes=2 * (q.nbytes + k.nbytes) + 2 * tables[0].nbytes,
+        goals={"copy": 0.9, "a copy": 0.95})
     del q, k
 
     compiled_swiglu = torch.compile(plain.swiglu, dynamic=False)
@@ -116,8 +127,8 @@ def cases():
     yield Case("SwiGLU 8192 x 14336 bf16", {
         "ours": lambda: kb.swiglu(g, u), "op by op": lambda: plain.swiglu(g, u),
         "compiled": lambda: compiled_swiglu(g, u), "block 1024, 8 warps": blocks(1024, 8),
-        "block 1024, 4 warps": blocks(1024, 4), "block 4096, 8 warps": blocks(4096, 8),
-        "block 8192, 8 warps": blocks(8192, 8)}, nbytes=3 * g.nbytes, goals={"copy": 0.95, "compiled": 1.0})
+        "block 4096, 8 warps": blocks(4096, 8), "block 8192, 8 warps": blocks(8192, 8), "a copy": a_copy(3 * g.nbytes)},
+        nbytes=3 * g.nbytes, goals={"copy": 0.95, "compiled": 1.0})
     whole = torch.cat([g, u], -1)
     halves = whole.chunk(2, -1)
     yield Case("GeGLU, halves of one product, 8192 x 14336 bf16", {
@@ -137,23 +148,34 @@ def cases():
         "F.rms_norm": lambda: F.rms_norm(x, (4096,), w, 1e-6)}, nbytes=3 * x.nbytes)
 
 
-def one_row_each(x, w):
-    "A rung: a program for every short row."
-    (N, C), out = x.shape, torch.empty_like(x)
-    kb.rms_norm_kernel[(N,)](x, x, w, out, out, torch.empty(N, device="cuda"), N, C, C, 0, 1, 1e-6, ROWS=1, BLOCK=C,
-                             RESIDUAL=False, WEIGHT=True, ROUND=True, ACC=tl.float32, num_warps=4)
+def some_rows_each(x, w, rows):
+    "Short rows, so many to a program."
+    (N, C), out, rstd = x.shape, torch.empty_like(x), torch.empty(len(x), device="cuda")
+    return lambda: kb.rms_norm_kernel[(triton.cdiv(N, rows),)](
+        x, x, w, out, out, rstd, N, C, C, 0, 1, 1e-6, ROWS=rows, BLOCK=C, RESIDUAL=False, WEIGHT=True, ROUND=True,
+        ACC=tl.float32, num_warps=4)
+
+
+def with_pairs(pairs, run):
+    "Run with other tiles of RoPE."
+    def go():
+        before, kb.PAIRS = kb.PAIRS, pairs
+        try: run()
+        finally: kb.PAIRS = before
+    return go
 
 
 def backward_rungs(dy, x, w):
     "The norm's derivative with other tiles; partial sums and their sum as in `normed_backward`."
     (N, C), dx = x.shape, torch.empty_like(x)
     _, _, rstd = kb.normed(x, None, w, 1e-6)
-    def run(stages, warps, programs):
+    def run(stages, warps, programs, reduce):
         def go():
             parts = torch.empty((programs, 1, C), device="cuda")
             kb.rms_norm_bwd_kernel[(programs, 1)](dy, x, w, rstd, dx, parts, N, C, 1, ROWS=1, BLOCK=C, STAGES=stages,
                                                   WEIGHT=True, ROUND=True, ACC=tl.float32, num_warps=warps)
-            return parts.sum(0).to(w.dtype)
+            return parts.sum(0).to(w.dtype) if reduce else parts
         return go
-    return {"1 stage, 16 warps": run(1, 16, 264), "3 stages, 16 warps": run(3, 16, 264),
-            "1 stage, 8 warps": run(1, 8, 264), "2 stages, 32 warps": run(2, 32, 132), "1 stage, 16 warps, 528 programs": run(1, 16, 528)}
+    return {"1 stage": run(1, 16, 264, True), "3 stages, torch's sum": run(3, 16, 264, True),
+            "3 stages, no sum": run(3, 16, 264, False), "4 stages, no sum": run(4, 16, 264, False),
+            "4 stages, 8 warps, no sum": run(4, 8, 264, False)}

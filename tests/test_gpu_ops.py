@@ -1,0 +1,86 @@
+"Whole decoders on Triton's kernels: two or three families interpreted on a CPU, all of them compiled on a GPU."
+import pytest
+import torch
+from checks import cached_is_uncached, some_tokens, worst
+from kernel_checks import DEVICE, as_accurate
+from models import SMALL, small_model
+
+from llm_workbench import Decoder
+from llm_workbench.architecture.ops import REFERENCE, TORCH, compare_ops
+from llm_workbench.kernels.triton_ops import TRITON, who
+
+pytestmark = pytest.mark.triton
+FAMILIES = ["llama", "gemma2", "gpt_neox"] if DEVICE == "cpu" else list(SMALL)
+EVERY = [(family, i) for family in FAMILIES for i in range(1 if DEVICE == "cpu" else len(SMALL[family]))]
+KERNELS = {name: f for name, f in vars(TRITON).items() if f is not getattr(TORCH, name)}
+
+
+@pytest.fixture(params=EVERY, ids=[f"{family}-{i}" for family, i in EVERY])
+def decoder(request):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return Decoder.from_transformers(small_model(*request.param)).to(DEVICE)
+
+
+def scaled(got, want): return worst(got, want) / want.abs().max().item()
+
+
+@torch.inference_mode()
+def test_logits_equal_the_reference(decoder):
+    tokens = some_tokens(T=9).to(DEVICE)
+    assert scaled(decoder.with_ops(TRITON)(tokens), decoder.with_ops(REFERENCE)(tokens)) <= 1e-4
+
+
+def test_a_cache_changes_nothing(decoder):
+    tokens = some_tokens(T=5 if DEVICE == "cpu" else 14).to(DEVICE)
+    cached_is_uncached(decoder.with_ops(TRITON), lambda d: d.new_cache(), tokens)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.inference_mode()
+def test_half_precision_is_as_accurate_as_the_reference(decoder, dtype):
+    tokens = some_tokens().to(DEVICE)
+    want = decoder.double().with_ops(REFERENCE)(tokens)
+    if not want.isfinite().all(): pytest.skip("no finite logits")
+    narrow = decoder.to(dtype)
+    mine, plain = narrow.with_ops(TRITON)(tokens), narrow.with_ops(REFERENCE)(tokens)
+    if not plain.isfinite().all(): pytest.skip(f"these weights are too large for {dtype}")
+    as_accurate(mine, want, plain, factor=3.0, floor=4.0)
+
+
+def test_the_derivative_of_a_model_equals_the_reference():
+    tokens, grads = some_tokens(B=1, T=6).to(DEVICE), []
+    for ops in (TRITON, REFERENCE):
+        decoder = Decoder.from_transformers(small_model("qwen3")).to(DEVICE).with_ops(ops)
+        for p in decoder.parameters(): p.requires_grad_(True)
+        decoder(tokens).square().mean().backward()
+        grads.append({name: p.grad for name, p in decoder.named_parameters()})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name, want in grads[1].items():
+        if want is not None: assert scaled(grads[0][name], want) <= 1e-3, name
+
+
+def test_each_op_on_the_shapes_of_a_model(decoder):
+    found = compare_ops(KERNELS, decoder.config, n_tokens=5 if DEVICE == "cpu" else 256, past=7, device=DEVICE)
+    assert found["relative error"].max() <= 1e-5, found
+    assert set(found.index.get_level_values("op")) == set(KERNELS)
+
+
+def test_the_set_says_who_runs():
+    assert who(TRITON)["swiglu"] == "kernels.bytes.swiglu" and who(REFERENCE)["rotate"] == "architecture.rope.rotate"
+    assert who(TRITON).keys() == who(REFERENCE).keys()
+
+
+def test_what_a_model_calls_a_wrong_kernel_changes():
+    "The comparison above would notice a kernel that is wrong in one sign or one rounding."
+    decoder, tokens = Decoder.from_transformers(small_model("llama")).to(DEVICE), some_tokens(B=1, T=5).to(DEVICE)
+    want = decoder.with_ops(REFERENCE)(tokens)
+    wrong = {"rotate": lambda x, c, s: TRITON.rotate(x, c, -s), "swiglu": lambda g, u: TRITON.swiglu(u, g),
+             "rms_norm": lambda x, w, eps: TRITON.rms_norm(x, w, 1e3 * eps)}
+    for name, function in wrong.items():
+        assert scaled(decoder.with_ops(TRITON.but(**{name: function}))(tokens), want) > 1e-4, name
+
+
+def test_the_lobby_takes_them_on_a_gpu():
+    from llm_workbench.lobby import fastest_ops
+    assert fastest_ops("cuda") is (TRITON if DEVICE == "cuda" else TORCH)
