@@ -92,7 +92,7 @@ def check_loss(module=reductions, shape=(4, 300), dtype=torch.float32, change=la
     x, t = change(randn(*shape, dtype=dtype, scale=2.0)), targets_for(*shape)
     named = {dict(smoothing="label_smoothing").get(k, k): v for k, v in options.items()}
     (loss, grad), (same_loss, same_grad) = exact(x, t, **options), eager(x, t, **options)
-    grad = grad.masked_fill((t == -100)[:, None], 0.0)                  # torch's is NaN for an ignored row with an infinity
+    grad, same_grad = (g.masked_fill((t == -100)[:, None], 0.0) for g in (grad, same_grad))       # torch's is NaN for an ignored row with an infinity
     with guarded(module):
         own = x.clone()
         got, g = module.cross_entropy_grad_(own, t, config=config, **named)
@@ -275,7 +275,7 @@ def draws(x, n, config=None, **how):
 
 def test_draws_are_as_frequent_as_likely():
     "Chi-square, p > 0.01: groups of several tokens, some cut."
-    n = 160 if DEVICE == "cpu" else 1_000_000
+    n = 120 if DEVICE == "cpu" else 1_000_000
     x = torch.linspace(0, 2.2, 23, device=DEVICE)[None].roll(9, 1)
     for how in (dict(min_p=0.2), dict(), dict(top_k=12, top_p=0.8))[:1 if DEVICE == "cpu" else 3]:
         kept = kept_plain(x[0].cpu(), k=how.get("top_k"), p=how.get("top_p"), m=how.get("min_p"))
@@ -412,10 +412,10 @@ def test_compiled_for_hopper():
 # --- real sizes
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [4096, 32768, 50257, 131072, 262144])
+@pytest.mark.parametrize("columns, dtype", [(4096, torch.bfloat16), (32768, torch.bfloat16), (32768, torch.float32), (50257, torch.float16),
+                                            (131072, torch.bfloat16), (131072, torch.float32), (262144, torch.bfloat16)])
 def test_real_widths(columns, dtype):
-    rows = 300                                                      # more than the chip holds at once: programs take several rows
+    rows = 140                                                      # more than the chip holds at once: programs take several rows
     check_softmax(shape=(rows, columns), dtype=dtype)
     for splits in (1, 32): check_softmax(shape=(3, columns), dtype=dtype, splits=splits)
     check_loss(shape=(rows, columns), dtype=dtype)

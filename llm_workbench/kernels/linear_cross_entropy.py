@@ -14,7 +14,7 @@ from .launching import interpreting, need, runnable
 from .reductions import (FLOATS, checked_targets, inverse_count, launch_cross_entropy, plain_backward, plain_losses,
                                               scale_, wants_op)
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #6d03c53d
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #2e7b5424
 CHUNK = 2048                   # tokens whose logits exist at a time
 
 def _losses(logits, targets, factor, ignore_index, smoothing, z_loss) -> Tensor:
@@ -54,9 +54,9 @@ def launch_linear_cross_entropy(hidden: Tensor,             # (N, C)
         factor = inverse_count(targets, ignore_index, acc) if hidden.is_cuda or interpreting() else 1 / (targets != ignore_index).sum()[None].to(acc)
     ones = factor if factor is not None else torch.ones(1, dtype=acc, device=hidden.device)
     losses = torch.zeros(N, dtype=acc, device=hidden.device)
-    dh = torch.empty_like(rows) if for_hidden else None
-    dw = (torch.empty if N else torch.zeros)(V, C, dtype=acc if wide else weight.dtype, device=weight.device) if for_weight else None
-    logits = torch.empty(min(chunk, N), V, dtype=hidden.dtype, device=hidden.device)
+    dh = torch.empty((N, C), dtype=hidden.dtype, device=hidden.device) if for_hidden else None
+    dw = (torch.empty if N else torch.zeros)((V, C), dtype=acc if wide else weight.dtype, device=weight.device) if for_weight else None
+    logits = torch.empty((min(chunk, N), V), dtype=hidden.dtype, device=hidden.device)
     for start in range(0, N, chunk):
         some = slice(start, min(start + chunk, N))
         z = logits[:some.stop - start]                                          # (chunk, V), the same memory each time
