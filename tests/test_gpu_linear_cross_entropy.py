@@ -102,9 +102,9 @@ def test_custom_op_and_compile():
 
 
 WRONG = {
-    "the logits are not turned into their gradient": ("ones if for_hidden or for_weight else None", "None"),
+    "the logits are not turned into their gradient": ("gradient = factor if for_hidden or for_weight else None", "gradient = None"),
     "a chunk writes over the sum of those before": ("first=start == 0", "first=True"),
-    "the mean is over all tokens": ("loss = losses.sum() if factor is None else losses.sum() * factor[0]", "loss = losses.sum() if factor is None else losses.mean()"),
+    "the mean is over all tokens": ("loss = losses.sum() * factor[0] if mean", "loss = losses.mean() if mean"),
     "a ragged last chunk is dropped": ("range(0, N, chunk)", "range(0, N - chunk + 1, chunk)"),
 }
 

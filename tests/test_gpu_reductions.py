@@ -22,7 +22,7 @@ np.seterr(all="ignore")          # the interpreter's numpy: what is masked away 
 few = settings(max_examples=6, deadline=None, derandomize=True)
 
 # a row longer than what stays in registers, and than one tile of the loop, at widths that the interpreter can bear
-SMALL = dict(KEEP=64, LOOP=True, LANES=16, VEC=8, STAGES=2, num_warps=1, per_sm=1)
+SMALL = dict(KEEP=64, LOOP=True, LANES=8, VEC=8, STAGES=2, num_warps=1, per_sm=1)
 HARD = {"large": lambda x: x * 1e4, "shifted": lambda x: x + 1e4, "equal": lambda x: x * 0 + 3,
         "some -inf": lambda x: x.masked_fill(x > 0.5, float("-inf")), "-inf first": lambda x: torch.cat([x[:, :0], x * 0 + float("-inf")], 1).index_copy(1, torch.tensor([x.shape[1] - 1], device=x.device), x[:, -1:]),
         "all -inf in one row": lambda x: torch.cat([x[:1] * 0 + float("-inf"), x[1:]]), "+inf": lambda x: x.masked_fill(x > 2.0, float("inf")),
@@ -34,7 +34,7 @@ HARD = {"large": lambda x: x * 1e4, "shifted": lambda x: x + 1e4, "equal": lambd
 def check_softmax(module=reductions, shape=(3, 300), dtype=torch.float32, change=lambda x: x, **how):
     x = change(randn(*shape, dtype=dtype, scale=2.0))
     with guarded(module): y = module.launch_softmax(x, **how)
-    return as_accurate(y, x.double().softmax(-1), x.softmax(-1))
+    return as_accurate(y, x.double().softmax(-1), x.softmax(-1), floor=2.0)         # an exponential by hardware may be 2 units off
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +56,7 @@ def test_softmax_shapes(rows, columns, dtype, how): check_softmax(shape=(rows, c
 def test_softmax_strides_and_no_rows():
     x = randn(6, 40)
     for view in (x[::2], x[:, 3:17], x.T, x[:, ::2], x.view(2, 3, 40), x.view(2, 3, 40).transpose(0, 1), x[:1].expand(4, 40)):
-        as_accurate(reductions.softmax(view), view.double().softmax(-1), view.softmax(-1))
+        as_accurate(reductions.softmax(view), view.double().softmax(-1), view.softmax(-1), floor=2.0)
     assert reductions.softmax(x[:0]).shape == (0, 40) and reductions.softmax(x[0]).shape == (40,)
 
 
@@ -98,13 +98,13 @@ def check_loss(module=reductions, shape=(4, 300), dtype=torch.float32, change=la
         got, g = module.cross_entropy_grad_(own, t, config=config, **named)
         assert g.data_ptr() == own.data_ptr()
         as_accurate(got, loss, same_loss, floor=4.0)
-        as_accurate(g, grad, same_grad)
+        as_accurate(g, grad, same_grad, floor=2.0)
         losses, stats = module.launch_cross_entropy(x, t, None, -100, options.get("smoothing", 0.0), options.get("z_loss", 0.0), config)
         of_rows = {**options, "reduction": "none"}
         as_accurate(losses, exact(x, t, **of_rows)[0], eager(x, t, **of_rows)[0], floor=4.0)
         n = (t != -100).sum() if options.get("reduction", "mean") == "mean" else torch.ones((), device=DEVICE)
         g = module.launch_cross_entropy_backward((1 / n.float()).view(1), x, t, stats, -100, options.get("smoothing", 0.0), options.get("z_loss", 0.0))
-        as_accurate(g, grad, same_grad)
+        as_accurate(g, grad, same_grad, floor=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,7 +130,7 @@ def test_loss_of_a_target_at_minus_infinity():
     got, g = reductions.cross_entropy_grad_(x.clone(), t, reduction="none")
     assert got[0] == float("inf") and got[2] == 0
     as_accurate(got[1:], loss[1:], loss[1:].float(), floor=4.0)
-    as_accurate(g, grad, same)
+    as_accurate(g, grad, same, floor=2.0)
 
 
 @few
@@ -203,7 +203,7 @@ def test_plain_twins():
 
 # --- draws
 
-DRAW = dict(LANES=4, STAGES=2, num_warps=1)         # a group is (at 8 bytes a lane) some tokens of every 16: several in small rows
+DRAW = dict(LANES=4, SLOTS=4, STAGES=2, num_warps=1)         # a group is (at 8 bytes a lane) some tokens of every 16: several in small rows
 
 
 def kept_plain(logits, t=1.0, k=None, p=None, m=None):
@@ -327,18 +327,18 @@ def test_as_the_sampler():
 # --- wrong variants
 
 WRONG = {   # what is wrong: old text, new text, the check that must not pass
-    "softmax: sums of an earlier maximum are kept as they were": ("sums = sums * tl.exp(most - larger) +", "sums = sums +", lambda m: check_softmax(m, config=SMALL)),
+    "softmax: sums of an earlier maximum are kept as they were": ("sums = sums * tl.exp2((most - larger) * LOG2E) +", "sums = sums +", lambda m: check_softmax(m, config=SMALL)),
     "softmax: the padding counts": ('mask=at < n_cols, other=float("-inf"))', "mask=at < n_cols, other=0.0)", lambda m: check_softmax(m)),
-    "softmax: the loop's last tile is left out": ("tiles = tl.cdiv(n_cols - KEEP, LANES * VEC)", "tiles = (n_cols - KEEP) // (LANES * VEC)", lambda m: check_softmax(m, config=SMALL)),
+    "softmax: the loop writes a tile further on": ("there = n_loop - TILE - start + lane", "there = n_loop - start + lane", lambda m: check_softmax(m, config=SMALL)),
     "join: slices are added up as if their maxima were one": ("tl.load(parts + SPLITS) * tl.exp(tops - top)", "tl.load(parts + SPLITS)", lambda m: check_softmax(m, splits=4)),
-    "cross-entropy: an ignored row keeps its logits": ("n_read = tl.where(valid, n_cols, 0)", "n_read = tl.where(valid, n_cols, n_cols) + 0 * row; valid = target == target", lambda m: check_loss(m)),
-    "cross-entropy: one for the target is not taken off": ("tl.where(at == target, of_target, 0.0)", "0.0", lambda m: check_loss(m)),
+    "cross-entropy: an ignored row keeps its logits": ("if not valid:", "if row < 0:", lambda m: check_loss(m)),
+    "cross-entropy: one for the target is not taken off": ("- of_all - of_target", "- of_all", lambda m: check_loss(m)),
     "cross-entropy: z-loss without its gradient": ("factor * (1 + 2 * z_loss * lse) / total", "factor / total", lambda m: check_loss(m, z_loss=0.02)),
     "backward: the sum is forgotten": ("(top + tl.log(total))) / total)", "(top + tl.log(total))))", lambda m: check_loss(m)),
     "draws: top-k one short": ("if MASS else wanted ", "if MASS else wanted - 1 ", lambda m: check_draws(m, cases=[dict(k=k) for k in (2, 5, 9, 20)])),
     "draws: the nucleus stops before it reaches p": ("want = tl.maximum(wanted * total, 1e-37)", "want = tl.maximum(0.9 * wanted * total, 1e-37)", lambda m: check_draws(m, cases=[dict(p=p) for p in (0.5, 0.8, 0.95)])),
-    "draws: top-p of all tokens, not of the k": ("floor, lo, p, top, inv_t, True", "-1e30, lo, p, top, inv_t, True", lambda m: check_draws(m, cases=[dict(k=20, p=0.7), dict(k=9, p=0.8)])),
-    "draws: temperature after the filters": ("w = tl.exp((x - top) * inv_t) if MASS", "w = tl.exp(x - top) if MASS", lambda m: check_draws(m, cases=[dict(p=0.5, t=3.0), dict(p=0.8, t=0.4)])),
+    "draws: top-p of all tokens, not of the k": ("n_cols, floor, lo, p, top", "n_cols, -1e30, lo, p, top", lambda m: check_draws(m, cases=[dict(k=20, p=0.7), dict(k=9, p=0.8)])),
+    "draws: temperature after the filters": ("w = tl.exp2((x - top) * scale) if MASS else tl.full(x.shape", "w = tl.exp2((x - top) * LOG2E) if MASS else tl.full(x.shape", lambda m: check_draws(m, cases=[dict(p=0.5, t=3.0), dict(p=0.8, t=0.4)])),
 }
 
 
@@ -384,16 +384,16 @@ def launches():
         warps, _ = c.pop("num_warps"), c.pop("per_sm")
         return Launch(f"{NAME}:{kernel}", types, dict(c, DOUBLE=False, **more), warps, label=f"{kernel} {types[0][1:]} {n} {more.get('GRAD', '')}".strip())
     ce = lambda t: [t, t, "*i64", "*fp32", "*fp32", "*fp32", "i32:16", "i32:16", "i32:16", "i32:16", "i32", "fp32", "fp32"]
-    for t, size, widths in (("*bf16", 2, (4096, 32768, 131072)), ("*fp32", 4, (32768, 131072))):
+    for t, size, widths in (("*bf16", 2, (8192, 32768, 65536, 131072)), ("*fp32", 4, (16384, 131072))):
         for n in widths:
             if size == 2: yield row("softmax_kernel", [t, t, "i32:16", "i32:16", "i32:16", "i32:16"], n, size)
             yield row("cross_entropy_kernel", ce(t), n, size, GRAD=True, SMOOTH=False)
     yield row("cross_entropy_kernel", ce("*bf16"), 131072, 2, GRAD=False, SMOOTH=False)
     for t, vec in (("*bf16", 8), ("*fp32", 4)):
-        s = dict(reductions.SAMPLING)
-        yield Launch(f"{NAME}:sample_kernel", [t, "*i64", "*fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32", "i32:16", "i32:16"],
+        s = reductions.SAMPLING[16 // vec]
+        yield Launch(f"{NAME}:sample_kernel", [t, "*i64", "*fp32", "*fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32", "i32:16", "i32:16"],
                      dict(TOP_K=True, TOP_P=True, MIN_P=True, **dict.fromkeys(["ROWS_T", "ROWS_K", "ROWS_P", "ROWS_M", "ROWS_SEED", "ROWS_STEP"], False),
-                          LANES=s["LANES"], STAGES=s["STAGES"], VEC=vec, TILES=32), s["num_warps"], label=f"sample_kernel {t[1:]}")
+                          LANES=s["LANES"], SLOTS=s["SLOTS"], STAGES=s["STAGES"], VEC=vec, TILES=32, SHIFT=0 if vec == 4 else 16), s["num_warps"], label=f"sample_kernel {t[1:]}")
     split = dict(SPLITS=32, **reductions.SPLIT, DOUBLE=False)
     yield Launch(f"{NAME}:softmax_part_kernel", ["*bf16", "*fp32", "i32:16", "i32:16", "i32:16"], dict(split, STAGES=2), 8)
     yield Launch(f"{NAME}:softmax_join_kernel", ["*bf16", "*fp32", "*bf16", "i32:16", "i32:16", "i32:16", "i32:16"], split, 8)
