@@ -37,10 +37,12 @@ def by_torch(h, w, t, reduction="mean", smoothing=0.0, wide=False):
 
 def check(module=lce, N=5, C=16, V=90, dtype=torch.float32, chunk=2, reduction="mean", smoothing=0.0, wide=False):
     h, w, t = inputs(N, C, V, dtype)
-    with guarded(module): got = module.launch_linear_cross_entropy(h, w, t, -100, reduction, smoothing, chunk=chunk, wide=wide)
+    with guarded(module): got = module.launch_linear_cross_entropy(h, w, t, -100, reduction, smoothing, chunk=chunk,
+                                                                   wide=wide)
     want, same = by_torch(h, w, t, reduction, smoothing, wide=True), by_torch(h, w, t, reduction, smoothing)
     for name, a, b, c in zip(("loss", "hidden", "weight"), got, want, same):
-        try: as_accurate(a, b, c, floor=4.0 if name == "loss" else 2.0)      # logits rounded in torch's order; a chunk rounds the sum once more
+        # logits rounded in torch's order; a chunk rounds the sum once more
+        try: as_accurate(a, b, c, floor=4.0 if name == "loss" else 2.0)
         except AssertionError as e: raise AssertionError(f"{name}: {e}") from None
 
 
@@ -51,8 +53,10 @@ def test_loss_and_gradients(dtype, chunk, wide): check(dtype=dtype, chunk=chunk,
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
-@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 100), st.integers(1, 7), st.sampled_from(["mean", "sum"]), st.sampled_from([0.0, 0.1]))
-def test_shapes(N, C, V, chunk, reduction, smoothing): check(N=N, C=C, V=V, chunk=chunk, reduction=reduction, smoothing=smoothing)
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 100), st.integers(1, 7), st.sampled_from(["mean", "sum"]),
+       st.sampled_from([0.0, 0.1]))
+def test_shapes(N, C, V, chunk, reduction, smoothing): check(N=N, C=C, V=V, chunk=chunk, reduction=reduction,
+                                                             smoothing=smoothing)
 
 
 def test_autograd_asks_for_what_it_needs():
@@ -76,10 +80,12 @@ def test_autograd_asks_for_what_it_needs():
 
 def test_views_and_nothing_to_do():
     h, w, t = inputs(8, 12, 40)
-    for a, b, c in ((h[::2], w, t[::2]), (h[:, :7], w[:, :7], t), (randn(12, 8).T, randn(12, 40).T, t), (h, w[::2], t % 20)):
+    for a, b, c in ((h[::2], w, t[::2]), (h[:, :7], w[:, :7], t), (randn(12, 8).T, randn(12, 40).T, t),
+                    (h, w[::2], t % 20)):
         torch.testing.assert_close(linear_cross_entropy(a, b, c, chunk=3), F.cross_entropy(a @ b.T, c))
         x, y = a.detach().requires_grad_(True), b.detach().requires_grad_(True)
-        for got, want in zip(torch.autograd.grad(linear_cross_entropy(x, y, c, chunk=3), (x, y)), by_torch(a, b, c)[1:]): torch.testing.assert_close(got, want)
+        for got, want in zip(torch.autograd.grad(linear_cross_entropy(x, y, c, chunk=3), (x, y)),
+                             by_torch(a, b, c)[1:]): torch.testing.assert_close(got, want)
     loss, dh, dw = lce.launch_linear_cross_entropy(h[:0], w, t[:0], reduction="sum")
     assert loss == 0 and dh.shape == (0, 12) and (dw == 0).all()
     _, dh, dw = lce.launch_linear_cross_entropy(h, w, torch.full_like(t, -100))
@@ -88,7 +94,8 @@ def test_views_and_nothing_to_do():
 
 def test_gradients_in_float64():
     h, w, t = inputs(3, 4, 12, torch.float64)
-    op = lambda h, w: lce.linear_cross_entropy_op(h, w, t, -100, "mean", 0.0, 0.0, 2, True, True, False)[0]    # the way that may go backward twice
+    # the way that may go backward twice
+    op = lambda h, w: lce.linear_cross_entropy_op(h, w, t, -100, "mean", 0.0, 0.0, 2, True, True, False)[0]
     assert torch.autograd.gradcheck(op, (h.requires_grad_(True), w.requires_grad_(True)))
 
 
@@ -96,13 +103,15 @@ def test_custom_op_and_compile():
     h, w, t = inputs(5, 8, 30)
     h, w = h.requires_grad_(True), w.requires_grad_(True)
     torch.library.opcheck(lce.linear_cross_entropy_op, (h, w, t, -100, "mean", 0.0, 0.0, 2, True, True, False))
-    compiled = torch.compile(linear_cross_entropy, backend="aot_eager" if DEVICE == "cpu" else "inductor", fullgraph=True)
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager" if DEVICE == "cpu" else "inductor",
+                             fullgraph=True)
     got = torch.autograd.grad(compiled(h, w, t) * 2, (h, w))
     for a, b in zip(got, by_torch(h, w, t)[1:]): torch.testing.assert_close(a, 2 * b)
 
 
 WRONG = {
-    "the logits are not turned into their gradient": ("gradient = factor if for_hidden or for_weight else None", "gradient = None"),
+    "the logits are not turned into their gradient": ("gradient = factor if for_hidden or for_weight else None",
+                                                      "gradient = None"),
     "a chunk writes over the sum of those before": ("first=start == 0", "first=True"),
     "the mean is over all tokens": ("loss = losses.sum() * factor[0] if mean", "loss = losses.mean() if mean"),
     "a ragged last chunk is dropped": ("range(0, N, chunk)", "range(0, N - chunk + 1, chunk)"),
@@ -114,7 +123,8 @@ def test_wrong_variants_are_rejected(name, tmp_path):
     old, new = WRONG[name]
     source = Path(lce.__file__).read_text()
     assert old in source, "the variant's text is gone"
-    source = source.replace(old, new).replace("llm_workbench::", "wrong_variant::").replace("from ..", "from llm_workbench.").replace("from .", "from llm_workbench.kernels.")
+    source = source.replace(old, new).replace("llm_workbench::", "wrong_variant::").replace("from ..",
+        "from llm_workbench.").replace("from .", "from llm_workbench.kernels.")
     (tmp_path / "wrong_loss.py").write_text(source)
     spec = importlib.util.spec_from_file_location("wrong_loss", tmp_path / "wrong_loss.py")
     module = sys.modules["wrong_loss"] = importlib.util.module_from_spec(spec)
@@ -124,8 +134,10 @@ def test_wrong_variants_are_rejected(name, tmp_path):
 
 def test_bad_input():
     h, w, t = inputs(4, 8, 30)
-    for call in (lambda: linear_cross_entropy(h, w[:, :5], t), lambda: linear_cross_entropy(h, w.half(), t), lambda: linear_cross_entropy(h, w, t[:2]),
-                 lambda: linear_cross_entropy(h, w, t.float()), lambda: linear_cross_entropy(h, w, t, reduction="none"), lambda: linear_cross_entropy(h, w, t, chunk=0),
+    for call in (lambda: linear_cross_entropy(h, w[:, :5], t), lambda: linear_cross_entropy(h, w.half(), t),
+                 lambda: linear_cross_entropy(h, w, t[:2]),
+                 lambda: linear_cross_entropy(h, w, t.float()), lambda: linear_cross_entropy(h, w, t,
+                     reduction="none"), lambda: linear_cross_entropy(h, w, t, chunk=0),
                  lambda: linear_cross_entropy(h, w[:0], t), lambda: linear_cross_entropy(h, w.to("meta"), t)):
         with pytest.raises(InputError): call()
 

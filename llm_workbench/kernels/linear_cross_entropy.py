@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CHUNK', 'launch_linear_cross_entropy', 'linear_cross_entropy_op', 'Fused', 'linear_cross_entropy']
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #52dd7187
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #6fc5b9e2
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .launching import interpreting, need, runnable
-from .reductions import (FLOATS, checked_targets, inverse_count, launch_cross_entropy, plain_backward,
+from .reductions import (FLOATS, checked_targets, inverse_count, launch_cross_entropy,
+                                              plain_backward,
                                               plain_losses, scale_, wants_op)
 
 # %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #eceaf78c
@@ -83,12 +84,13 @@ def launch_linear_cross_entropy(hidden: Tensor,             # (N, C)
     loss = losses.sum() * factor[0] if mean else losses.sum()
     return loss, dh, dw if dw is None else dw.to(weight.dtype)
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #d773810c
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #f647b113
 @torch.library.custom_op("llm_workbench::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str,
                             smoothing: float, z_loss: float, chunk: int, for_hidden: bool, for_weight: bool,
                             wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, dh, dw = launch_linear_cross_entropy(hidden, weight, targets, ignore_index, reduction, smoothing, z_loss, chunk,
+    loss, dh, dw = launch_linear_cross_entropy(hidden, weight, targets, ignore_index, reduction, smoothing, z_loss,
+                                               chunk,
                                                for_hidden, for_weight, wide)
     return loss, hidden.new_empty(0) if dh is None else dh, weight.new_empty(0) if dw is None else dw
 
@@ -125,7 +127,7 @@ class Fused(torch.autograd.Function):
         scale = scale_ if upstream.is_cuda or interpreting() else lambda g, by: g.mul_(by)
         return *(g if g is None else scale(g, upstream.detach()) for g in grads), *[None] * 7
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #84ab4bd4
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #646d7a42
 def linear_cross_entropy(hidden: Tensor,               # (..., C)
                          weight: Tensor,               # (V, C), same type
                          targets: Tensor,              # (...) int64 or int32
@@ -135,8 +137,8 @@ def linear_cross_entropy(hidden: Tensor,               # (..., C)
                          chunk: int = CHUNK,           # tokens whose logits exist at a time
                          wide: bool = False,           # add up the weight's gradient in float32
                         ) -> Tensor:                   # (), float32 (float64 for float64)
-    """`cross_entropy(hidden @ weight.T, targets)` without the logits. The gradients are made in the forward pass, for what
-    requires one; the backward pass hands them on, once. Raises InputError for what it does not take."""
+    """`cross_entropy(hidden @ weight.T, targets)` without the logits. The gradients are made in the forward pass, for
+    what requires one; the backward pass hands them on, once. Raises InputError for what it does not take."""
     rows, flat = _checked(hidden, weight, targets, reduction, chunk)
     settings = ignore_index, reduction, float(label_smoothing), float(z_loss), chunk
     if torch.compiler.is_compiling():

@@ -22,9 +22,9 @@ from .launching import interpreting, need, runnable
 import triton
 import triton.language as tl
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #b8d933b4
+# %% ../../nbs/09_kernels/06_reductions.ipynb #4b4fba77
 LOWEST = tl.constexpr(-3.4028234663852886e38)   # the least finite float32: a largest value that -inf may be taken from
-LOG2E = tl.constexpr(1.4426950408889634)        # exp(x) as exp2(x * log2(e)): the chip has exp2, and tl.exp guards tiny results
+LOG2E = tl.constexpr(1.4426950408889634)        # exp(x) = exp2(x * log2(e)): tl.exp guards tiny results, exp2 does not
 
 @triton.jit
 def row_stats(x_row, n_cols, KEEP: tl.constexpr, LOOP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
@@ -77,7 +77,7 @@ def softmax_kernel(x_ptr, y_ptr, stride_x, stride_y, n_rows, n_cols, KEEP: tl.co
                 tl.store(y_row + there, (tl.exp2((x - top) * LOG2E) * share).to(y_ptr.dtype.element_ty))
         row += tl.num_programs(0)
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #40bf094f
+# %% ../../nbs/09_kernels/06_reductions.ipynb #5bc615dc
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 IN_REGISTERS = 8192          # columns that a program holds without a loop
 
@@ -89,7 +89,8 @@ def row_config(n_cols: int, itemsize: int) -> dict:
     row, vec = n_cols * itemsize, 16 // itemsize
     per_sm = 4 if row <= 2**16 else 2 if row <= 2**17 else 1             # all their rows together fit into the L2 cache
     warps = 32 // per_sm
-    return dict(KEEP=64 * vec * warps, LOOP=True, LANES=max(512, 32 * warps), VEC=vec, STAGES=1, num_warps=warps, per_sm=per_sm)
+    return dict(KEEP=64 * vec * warps, LOOP=True, LANES=max(512, 32 * warps), VEC=vec, STAGES=1, num_warps=warps,
+                per_sm=per_sm)
 
 def checked_config(kernel: str, config: dict, n_cols: int) -> dict:
     "A copy of a table's entry. Raises InputError where the part in registers could not take what the loop leaves."
@@ -251,9 +252,10 @@ def cross_entropy_kernel(x_ptr, grad_ptr, target_ptr, factor_ptr, loss_ptr, stat
                     tl.store(grad_row + start + tl.arange(0, KEEP), zero, mask=start + tl.arange(0, KEEP) < n_cols)
         row += tl.num_programs(0)
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #a0736591
+# %% ../../nbs/09_kernels/06_reductions.ipynb #626c30c5
 @triton.jit
-def cross_entropy_backward_kernel(x_ptr, grad_ptr, target_ptr, upstream_ptr, stats_ptr, stride_x, stride_upstream, n_rows,
+def cross_entropy_backward_kernel(x_ptr, grad_ptr, target_ptr, upstream_ptr, stats_ptr, stride_x, stride_upstream,
+                                  n_rows,
                                   n_cols, ignore_index, smoothing, z_loss, BLOCK: tl.constexpr, DOUBLE: tl.constexpr):
     "The gradient from what the forward pass found: nothing is summed again, so a row is cut into blocks."
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
@@ -289,13 +291,13 @@ def count_kernel(target_ptr, out_ptr, n, ignore_index, BLOCK: tl.constexpr):
         found += (tl.load(target_ptr + at, mask=at < n, other=ignore_index) != ignore_index).to(tl.int32)
     tl.store(out_ptr, 1.0 / tl.sum(found, 0).to(out_ptr.dtype.element_ty))
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #1e984ca0
+# %% ../../nbs/09_kernels/06_reductions.ipynb #9a532cf2
 REDUCTIONS = ("mean", "sum", "none")
 
 def checked_targets(kernel: str, logits: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
     "(N,) targets that fit the logits. Raises InputError."
     need(targets.shape == logits.shape[:-1] and targets.dtype in (torch.int64, torch.int32), kernel,
-         f"integer targets {tuple(logits.shape[:-1])} for {tuple(logits.shape)}, not {targets.dtype} {tuple(targets.shape)}")
+         f"integer targets {tuple(logits.shape[:-1])}, not {targets.dtype} {tuple(targets.shape)}")
     need(reduction in REDUCTIONS, kernel, f"reduction {', '.join(REDUCTIONS)}, not {reduction!r}")
     return targets.reshape(-1).contiguous()
 
@@ -313,7 +315,7 @@ def launch_cross_entropy(logits: Tensor,               # (N, V)
                          factor: Tensor | None = None, # (1,): the gradient times this replaces the logits; None: none
                          ignore_index: int = -100, smoothing: float = 0.0, z_loss: float = 0.0,
                          config: dict | None = None,   # like those of `row_config`, which is None
-                        ) -> tuple[Tensor, Tensor]:    # (N,) losses, (2, N) largest logit and sum of exp(logit - largest)
+                        ) -> tuple[Tensor, Tensor]:    # (N,) losses, (2, N) largest logit and sum of exp(x - largest)
     "Loss of every row. A target outside 0..V-1 that is not `ignore_index` gives NaN. Raises InputError."
     runnable("cross_entropy", logits, targets, factor)
     rows, targets = rows_of("cross_entropy", logits), checked_targets("cross_entropy", logits, targets)
@@ -331,7 +333,7 @@ def launch_cross_entropy(logits: Tensor,               # (N, V)
                                    GRAD=factor is not None, SMOOTH=smoothing > 0, DOUBLE=double, **c)
     return losses, stats
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #ff378987
+# %% ../../nbs/09_kernels/06_reductions.ipynb #88071181
 def launch_cross_entropy_backward(upstream: Tensor,  # (N,) gradient of the losses, or (1,) for all
                                   logits: Tensor, targets: Tensor, stats: Tensor, ignore_index: int = -100,
                                   smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:    # (N, V)
@@ -342,7 +344,8 @@ def launch_cross_entropy_backward(upstream: Tensor,  # (N,) gradient of the loss
     grad = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
     block = min(4096, triton.next_power_of_2(V))
     if N: cross_entropy_backward_kernel[(N, triton.cdiv(V, block))](
-        rows, grad, targets, upstream.contiguous(), stats, rows.stride(0), int(upstream.numel() > 1), N, V, ignore_index,
+        rows, grad, targets, upstream.contiguous(), stats, rows.stride(0), int(upstream.numel() > 1), N, V,
+                                                                    ignore_index,
         float(smoothing), float(z_loss), BLOCK=block, DOUBLE=logits.dtype == torch.float64, num_warps=8)
     return grad
 
@@ -353,14 +356,15 @@ def scale_(x: Tensor,       # (..., V), changed in place; last dimension contigu
     runnable("scale_", x, factor)
     need(x.stride(-1) == 1 or x.shape[-1] == 1, "scale_", "a contiguous last dimension")
     rows = x.view(-1, x.shape[-1])
-    need(factor.numel() in (1, len(rows)), "scale_", f"one factor or one for each of {len(rows)} rows, not {factor.numel()}")
+    need(factor.numel() in (1, len(rows)), "scale_", f"one factor or {len(rows)}, not {factor.numel()}")
     if rows.numel():
         scale_kernel[(len(rows),)](rows, factor.contiguous(), rows.stride(0), int(factor.numel() > 1), rows.shape[1],
                                    BLOCK=2048, DOUBLE=x.dtype == torch.float64, num_warps=8)
     return x
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #b4f94c47
-def plain_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, smoothing: float = 0.0, z_loss: float = 0.0):
+# %% ../../nbs/09_kernels/06_reductions.ipynb #b651b9c3
+def plain_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, smoothing: float = 0.0,
+                 z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     "The plain twin of `launch_cross_entropy`: (N,) losses and (2, N) stats."
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp, top = x.log_softmax(-1), x.amax(-1)
@@ -412,12 +416,12 @@ def _cross_entropy_backward(ctx, upstream, _):
 
 cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_remember)
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #8e15d7d5
+# %% ../../nbs/09_kernels/06_reductions.ipynb #76627aaa
 def cross_entropy_grad_(logits: Tensor,           # (..., V), contiguous in the last dimension; becomes its gradient
                         targets: Tensor,          # (...) int64 or int32
                         ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
                         z_loss: float = 0.0, config: dict | None = None,
-                       ) -> tuple[Tensor, Tensor]: # loss, and `logits`: gradient of the reduced loss ("none": of the sum)
+                       ) -> tuple[Tensor, Tensor]: # loss, and `logits`: gradient of the reduced loss (none: of the sum)
     "Loss and gradient in one visit: every logit is read once and written once. Raises InputError."
     runnable("cross_entropy", logits, targets)
     flat = checked_targets("cross_entropy", logits, targets, reduction)
@@ -441,7 +445,7 @@ class InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        if ctx.grad is None: raise RuntimeError("cross_entropy(inplace=True) can go backward once: the gradient is gone")
+        if ctx.grad is None: raise RuntimeError("cross_entropy(inplace=True) can go backward once")
         grad, ctx.grad = ctx.grad, None
         return scale_(grad, upstream.detach()), None, None, None, None, None
 
@@ -470,10 +474,10 @@ def cross_entropy(logits: Tensor,              # (..., V)
     else: losses, _ = launch_cross_entropy(rows, flat, None, ignore_index, label_smoothing, z_loss)
     return reduced(losses, flat, ignore_index, reduction).view(targets.shape if reduction == "none" else ())
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #d8dea70b
+# %% ../../nbs/09_kernels/06_reductions.ipynb #cad765e4
 @triton.jit
 def order_of(x, SHIFT: tl.constexpr):
-    "float32 as an integer that sorts like it; 0 and -0 are one. SHIFT: bits that are 0 in every logit (16 for bfloat16)."
+    "float32 as an integer that sorts like it; 0 and -0 are one. SHIFT: bits that are 0 in each logit (bfloat16: 16)."
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, (bits ^ 0x7FFFFFFF) + 1, bits).to(tl.int64) >> SHIFT
 
@@ -485,7 +489,7 @@ def float_of(order, SHIFT: tl.constexpr):
 
 @triton.jit
 def weights(x, a, b, c, top, scale, MASS: tl.constexpr):
-    "Weights of a tile's logits >= a, >= b and >= c, lane by lane; with MASS a weight is exp2((x - top) * scale), else 1."
+    "Weights of a tile's logits >= a, >= b and >= c by lane; with MASS a weight is exp2((x - top) * scale), else 1."
     w = tl.exp2((x - top) * scale) if MASS else tl.full(x.shape, 1.0, tl.float32)
     return tl.sum(tl.where(x >= a, w, 0.0), 1), tl.sum(tl.where(x >= b, w, 0.0), 1), tl.sum(tl.where(x >= c, w, 0.0), 1)
 
@@ -504,8 +508,9 @@ def weigh(x_row, n_cols, a, b, c, top, scale, MASS: tl.constexpr, LANES: tl.cons
     return tl.sum(of_a, 0), tl.sum(of_b, 0), tl.sum(of_c, 0)
 
 @triton.jit
-def pack(x_row, out_row, n_cols, lo, hi, LANES: tl.constexpr, VEC: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr):
-    "Each lane writes its logits in [lo, hi) one below the other into out_row (SLOTS, LANES). How many (LANES,) there are."
+def pack(x_row, out_row, n_cols, lo, hi, LANES: tl.constexpr, VEC: tl.constexpr, SLOTS: tl.constexpr,
+         STAGES: tl.constexpr):
+    "Each lane writes its logits in [lo, hi) one below the other into out_row (SLOTS, LANES); how many (LANES,)."
     lanes, vec = tl.arange(0, LANES), tl.arange(0, VEC)
     held = tl.zeros((LANES,), tl.int32)
     for start in tl.range(0, n_cols, LANES * VEC, num_stages=STAGES):
@@ -517,7 +522,7 @@ def pack(x_row, out_row, n_cols, lo, hi, LANES: tl.constexpr, VEC: tl.constexpr,
         held += tl.sum(inside.to(tl.int32), 1)
     return held
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #c38c42e7
+# %% ../../nbs/09_kernels/06_reductions.ipynb #da1201fa
 @triton.jit
 def narrowed(lo, hi, under, over, want, t, of_t):
     "The bracket [lo, hi) and the weights from lo and from hi on, once that of the logits >= t is known."
@@ -557,7 +562,7 @@ def threshold(x_row, scratch_row, n_cols, floor, lo, wanted, top, scale, MASS: t
         lo, hi, under, over = narrowed(lo, hi, under, over, want, b, of_b)
         lo, hi, under, over = narrowed(lo, hi, under, over, want, c, of_c)
         guess, before, share = lo, over * 0.0, over * 0.0 + 0.25
-        held, few = tl.zeros((LANES,), tl.int32), under < 0                         # do those in [lo, hi) fit into SLOTS?
+        held, few = tl.zeros((LANES,), tl.int32), under < 0  # do those in [lo, hi) fit into SLOTS?
         while open_still(lo, hi, SHIFT) & (few == 0):
             most = under - over                                                     # there are at most so many:
             if MASS: most = most / tl.maximum(tl.exp2((lo - top) * scale), 1e-37)
@@ -576,7 +581,7 @@ def threshold(x_row, scratch_row, n_cols, floor, lo, wanted, top, scale, MASS: t
             x = tl.load(scratch_row + slot * LANES + lanes, mask=slot < held[None, :], other=float("-inf"))
             w = tl.exp2((x - top) * scale) if MASS else tl.full((SLOTS, LANES), 1.0, tl.float32)
             while open_still(lo, hi, SHIFT):
-                inside = (x >= lo) & (x < hi)                                       # both ends move to logits that occur
+                inside = (x >= lo) & (x < hi)  # both ends move to logits that occur
                 least = tl.min(tl.min(tl.where(inside, x, float("inf")), 1), 0)
                 most = tl.max(tl.max(tl.where(inside, x, float("-inf")), 1), 0)
                 lo, hi = tl.maximum(lo, least), tl.minimum(hi, float_of(order_of(most, SHIFT) + 1, SHIFT))
@@ -590,7 +595,7 @@ def threshold(x_row, scratch_row, n_cols, floor, lo, wanted, top, scale, MASS: t
                     lo, hi, under, over = narrowed(lo, hi, under, over, want, c, of_c)
     return tl.where(want < total, lo, floor)
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #2beff991
+# %% ../../nbs/09_kernels/06_reductions.ipynb #5deab680
 @triton.jit
 def exponential(seed, step, row, level, i):
     "An exponential number for each i (int32), by Philox from what comes before; -log of it is a Gumbel number."
@@ -606,7 +611,8 @@ def setting(value, row, PER_ROW: tl.constexpr, DTYPE: tl.constexpr):
     else: return tl.cast(value, DTYPE)
 
 @triton.jit
-def sample_kernel(x_ptr, token_ptr, logp_ptr, scratch_ptr, temperature, top_k, top_p, min_p, seed, step, stride_x, n_cols,
+def sample_kernel(x_ptr, token_ptr, logp_ptr, scratch_ptr, temperature, top_k, top_p, min_p, seed, step, stride_x,
+                  n_cols,
                   TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, ROWS_T: tl.constexpr,
                   ROWS_K: tl.constexpr, ROWS_P: tl.constexpr, ROWS_M: tl.constexpr, ROWS_SEED: tl.constexpr,
                   ROWS_STEP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SLOTS: tl.constexpr,
@@ -637,7 +643,7 @@ def sample_kernel(x_ptr, token_ptr, logp_ptr, scratch_ptr, temperature, top_k, t
         floor = tl.maximum(floor, cut)
     if TOP_P:
         p = setting(top_p, row, ROWS_P, tl.float32)
-        log_n = tl.log(scale * 0.0 + n_cols)                                        # n tokens below weigh less than 1 - p
+        log_n = tl.log(scale * 0.0 + n_cols)  # n tokens below weigh less than 1 - p
         lo = tl.maximum(top - t * (log_n - tl.log(tl.maximum(1.0 - p, 1e-7)) + 0.01), floor)
         lo = tl.where(fine & (greedy == 0), lo, top)
         cut = threshold(x_row, scratch_row, n_cols, floor, lo, p, top, scale, True, LANES, VEC, SLOTS, STAGES, SHIFT)
@@ -660,7 +666,7 @@ def sample_kernel(x_ptr, token_ptr, logp_ptr, scratch_ptr, temperature, top_k, t
     score = tl.where(z < floor, 0.0, tl.exp2((z - top) * scale)) / exponential(seed, step, own, 1, at)
     best = tl.max(tl.max(score, 1), 0)
     token = tl.min(tl.min(tl.where((score == best) & (score > 0), at, n_cols), 1), 0)
-    if greedy:                                                                      # the first of equals, as argmax has it
+    if greedy:  # the first of equals, as argmax has it
         first = tl.zeros((LANES,), tl.int32) + n_cols
         for start in range(0, n_cols, LANES * VEC):
             y = tl.load(x_row + start + lane, mask=start + lane < n_cols, other=float("-inf")).to(tl.float32)
@@ -672,7 +678,7 @@ def sample_kernel(x_ptr, token_ptr, logp_ptr, scratch_ptr, temperature, top_k, t
     tl.store(token_ptr + row, tl.where(found, token, -1).to(tl.int64))
     tl.store(logp_ptr + row, tl.where(found, logp, float("nan")))
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #19547417
+# %% ../../nbs/09_kernels/06_reductions.ipynb #9098f0b0
 SAMPLING = {2: dict(LANES=512, SLOTS=16, STAGES=1, num_warps=16),       # by bytes a number
             4: dict(LANES=1024, SLOTS=8, STAGES=1, num_warps=32)}
 ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}   # of a number as float32, at its end
@@ -684,8 +690,8 @@ def launch_sample(logits: Tensor,                     # (B, V) float32, float16 
                   seed: int | Tensor = 0,             # a tensor (B,): a row's draw does not depend on the others
                   step: int | Tensor = 0,             # how many draws came before: another number, other draws
                   config: dict | None = None,         # like those of SAMPLING; the draws depend on LANES
-                 ) -> tuple[Tensor, Tensor]:          # (B,) int64 tokens, -1: none is finite; (B,) float32 log-probability
-    """A token for each row after temperature, top-k, top-p and min-p (in this order, as `Sampler.adjust`), in one kernel.
+                 ) -> tuple[Tensor, Tensor]:          # (B,) int64 tokens, -1: none is finite; (B,) log-probability
+    """A token for each row after temperature, top-k, top-p and min-p (in this order, as `Sampler.adjust`): one kernel.
     The log-probability is that of the distribution it was drawn from. Whatever ties with the last kept token is kept.
     Raises InputError."""
     need(logits.dim() == 2 and logits.dtype in FLOATS, "sample",
@@ -708,7 +714,8 @@ def launch_sample(logits: Tensor,                     # (B, V) float32, float16 
     tiles = triton.next_power_of_2(triton.cdiv(V, c["LANES"] * c["VEC"]))
     search = c["LANES"] * c["SLOTS"] if on["TOP_K"] or on["TOP_P"] else 0
     scratch = torch.empty((B, search), dtype=torch.float32, device=logits.device)
-    if B: sample_kernel[(B,)](rows, tokens, logp, scratch, *settings, rows.stride(0), V, TILES=tiles, **on, **flags, **c)
+    if B: sample_kernel[(B,)](rows, tokens, logp, scratch, *settings, rows.stride(0), V, TILES=tiles, **on, **flags,
+                              **c)
     return tokens, logp
 
 def sample(logits: Tensor,                   # (B, V)
