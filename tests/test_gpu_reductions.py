@@ -191,7 +191,7 @@ def test_in_place_tells_whoever_kept_the_logits():
 
 
 def test_gradients_in_float64():
-    x, t = randn(3, 20, dtype=torch.float64).requires_grad_(True), targets_for(3, 20)
+    x, t = randn(3, 6, dtype=torch.float64).requires_grad_(True), targets_for(3, 6)
     assert torch.autograd.gradcheck(reductions.softmax, x)
     # exact in float32, as a kernel's numbers are
     for options in ({}, dict(label_smoothing=0.125, z_loss=0.0625, reduction="none")):
@@ -238,7 +238,7 @@ def kept_plain(logits, t=1.0, k=None, p=None, m=None):
     return kept
 
 
-def check_draws(module=reductions, V=150, dtype=torch.float32, cases=None, scale=2.0, quantum=None, seed=0,
+def check_draws(module=reductions, V=100, dtype=torch.float32, cases=None, scale=2.0, quantum=None, seed=0,
                 config=None):
     "One draw for each setting: the token is kept, and its log-probability says how much weight is kept with it."
     cases = cases or [dict(), dict(k=1), dict(k=7), dict(k=V), dict(k=V + 5), dict(p=0.0), dict(p=0.5), dict(p=0.95),
@@ -432,9 +432,9 @@ def launches():
                       label=f"{kernel} {types[0][1:]} {n} {more.get('GRAD', '')}".strip())
     ce = lambda t: [t, t, "*i64", "*fp32", "*fp32", "*fp32", "i32:16", "i32:16", "i32:16", "i32:16", "i32", "fp32",
                     "fp32"]
-    for t, size, widths in (("*bf16", 2, (8192, 32768, 65536, 131072)), ("*fp32", 4, (16384, 131072))):
+    for t, size, widths in (("*bf16", 2, (8192, 32768, 65536, 131072)), ("*fp32", 4, (131072,))):
         for n in widths:
-            if size == 2: yield row("softmax_kernel", [t, t, "i32:16", "i32:16", "i32:16", "i32:16"], n, size)
+            if size == 2 and n > 8192: yield row("softmax_kernel", [t, t, "i32:16", "i32:16", "i32:16", "i32:16"], n, size)
             yield row("cross_entropy_kernel", ce(t), n, size, GRAD=True, SMOOTH=False)
     yield row("cross_entropy_kernel", ce("*bf16"), 131072, 2, GRAD=False, SMOOTH=False)
     for t, vec in (("*bf16", 8), ("*fp32", 4)):
