@@ -678,7 +678,7 @@ def sample_kernel(x_ptr, token_ptr, logp_ptr, scratch_ptr, temperature, top_k, t
     tl.store(token_ptr + row, tl.where(found, token, -1).to(tl.int64))
     tl.store(logp_ptr + row, tl.where(found, logp, float("nan")))
 
-# %% ../../nbs/09_kernels/06_reductions.ipynb #9098f0b0
+# %% ../../nbs/09_kernels/06_reductions.ipynb #797490db
 SAMPLING = {2: dict(LANES=512, SLOTS=16, STAGES=1, num_warps=16),       # by bytes a number
             4: dict(LANES=1024, SLOTS=8, STAGES=1, num_warps=32)}
 ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}   # of a number as float32, at its end
@@ -725,4 +725,5 @@ def sample(logits: Tensor,                   # (B, V)
           ) -> tuple[Tensor, Tensor]:        # (B,) int64 tokens, -1 where there is none; (B,) log-probabilities
     "`sampler.pick` in one kernel, with draws that depend on seed and step alone. Raises InputError."
     s = sampler
-    return launch_sample(s.penalized(logits, counts), s.temperature, s.top_k, s.top_p, s.min_p, seed, step)
+    if counts is not None and s.looks_back: logits = s.penalized(logits.float(), counts)
+    return launch_sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, seed, step)
