@@ -22,10 +22,12 @@ np.seterr(all="ignore")          # the interpreter's numpy: what is masked away 
 few = settings(max_examples=6, deadline=None, derandomize=True)
 
 # a row longer than what stays in registers, and than one tile of the loop, at widths that the interpreter can bear
-SMALL = dict(KEEP=64, LOOP=True, LANES=16, VEC=8, STAGES=2, num_warps=1, per_sm=1)
+SMALL = dict(KEEP=64, LOOP=True, LANES=8, VEC=8, STAGES=2, num_warps=1, per_sm=1)
 HARD = {"large": lambda x: x * 1e4, "shifted": lambda x: x + 1e4, "equal": lambda x: x * 0 + 3,
-        "some -inf": lambda x: x.masked_fill(x > 0.5, float("-inf")), "-inf first": lambda x: torch.cat([x[:, :0], x * 0 + float("-inf")], 1).index_copy(1, torch.tensor([x.shape[1] - 1], device=x.device), x[:, -1:]),
-        "all -inf in one row": lambda x: torch.cat([x[:1] * 0 + float("-inf"), x[1:]]), "+inf": lambda x: x.masked_fill(x > 2.0, float("inf")),
+        "some -inf": lambda x: x.masked_fill(x > 0.5, float("-inf")), "-inf first": lambda x: torch.cat([x[:, :0],
+            x * 0 + float("-inf")], 1).index_copy(1, torch.tensor([x.shape[1] - 1], device=x.device), x[:, -1:]),
+        "all -inf in one row": lambda x: torch.cat([x[:1] * 0 + float("-inf"), x[1:]]),
+        "+inf": lambda x: x.masked_fill(x > 2.0, float("inf")),
         "finite masks": lambda x: x.masked_fill(x > 0, torch.finfo(x.dtype).min)}
 
 
@@ -34,7 +36,8 @@ HARD = {"large": lambda x: x * 1e4, "shifted": lambda x: x + 1e4, "equal": lambd
 def check_softmax(module=reductions, shape=(3, 300), dtype=torch.float32, change=lambda x: x, **how):
     x = change(randn(*shape, dtype=dtype, scale=2.0))
     with guarded(module): y = module.launch_softmax(x, **how)
-    return as_accurate(y, x.double().softmax(-1), x.softmax(-1))
+    # an exponential by hardware may be 2 units off
+    return as_accurate(y, x.double().softmax(-1), x.softmax(-1), floor=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,14 +52,16 @@ def test_softmax_hard_rows(name):
 
 
 @few
-@given(st.integers(1, 5), st.integers(1, 400), st.sampled_from(DTYPES), st.sampled_from([{}, dict(config=SMALL), dict(splits=2)]))
+@given(st.integers(1, 5), st.integers(1, 400), st.sampled_from(DTYPES), st.sampled_from([{}, dict(config=SMALL),
+                                                                                         dict(splits=2)]))
 def test_softmax_shapes(rows, columns, dtype, how): check_softmax(shape=(rows, columns), dtype=dtype, **how)
 
 
 def test_softmax_strides_and_no_rows():
     x = randn(6, 40)
-    for view in (x[::2], x[:, 3:17], x.T, x[:, ::2], x.view(2, 3, 40), x.view(2, 3, 40).transpose(0, 1), x[:1].expand(4, 40)):
-        as_accurate(reductions.softmax(view), view.double().softmax(-1), view.softmax(-1))
+    for view in (x[::2], x[:, 3:17], x.T, x[:, ::2], x.view(2, 3, 40), x.view(2, 3, 40).transpose(0, 1),
+                 x[:1].expand(4, 40)):
+        as_accurate(reductions.softmax(view), view.double().softmax(-1), view.softmax(-1), floor=2.0)
     assert reductions.softmax(x[:0]).shape == (0, 40) and reductions.softmax(x[0]).shape == (40,)
 
 
@@ -83,7 +88,8 @@ def eager(x, t, smoothing=0.0, z_loss=0.0, reduction="mean", ignore=-100):
     loss = F.cross_entropy(x.float(), t.long(), reduction=reduction, ignore_index=ignore, label_smoothing=smoothing)
     if z_loss:
         extra = z_loss * x.float().logsumexp(-1) ** 2 * (t != ignore)
-        loss = loss + (extra if reduction == "none" else extra.sum() / ((t != ignore).sum() if reduction == "mean" else 1))
+        loss = loss + (extra if reduction == "none" else extra.sum() / ((t != ignore).sum() if reduction == "mean"
+                                                                        else 1))
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
 
 
@@ -92,19 +98,22 @@ def check_loss(module=reductions, shape=(4, 300), dtype=torch.float32, change=la
     x, t = change(randn(*shape, dtype=dtype, scale=2.0)), targets_for(*shape)
     named = {dict(smoothing="label_smoothing").get(k, k): v for k, v in options.items()}
     (loss, grad), (same_loss, same_grad) = exact(x, t, **options), eager(x, t, **options)
-    grad = grad.masked_fill((t == -100)[:, None], 0.0)                  # torch's is NaN for an ignored row with an infinity
+    # torch's is NaN for an ignored row with an infinity
+    grad, same_grad = (g.masked_fill((t == -100)[:, None], 0.0) for g in (grad, same_grad))
     with guarded(module):
         own = x.clone()
         got, g = module.cross_entropy_grad_(own, t, config=config, **named)
         assert g.data_ptr() == own.data_ptr()
         as_accurate(got, loss, same_loss, floor=4.0)
-        as_accurate(g, grad, same_grad)
-        losses, stats = module.launch_cross_entropy(x, t, None, -100, options.get("smoothing", 0.0), options.get("z_loss", 0.0), config)
+        as_accurate(g, grad, same_grad, floor=2.0)
+        losses, stats = module.launch_cross_entropy(x, t, None, -100, options.get("smoothing", 0.0),
+                                                    options.get("z_loss", 0.0), config)
         of_rows = {**options, "reduction": "none"}
         as_accurate(losses, exact(x, t, **of_rows)[0], eager(x, t, **of_rows)[0], floor=4.0)
         n = (t != -100).sum() if options.get("reduction", "mean") == "mean" else torch.ones((), device=DEVICE)
-        g = module.launch_cross_entropy_backward((1 / n.float()).view(1), x, t, stats, -100, options.get("smoothing", 0.0), options.get("z_loss", 0.0))
-        as_accurate(g, grad, same_grad)
+        g = module.launch_cross_entropy_backward((1 / n.float()).view(1), x, t, stats, -100,
+                                                 options.get("smoothing", 0.0), options.get("z_loss", 0.0))
+        as_accurate(g, grad, same_grad, floor=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +122,8 @@ def test_loss_and_gradient(dtype, config):
     for shape in ((4, 300), (1, 1), (2, 65)): check_loss(shape=shape, dtype=dtype, config=config)
 
 
-@pytest.mark.parametrize("options", [dict(smoothing=0.1), dict(z_loss=0.02), dict(smoothing=0.2, z_loss=0.01, reduction="sum"), dict(reduction="none")], ids=str)
+@pytest.mark.parametrize("options", [dict(smoothing=0.1), dict(z_loss=0.02), dict(smoothing=0.2, z_loss=0.01,
+    reduction="sum"), dict(reduction="none")], ids=str)
 def test_loss_options(options):
     for config in (None, SMALL): check_loss(config=config, **options)
 
@@ -130,12 +140,14 @@ def test_loss_of_a_target_at_minus_infinity():
     got, g = reductions.cross_entropy_grad_(x.clone(), t, reduction="none")
     assert got[0] == float("inf") and got[2] == 0
     as_accurate(got[1:], loss[1:], loss[1:].float(), floor=4.0)
-    as_accurate(g, grad, same)
+    as_accurate(g, grad, same, floor=2.0)
 
 
 @few
-@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from([None, SMALL]), st.sampled_from([0.0, 0.1]))
-def test_loss_shapes(rows, columns, dtype, config, smoothing): check_loss(shape=(rows, columns), dtype=dtype, config=config, smoothing=smoothing)
+@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from([None, SMALL]),
+       st.sampled_from([0.0, 0.1]))
+def test_loss_shapes(rows, columns, dtype, config, smoothing): check_loss(shape=(rows, columns), dtype=dtype,
+                                                                          config=config, smoothing=smoothing)
 
 
 def test_loss_is_torchs():
@@ -145,11 +157,13 @@ def test_loss_is_torchs():
         for smoothing in (0.0, 0.3):
             want = F.cross_entropy(x, t, ignore_index=3, reduction=reduction, label_smoothing=smoothing)
             for targets in (t, t.int()):
-                torch.testing.assert_close(reductions.cross_entropy(x, targets, ignore_index=3, reduction=reduction, label_smoothing=smoothing), want)
+                torch.testing.assert_close(reductions.cross_entropy(x, targets, ignore_index=3, reduction=reduction,
+                                                                    label_smoothing=smoothing), want)
     for view in (x[::2], x[:, 5:30], randn(50, 6).T, x[:1].expand(6, 50)):
         some = targets_for(len(view), view.shape[1])
         torch.testing.assert_close(reductions.cross_entropy(view, some), F.cross_entropy(view, some))
-    torch.testing.assert_close(reductions.cross_entropy(x.view(2, 3, 50), t.view(2, 3), reduction="none"), F.cross_entropy(x, t, reduction="none").view(2, 3))
+    torch.testing.assert_close(reductions.cross_entropy(x.view(2, 3, 50), t.view(2, 3), reduction="none"),
+                               F.cross_entropy(x, t, reduction="none").view(2, 3))
     empty = reductions.cross_entropy(x[:0], t[:0]), reductions.cross_entropy(x, torch.full_like(t, -100))
     assert all(e.isnan() for e in empty) and reductions.cross_entropy(x[:0], t[:0], reduction="sum") == 0
     assert reductions.cross_entropy(x, torch.full_like(t, 50), reduction="none").isnan().all()
@@ -177,9 +191,10 @@ def test_in_place_tells_whoever_kept_the_logits():
 
 
 def test_gradients_in_float64():
-    x, t = randn(3, 20, dtype=torch.float64).requires_grad_(True), targets_for(3, 20)
+    x, t = randn(3, 6, dtype=torch.float64).requires_grad_(True), targets_for(3, 6)
     assert torch.autograd.gradcheck(reductions.softmax, x)
-    for options in ({}, dict(label_smoothing=0.125, z_loss=0.0625, reduction="none")):      # exact in float32, as a kernel's numbers are
+    # exact in float32, as a kernel's numbers are
+    for options in ({}, dict(label_smoothing=0.125, z_loss=0.0625, reduction="none")):
         assert torch.autograd.gradcheck(lambda x: reductions.cross_entropy(x, t, **options), x)
 
 
@@ -188,22 +203,26 @@ def test_custom_ops():
     _, stats = reductions.launch_cross_entropy(x.detach(), t)
     torch.library.opcheck(reductions.softmax_op, (x,))
     torch.library.opcheck(reductions.cross_entropy_op, (x, t, -100, 0.1, 0.01))
-    torch.library.opcheck(reductions.cross_entropy_backward_op, (torch.ones(3, device=DEVICE), x.detach(), t, stats, -100, 0.1, 0.01))
+    torch.library.opcheck(reductions.cross_entropy_backward_op, (torch.ones(3, device=DEVICE), x.detach(), t, stats,
+                                                                 -100, 0.1, 0.01))
 
 
 def test_plain_twins():
     x, t = randn(4, 60), targets_for(4, 60)
     for options in ((-100, 0.0, 0.0), (-100, 0.1, 0.02)):
-        (losses, stats), (plain, plain_stats) = reductions.launch_cross_entropy(x, t, None, *options), reductions.plain_losses(x, t, *options)
+        (losses, stats), (plain, plain_stats) = reductions.launch_cross_entropy(x, t, None,
+            *options), reductions.plain_losses(x, t, *options)
         torch.testing.assert_close(losses, plain)
         torch.testing.assert_close(stats[:, t != -100], plain_stats[:, t != -100])
         up = randn(4, seed=3)
-        torch.testing.assert_close(reductions.launch_cross_entropy_backward(up, x, t, stats, *options), reductions.plain_backward(up, x, t, stats, *options))
+        torch.testing.assert_close(reductions.launch_cross_entropy_backward(up, x, t, stats, *options),
+                                   reductions.plain_backward(up, x, t, stats, *options))
 
 
 # --- draws
 
-DRAW = dict(LANES=4, STAGES=2, num_warps=1)         # a group is (at 8 bytes a lane) some tokens of every 16: several in small rows
+# a group is (at 8 bytes a lane) some tokens of every 16: several in small rows
+DRAW = dict(LANES=4, SLOTS=4, STAGES=2, num_warps=1)
 
 
 def kept_plain(logits, t=1.0, k=None, p=None, m=None):
@@ -219,16 +238,19 @@ def kept_plain(logits, t=1.0, k=None, p=None, m=None):
     return kept
 
 
-def check_draws(module=reductions, V=150, dtype=torch.float32, cases=None, scale=2.0, quantum=None, seed=0, config=None):
+def check_draws(module=reductions, V=100, dtype=torch.float32, cases=None, scale=2.0, quantum=None, seed=0,
+                config=None):
     "One draw for each setting: the token is kept, and its log-probability says how much weight is kept with it."
-    cases = cases or [dict(), dict(k=1), dict(k=7), dict(k=V), dict(k=V + 5), dict(p=0.0), dict(p=0.5), dict(p=0.95), dict(p=1.0), dict(m=0.1), dict(m=1.0),
+    cases = cases or [dict(), dict(k=1), dict(k=7), dict(k=V), dict(k=V + 5), dict(p=0.0), dict(p=0.5), dict(p=0.95),
+                      dict(p=1.0), dict(m=0.1), dict(m=1.0),
                       dict(k=20, p=0.7), dict(k=30, p=0.9, m=0.05, t=1.7), dict(p=0.3, t=0.2), dict(t=3.0, p=0.99)]
     x = randn(1, V, dtype=torch.float32, seed=seed, scale=scale)
     if quantum: x = (x / quantum).round() * quantum                      # many ties
     x = x.to(dtype).expand(len(cases), V)
     column = lambda name, off, kind: torch.tensor([c.get(name, off) for c in cases], dtype=kind, device=DEVICE)
     with guarded(module):
-        tokens, logp = module.launch_sample(x, column("t", 1.0, torch.float32), column("k", V, torch.int64), column("p", 1.0, torch.float32),
+        tokens, logp = module.launch_sample(x, column("t", 1.0, torch.float32), column("k", V, torch.int64),
+                                            column("p", 1.0, torch.float32),
                                             column("m", 0.0, torch.float32), seed=5, step=3, config=config)
     for case, token, got in zip(cases, tokens.tolist(), logp.tolist()):
         kept = kept_plain(x[0].cpu(), **case)
@@ -247,10 +269,12 @@ def test_ties_stay_together():
 
 
 @few
-@given(st.integers(1, 200), st.sampled_from(DTYPES), st.integers(1, 210), st.floats(0.0, 0.999), st.floats(0.0, 1.0), st.floats(0.1, 5.0), st.integers(0, 9))
+@given(st.integers(1, 200), st.sampled_from(DTYPES), st.integers(1, 210), st.floats(0.0, 0.999), st.floats(0.0, 1.0),
+       st.floats(0.1, 5.0), st.integers(0, 9))
 def test_any_setting(V, dtype, k, p, m, t, seed):
     k, t = min(k, V), float(np.float32(t))
-    check_draws(V=V, dtype=dtype, seed=seed, cases=[dict(k=k, t=t), dict(p=float(np.float32(p))), dict(k=k, p=0.8, m=float(np.float32(m)), t=t)])
+    check_draws(V=V, dtype=dtype, seed=seed, cases=[dict(k=k, t=t), dict(p=float(np.float32(p))),
+                                                    dict(k=k, p=0.8, m=float(np.float32(m)), t=t)])
 
 
 def chi_square(counts, probs):
@@ -267,15 +291,16 @@ def chi_square(counts, probs):
 
 def draws(x, n, config=None, **how):
     "How often each token comes in n draws from one row."
-    at_once = n if DEVICE == "cpu" else 2**17
-    tokens = torch.cat([reductions.launch_sample(x.expand(min(at_once, n - i), -1), seed=11, step=i, config=config, **how)[0] for i in range(0, n, at_once)])
+    at_once = n if DEVICE == "cpu" else 2**15
+    tokens = torch.cat([reductions.launch_sample(x.expand(min(at_once, n - i), -1), seed=11, step=i, config=config,
+                                                 **how)[0] for i in range(0, n, at_once)])
     assert (tokens >= 0).all()
     return tokens.bincount(minlength=x.shape[1]).cpu()
 
 
 def test_draws_are_as_frequent_as_likely():
     "Chi-square, p > 0.01: groups of several tokens, some cut."
-    n = 160 if DEVICE == "cpu" else 1_000_000
+    n = 120 if DEVICE == "cpu" else 1_000_000
     x = torch.linspace(0, 2.2, 23, device=DEVICE)[None].roll(9, 1)
     for how in (dict(min_p=0.2), dict(), dict(top_k=12, top_p=0.8))[:1 if DEVICE == "cpu" else 3]:
         kept = kept_plain(x[0].cpu(), k=how.get("top_k"), p=how.get("top_p"), m=how.get("min_p"))
@@ -289,15 +314,17 @@ def test_same_numbers_same_draws():
     x = randn(6, 40)
     first = reductions.launch_sample(x, seed=3, step=1)[0]
     assert torch.equal(first, reductions.launch_sample(x, seed=3, step=1)[0])
-    assert torch.equal(first, reductions.launch_sample(x, seed=3, step=torch.ones(6, dtype=torch.int64, device=DEVICE))[0])
+    assert torch.equal(first, reductions.launch_sample(x, seed=3, step=torch.ones(6, dtype=torch.int64,
+                                                                                  device=DEVICE))[0])
     assert not torch.equal(first, reductions.launch_sample(x, seed=3, step=2)[0])
     assert not torch.equal(first, reductions.launch_sample(x, seed=4, step=1)[0])
     seeds = torch.arange(6, device=DEVICE) + 2**40
     of_own = reductions.launch_sample(x, seed=seeds, top_p=0.9)[0]
     order = torch.tensor([4, 2, 0], device=DEVICE)
-    assert torch.equal(of_own[order], reductions.launch_sample(x[order], seed=seeds[order], top_p=0.9)[0])      # whoever else is there
+    # whoever else is there
+    assert torch.equal(of_own[order], reductions.launch_sample(x[order], seed=seeds[order], top_p=0.9)[0])
     same = x[:1].expand(6, 40)
-    assert len(reductions.launch_sample(same, seed=3)[0].unique()) > 1                                     # rows that share a seed differ
+    assert len(reductions.launch_sample(same, seed=3)[0].unique()) > 1  # rows that share a seed differ
 
 
 def test_as_the_sampler():
@@ -305,13 +332,15 @@ def test_as_the_sampler():
     x = randn(5, 60, scale=2.0)
     counts = torch.zeros(5, 60, device=DEVICE)
     counts[:, :20] = 2
-    for s in (Sampler(), Sampler(top_k=9, top_p=0.8, temperature=0.7), Sampler(min_p=0.2, repetition_penalty=1.3, frequency_penalty=0.2),
-              Sampler(temperature=torch.tensor([0.0, 1.0, 0.5, 2.0, 0.0], device=DEVICE), top_p=torch.tensor([0.9, 1.0, 0.0, 0.5, 1.0], device=DEVICE))):
+    for s in (Sampler(), Sampler(top_k=9, top_p=0.8, temperature=0.7), Sampler(min_p=0.2, repetition_penalty=1.3,
+                                                                               frequency_penalty=0.2),
+              Sampler(temperature=torch.tensor([0.0, 1.0, 0.5, 2.0, 0.0], device=DEVICE),
+                      top_p=torch.tensor([0.9, 1.0, 0.0, 0.5, 1.0], device=DEVICE))):
         tokens, logp = reductions.sample(x, s, seed=1, counts=counts)
         want = s.adjust(x, counts).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logp, want, atol=2e-5, rtol=0)
     greedy = Sampler(temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
-    x[2, 7], x[2, 31] = 20.0, 20.0                                                                            # the first of equals
+    x[2, 7], x[2, 31] = 20.0, 20.0  # the first of equals
     assert torch.equal(reductions.sample(x, greedy)[0], x.argmax(-1)) and (reductions.sample(x, greedy)[1] == 0).all()
     x[0, 3], x[1, 3], x[2] = float("nan"), float("inf"), float("-inf")
     for s in (Sampler(), Sampler(top_k=4, top_p=0.9), greedy):
@@ -327,18 +356,30 @@ def test_as_the_sampler():
 # --- wrong variants
 
 WRONG = {   # what is wrong: old text, new text, the check that must not pass
-    "softmax: sums of an earlier maximum are kept as they were": ("sums = sums * tl.exp(most - larger) +", "sums = sums +", lambda m: check_softmax(m, config=SMALL)),
-    "softmax: the padding counts": ('mask=at < n_cols, other=float("-inf"))', "mask=at < n_cols, other=0.0)", lambda m: check_softmax(m)),
-    "softmax: the loop's last tile is left out": ("tiles = tl.cdiv(n_cols - KEEP, LANES * VEC)", "tiles = (n_cols - KEEP) // (LANES * VEC)", lambda m: check_softmax(m, config=SMALL)),
-    "join: slices are added up as if their maxima were one": ("tl.load(parts + SPLITS) * tl.exp(tops - top)", "tl.load(parts + SPLITS)", lambda m: check_softmax(m, splits=4)),
-    "cross-entropy: an ignored row keeps its logits": ("n_read = tl.where(valid, n_cols, 0)", "n_read = tl.where(valid, n_cols, n_cols) + 0 * row; valid = target == target", lambda m: check_loss(m)),
-    "cross-entropy: one for the target is not taken off": ("tl.where(at == target, of_target, 0.0)", "0.0", lambda m: check_loss(m)),
-    "cross-entropy: z-loss without its gradient": ("factor * (1 + 2 * z_loss * lse) / total", "factor / total", lambda m: check_loss(m, z_loss=0.02)),
-    "backward: the sum is forgotten": ("(top + tl.log(total))) / total)", "(top + tl.log(total))))", lambda m: check_loss(m)),
-    "draws: top-k one short": ("if MASS else wanted ", "if MASS else wanted - 1 ", lambda m: check_draws(m, cases=[dict(k=k) for k in (2, 5, 9, 20)])),
-    "draws: the nucleus stops before it reaches p": ("want = tl.maximum(wanted * total, 1e-37)", "want = tl.maximum(0.9 * wanted * total, 1e-37)", lambda m: check_draws(m, cases=[dict(p=p) for p in (0.5, 0.8, 0.95)])),
-    "draws: top-p of all tokens, not of the k": ("floor, lo, p, top, inv_t, True", "-1e30, lo, p, top, inv_t, True", lambda m: check_draws(m, cases=[dict(k=20, p=0.7), dict(k=9, p=0.8)])),
-    "draws: temperature after the filters": ("w = tl.exp((x - top) * inv_t) if MASS", "w = tl.exp(x - top) if MASS", lambda m: check_draws(m, cases=[dict(p=0.5, t=3.0), dict(p=0.8, t=0.4)])),
+    "softmax: sums of an earlier maximum are kept as they were": ("sums = sums * tl.exp2((most - larger) * LOG2E) +",
+        "sums = sums +", lambda m: check_softmax(m, config=SMALL)),
+    "softmax: the padding counts": ('mask=at < n_cols, other=float("-inf"))', "mask=at < n_cols, other=0.0)",
+                                    lambda m: check_softmax(m)),
+    "softmax: the loop writes a tile further on": ("there = n_loop - TILE - start + lane",
+        "there = n_loop - start + lane", lambda m: check_softmax(m, config=SMALL)),
+    "join: slices are added up as if their maxima were one": ("tl.load(parts + SPLITS) * tl.exp(tops - top)",
+        "tl.load(parts + SPLITS)", lambda m: check_softmax(m, splits=4)),
+    "cross-entropy: an ignored row keeps its logits": ("if not valid:", "if row < 0:", lambda m: check_loss(m)),
+    "cross-entropy: one for the target is not taken off": ("- of_all - of_target", "- of_all", lambda m: check_loss(m)),
+    "cross-entropy: z-loss without its gradient": ("factor * (1 + 2 * z_loss * lse) / total", "factor / total",
+                                                   lambda m: check_loss(m, z_loss=0.02)),
+    "backward: the sum is forgotten": ("(top + tl.log(total))) / total)", "(top + tl.log(total))))",
+                                       lambda m: check_loss(m)),
+    "draws: top-k one short": ("if MASS else wanted ", "if MASS else wanted - 1 ",
+                               lambda m: check_draws(m, cases=[dict(k=k) for k in (2, 5, 9, 20)])),
+    "draws: the nucleus stops before it reaches p": ("want = tl.maximum(wanted * total, 1e-37)",
+        "want = tl.maximum(0.9 * wanted * total, 1e-37)", lambda m: check_draws(m,
+            cases=[dict(p=p) for p in (0.5, 0.8, 0.95)])),
+    "draws: top-p of all tokens, not of the k": ("n_cols, floor, lo, p, top", "n_cols, -1e30, lo, p, top",
+                                                 lambda m: check_draws(m, cases=[dict(k=20, p=0.7), dict(k=9, p=0.8)])),
+    "draws: temperature after the filters": ("w = tl.exp2((x - top) * scale) if MASS else tl.full(x.shape",
+        "w = tl.exp2((x - top) * LOG2E) if MASS else tl.full(x.shape", lambda m: check_draws(m, cases=[dict(p=0.5,
+            t=3.0), dict(p=0.8, t=0.4)])),
 }
 
 
@@ -346,7 +387,8 @@ def variant(tmp_path, old, new):
     "The module with `old` replaced, under another name; its ops get a namespace of their own."
     source = Path(reductions.__file__).read_text()
     assert old in source, "the variant's text is gone"
-    source = source.replace(old, new).replace("llm_workbench::", "wrong_variant::").replace("from ..", "from llm_workbench.").replace("from .", "from llm_workbench.kernels.")
+    source = source.replace(old, new).replace("llm_workbench::", "wrong_variant::").replace("from ..",
+        "from llm_workbench.").replace("from .", "from llm_workbench.kernels.")
     path = tmp_path / "wrong_variant.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location("wrong_variant", path)
@@ -367,10 +409,14 @@ def test_wrong_variants_are_rejected(name, tmp_path):
 
 def test_bad_input():
     x, t = randn(4, 30), targets_for(4, 30)
-    for call in (lambda: reductions.softmax(t), lambda: reductions.softmax(x[0, 0]), lambda: reductions.softmax(x[:, :0]), lambda: reductions.launch_softmax(x, splits=3),
-                 lambda: reductions.cross_entropy(x, t[:2]), lambda: reductions.cross_entropy(x, t.float()), lambda: reductions.cross_entropy(x, t, reduction="max"),
-                 lambda: reductions.cross_entropy(randn(30, 4).T, t, inplace=True), lambda: reductions.scale_(x, randn(3)), lambda: reductions.launch_sample(x[0]),
-                 lambda: reductions.launch_sample(x.double()), lambda: reductions.launch_sample(x, top_k=torch.ones(3, dtype=torch.int64, device=DEVICE)),
+    for call in (lambda: reductions.softmax(t), lambda: reductions.softmax(x[0, 0]),
+                 lambda: reductions.softmax(x[:, :0]), lambda: reductions.launch_softmax(x, splits=3),
+                 lambda: reductions.cross_entropy(x, t[:2]), lambda: reductions.cross_entropy(x, t.float()),
+                 lambda: reductions.cross_entropy(x, t, reduction="max"),
+                 lambda: reductions.cross_entropy(randn(30, 4).T, t, inplace=True),
+                 lambda: reductions.scale_(x, randn(3)), lambda: reductions.launch_sample(x[0]),
+                 lambda: reductions.launch_sample(x.double()), lambda: reductions.launch_sample(x, top_k=torch.ones(3,
+                     dtype=torch.int64, device=DEVICE)),
                  lambda: reductions.softmax(x.to("meta"))):
         with pytest.raises(InputError): call()
 
@@ -382,29 +428,38 @@ def launches():
     def row(kernel, types, n, size, **more):
         c = dict(reductions.row_config(n, size))
         warps, _ = c.pop("num_warps"), c.pop("per_sm")
-        return Launch(f"{NAME}:{kernel}", types, dict(c, DOUBLE=False, **more), warps, label=f"{kernel} {types[0][1:]} {n} {more.get('GRAD', '')}".strip())
-    ce = lambda t: [t, t, "*i64", "*fp32", "*fp32", "*fp32", "i32:16", "i32:16", "i32:16", "i32:16", "i32", "fp32", "fp32"]
-    for t, size, widths in (("*bf16", 2, (4096, 32768, 131072)), ("*fp32", 4, (32768, 131072))):
+        return Launch(f"{NAME}:{kernel}", types, dict(c, DOUBLE=False, **more), warps,
+                      label=f"{kernel} {types[0][1:]} {n} {more.get('GRAD', '')}".strip())
+    ce = lambda t: [t, t, "*i64", "*fp32", "*fp32", "*fp32", "i32:16", "i32:16", "i32:16", "i32:16", "i32", "fp32",
+                    "fp32"]
+    for t, size, widths in (("*bf16", 2, (8192, 32768, 65536, 131072)), ("*fp32", 4, (131072,))):
         for n in widths:
-            if size == 2: yield row("softmax_kernel", [t, t, "i32:16", "i32:16", "i32:16", "i32:16"], n, size)
+            if size == 2 and n > 8192: yield row("softmax_kernel", [t, t, "i32:16", "i32:16", "i32:16", "i32:16"], n, size)
             yield row("cross_entropy_kernel", ce(t), n, size, GRAD=True, SMOOTH=False)
     yield row("cross_entropy_kernel", ce("*bf16"), 131072, 2, GRAD=False, SMOOTH=False)
     for t, vec in (("*bf16", 8), ("*fp32", 4)):
-        s = dict(reductions.SAMPLING)
-        yield Launch(f"{NAME}:sample_kernel", [t, "*i64", "*fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32", "i32:16", "i32:16"],
-                     dict(TOP_K=True, TOP_P=True, MIN_P=True, **dict.fromkeys(["ROWS_T", "ROWS_K", "ROWS_P", "ROWS_M", "ROWS_SEED", "ROWS_STEP"], False),
-                          LANES=s["LANES"], STAGES=s["STAGES"], VEC=vec, TILES=32), s["num_warps"], label=f"sample_kernel {t[1:]}")
+        s = reductions.SAMPLING[16 // vec]
+        yield Launch(f"{NAME}:sample_kernel", [t, "*i64", "*fp32", "*fp32", "fp32", "i32", "fp32", "fp32", "i32",
+                                               "i32", "i32:16", "i32:16"],
+                     dict(TOP_K=True, TOP_P=True, MIN_P=True, **dict.fromkeys(["ROWS_T", "ROWS_K", "ROWS_P", "ROWS_M",
+                                                                               "ROWS_SEED", "ROWS_STEP"], False),
+                          LANES=s["LANES"], SLOTS=s["SLOTS"], STAGES=s["STAGES"], VEC=vec, TILES=32, SHIFT=0
+                          if vec == 4 else 16), s["num_warps"], label=f"sample_kernel {t[1:]}")
     split = dict(SPLITS=32, **reductions.SPLIT, DOUBLE=False)
-    yield Launch(f"{NAME}:softmax_part_kernel", ["*bf16", "*fp32", "i32:16", "i32:16", "i32:16"], dict(split, STAGES=2), 8)
-    yield Launch(f"{NAME}:softmax_join_kernel", ["*bf16", "*fp32", "*bf16", "i32:16", "i32:16", "i32:16", "i32:16"], split, 8)
-    yield Launch(f"{NAME}:cross_entropy_backward_kernel", ["*bf16", "*bf16", "*i64", "*fp32", "*fp32", "i32:16", "i32", "i32:16", "i32:16", "i32", "fp32", "fp32"],
+    yield Launch(f"{NAME}:softmax_part_kernel", ["*bf16", "*fp32", "i32:16", "i32:16", "i32:16"],
+                 dict(split, STAGES=2), 8)
+    yield Launch(f"{NAME}:softmax_join_kernel", ["*bf16", "*fp32", "*bf16", "i32:16", "i32:16", "i32:16", "i32:16"],
+                 split, 8)
+    yield Launch(f"{NAME}:cross_entropy_backward_kernel", ["*bf16", "*bf16", "*i64", "*fp32", "*fp32", "i32:16", "i32",
+                                                           "i32:16", "i32:16", "i32", "fp32", "fp32"],
                  dict(BLOCK=4096, DOUBLE=False), 8)
 
 
 def test_compiled_for_hopper():
     table = resources(*launches())
     print(table.to_string())
-    assert (table.spills == 0).all() and (table["stack"] == 0).all() and (table.shared <= 227 * 1024).all(), table.to_string()
+    fits = (table.spills == 0) & (table["stack"] == 0) & (table.shared <= 227 * 1024)
+    assert fits.all(), table.to_string()
     memory = table[table.index.str.contains("softmax_kernel|cross_entropy")]
     assert (memory.wide_loads + memory.cp_async > 0).all()
 
@@ -412,10 +467,12 @@ def test_compiled_for_hopper():
 # --- real sizes
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [4096, 32768, 50257, 131072, 262144])
+@pytest.mark.parametrize("columns, dtype", [(4096, torch.bfloat16), (32768, torch.bfloat16), (32768, torch.float32),
+                                            (50257, torch.float16),
+                                            (131072, torch.bfloat16), (131072, torch.float32),
+                                            (262144, torch.bfloat16)])
 def test_real_widths(columns, dtype):
-    rows = 300                                                      # more than the chip holds at once: programs take several rows
+    rows = 140  # more than the chip holds at once: programs take several rows
     check_softmax(shape=(rows, columns), dtype=dtype)
     for splits in (1, 32): check_softmax(shape=(3, columns), dtype=dtype, splits=splits)
     check_loss(shape=(rows, columns), dtype=dtype)
@@ -435,7 +492,8 @@ def test_real_draws(dtype):
         last = values[int((w.cumsum(-1) - w < share).sum()) - 1]
         mass = w[values >= last].sum()
         want = (x[0, tokens[i]].double() - values.logsumexp(-1) - mass.log()).item()
-        assert abs(logp[i].item() - want) < 1e-3 if share > 0.99 else abs(logp[i].item() - want) < 5e-5, (share, logp[i].item(), want)
+        assert abs(logp[i].item() - want) < 1e-3 if share > 0.99 else abs(logp[i].item() - want) < 5e-5, (share,
+            logp[i].item(), want)
     peaked = (x + torch.linspace(0, 14, V, device=DEVICE) ** 2 / 14).to(dtype)
     kept = kept_plain_sorted(peaked[0].double(), 0.9)
     probs = peaked[0].double().masked_fill(~kept, float("-inf")).softmax(-1).cpu()
@@ -466,4 +524,5 @@ def test_inside_torch_compile_and_graphs():
     first = tokens.clone()
     step += 1
     graph.replay()
-    assert torch.equal(first, reductions.launch_sample(x, top_p=0.9, step=step - 1)[0]) and not torch.equal(first, tokens)
+    assert torch.equal(first, reductions.launch_sample(x, top_p=0.9, step=step - 1)[0]) and not torch.equal(first,
+                                                                                                            tokens)

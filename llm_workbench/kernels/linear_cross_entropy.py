@@ -5,80 +5,93 @@
 # %% auto #0
 __all__ = ['CHUNK', 'launch_linear_cross_entropy', 'linear_cross_entropy_op', 'Fused', 'linear_cross_entropy']
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #a6c28c19
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #6fc5b9e2
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .launching import interpreting, need, runnable
-from .reductions import (FLOATS, checked_targets, inverse_count, launch_cross_entropy, plain_backward, plain_losses,
-                                              scale_, wants_op)
+from .reductions import (FLOATS, checked_targets, inverse_count, launch_cross_entropy,
+                                              plain_backward,
+                                              plain_losses, scale_, wants_op)
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #6d03c53d
-CHUNK = 2048                   # tokens whose logits exist at a time
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #eceaf78c
+CHUNK = 1792                   # tokens whose logits exist at a time, at most
 
 def _losses(logits, targets, factor, ignore_index, smoothing, z_loss) -> Tensor:
     "(N,) losses of a chunk; with a factor its logits become their gradient times that."
-    if logits.is_cuda or interpreting(): return launch_cross_entropy(logits, targets, factor, ignore_index, smoothing, z_loss)[0]
-    losses, stats = plain_losses(logits, targets, ignore_index, smoothing, z_loss)
-    if factor is not None: logits.copy_(plain_backward(factor, logits, targets, stats, ignore_index, smoothing, z_loss))
+    settings = ignore_index, smoothing, z_loss
+    if logits.is_cuda or interpreting(): return launch_cross_entropy(logits, targets, factor, *settings)[0]
+    losses, stats = plain_losses(logits, targets, *settings)
+    if factor is not None: logits.copy_(plain_backward(factor, logits, targets, stats, *settings))
     return losses
 
 def _checked(hidden, weight, targets, reduction, chunk):
-    "What comes in, as (N, C), (V, C) and (N,). Raises InputError."
+    "Tokens as (N, C) and targets as (N,). Raises InputError."
     name = "linear_cross_entropy"
-    need(weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1] and hidden.dtype == weight.dtype
-         and hidden.dtype in (*FLOATS, torch.float64) and len(weight) > 0, name,
-         f"hidden (..., C) and weight (V, C) of one floating type, not {hidden.dtype} {tuple(hidden.shape)} and {weight.dtype} {tuple(weight.shape)}")
+    fits = weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1] and len(weight) > 0
+    need(fits and hidden.dtype == weight.dtype and hidden.dtype in (*FLOATS, torch.float64), name,
+         "hidden (..., C) and weight (V, C) of one floating type, "
+         f"not {hidden.dtype} {tuple(hidden.shape)} and {weight.dtype} {tuple(weight.shape)}")
     need(hidden.device == weight.device == targets.device, name, "tensors on one device")
-    need(reduction in ("mean", "sum"), name, f"reduction 'mean' or 'sum', not {reduction!r}: the gradient is made before anybody says what each loss weighs")
+    need(reduction in ("mean", "sum"), name, f"reduction 'mean' or 'sum', not {reduction!r}: "
+         "the gradient is made before anybody says what each loss weighs")
     need(chunk >= 1, name, f"a chunk of at least one token, not {chunk}")
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return rows, checked_targets(name, rows, targets.reshape(-1) if targets.shape == hidden.shape[:-1] else targets)
-
-def launch_linear_cross_entropy(hidden: Tensor,             # (N, C)
-                                weight: Tensor,             # (V, C), same type
-                                targets: Tensor,            # (N,) int64 or int32
-                                ignore_index: int = -100, reduction: str = "mean", smoothing: float = 0.0, z_loss: float = 0.0,
-                                chunk: int = CHUNK,         # tokens at a time
-                                for_hidden: bool = True,    # make the gradient of hidden
-                                for_weight: bool = True,    # make the gradient of weight
-                                wide: bool = False,         # add up the weight's gradient in float32 (float64 stays itself)
-                               ) -> tuple[Tensor, Tensor | None, Tensor | None]:   # loss (), gradients (N, C) and (V, C)
-    "Loss and gradients, chunk by chunk. At most (chunk, V) logits exist. Raises InputError."
-    rows, targets = _checked(hidden, weight, targets, reduction, chunk)
-    if hidden.is_cuda or interpreting(): runnable("linear_cross_entropy", hidden, weight, targets)
-    (N, C), V, acc = rows.shape, len(weight), torch.promote_types(hidden.dtype, torch.float32)
-    factor = None
-    if reduction == "mean":
-        factor = inverse_count(targets, ignore_index, acc) if hidden.is_cuda or interpreting() else 1 / (targets != ignore_index).sum()[None].to(acc)
-    ones = factor if factor is not None else torch.ones(1, dtype=acc, device=hidden.device)
-    losses = torch.zeros(N, dtype=acc, device=hidden.device)
-    dh = torch.empty_like(rows) if for_hidden else None
-    dw = (torch.empty if N else torch.zeros)(V, C, dtype=acc if wide else weight.dtype, device=weight.device) if for_weight else None
-    logits = torch.empty(min(chunk, N), V, dtype=hidden.dtype, device=hidden.device)
-    for start in range(0, N, chunk):
-        some = slice(start, min(start + chunk, N))
-        z = logits[:some.stop - start]                                          # (chunk, V), the same memory each time
-        torch.mm(rows[some], weight.T, out=z)
-        losses[some] = _losses(z, targets[some], ones if for_hidden or for_weight else None, ignore_index, smoothing, z_loss)
-        if for_hidden: torch.mm(z, weight, out=dh[some])                        # z is the logits' gradient by now
-        if for_weight: _add_product(dw, z, rows[some], first=start == 0)
-    del logits
-    loss = losses.sum() if factor is None else losses.sum() * factor[0]
-    return loss, dh, dw if dw is None else dw.to(weight.dtype)
+    return hidden.reshape(-1, hidden.shape[-1]), checked_targets(name, hidden, targets)
 
 def _add_product(dw: Tensor, z: Tensor, x: Tensor, first: bool):
     "dw (V, C) += z.T (V, n) @ x (n, C); the first product is just written."
     if dw.dtype == z.dtype: torch.mm(z.T, x, out=dw) if first else dw.addmm_(z.T, x)
-    elif dw.is_cuda: torch.mm(z.T, x, out_dtype=dw.dtype, out=dw) if first else torch.addmm(dw, z.T, x, out_dtype=dw.dtype, out=dw)
+    elif dw.is_cuda:
+        wide = dict(out_dtype=dw.dtype, out=dw)
+        torch.mm(z.T, x, **wide) if first else torch.addmm(dw, z.T, x, **wide)
     else: dw.copy_(z.T.to(dw.dtype) @ x.to(dw.dtype)) if first else dw.addmm_(z.T.to(dw.dtype), x.to(dw.dtype))
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #c22433a9
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #d6d792f5
+def launch_linear_cross_entropy(hidden: Tensor,             # (N, C)
+                                weight: Tensor,             # (V, C), same type
+                                targets: Tensor,            # (N,) int64 or int32
+                                ignore_index: int = -100, reduction: str = "mean",
+                                smoothing: float = 0.0, z_loss: float = 0.0,
+                                chunk: int = CHUNK,         # tokens at a time
+                                for_hidden: bool = True,    # make the gradient of hidden
+                                for_weight: bool = True,    # make the gradient of weight
+                                wide: bool = False,         # add up the weight's gradient in float32
+                               ) -> tuple[Tensor, Tensor | None, Tensor | None]:   # loss (), gradients (N, C), (V, C)
+    "Loss and gradients, chunk by chunk. At most (chunk, V) logits exist. Raises InputError."
+    rows, targets = _checked(hidden, weight, targets, reduction, chunk)
+    kernels, mean = hidden.is_cuda or interpreting(), reduction == "mean"
+    if kernels: runnable("linear_cross_entropy", hidden, weight, targets)
+    (N, C), V, acc = rows.shape, len(weight), torch.promote_types(hidden.dtype, torch.float32)
+    on = dict(device=hidden.device)
+    if mean and kernels: factor = inverse_count(targets, ignore_index, acc)
+    else: factor = 1 / (targets != ignore_index).sum()[None].to(acc) if mean else torch.ones(1, dtype=acc, **on)
+    losses = torch.zeros(N, dtype=acc, **on)
+    dh = torch.empty((N, C), dtype=hidden.dtype, **on) if for_hidden else None
+    dw = (torch.empty if N else torch.zeros)((V, C), dtype=acc if wide else weight.dtype, **on) if for_weight else None
+    pieces = -(-N // chunk)                                                     # all about as long, whole tiles of 128
+    chunk = min(chunk, max(-(-N // max(pieces, 1) // 128) * 128, 128))
+    logits = torch.empty((min(chunk, N), V), dtype=hidden.dtype, **on)
+    gradient = factor if for_hidden or for_weight else None
+    for start in range(0, N, chunk):
+        some = slice(start, min(start + chunk, N))
+        z = logits[:some.stop - start]                                          # (chunk, V), the same memory each time
+        torch.mm(rows[some], weight.T, out=z)
+        losses[some] = _losses(z, targets[some], gradient, ignore_index, smoothing, z_loss)
+        if for_hidden: torch.mm(z, weight, out=dh[some])                        # z is the logits' gradient by now
+        if for_weight: _add_product(dw, z, rows[some], first=start == 0)
+    del logits
+    loss = losses.sum() * factor[0] if mean else losses.sum()
+    return loss, dh, dw if dw is None else dw.to(weight.dtype)
+
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #f647b113
 @torch.library.custom_op("llm_workbench::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, smoothing: float,
-                            z_loss: float, chunk: int, for_hidden: bool, for_weight: bool, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, dh, dw = launch_linear_cross_entropy(hidden, weight, targets, ignore_index, reduction, smoothing, z_loss, chunk, for_hidden, for_weight, wide)
+def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str,
+                            smoothing: float, z_loss: float, chunk: int, for_hidden: bool, for_weight: bool,
+                            wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss, dh, dw = launch_linear_cross_entropy(hidden, weight, targets, ignore_index, reduction, smoothing, z_loss,
+                                               chunk,
+                                               for_hidden, for_weight, wide)
     return loss, hidden.new_empty(0) if dh is None else dh, weight.new_empty(0) if dw is None else dw
 
 @linear_cross_entropy_op.register_fake
@@ -101,20 +114,20 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_remember)
 class Fused(torch.autograd.Function):
     "Outside torch.compile: the gradients wait for the backward pass and are scaled in place, without a second copy."
     @staticmethod
-    def forward(ctx, hidden, weight, targets, *settings):
-        ctx.made = ctx.needs_input_grad[:2]
-        loss, *ctx.grads = launch_linear_cross_entropy(hidden, weight, targets, *settings[:5], *ctx.made, settings[5])
-        ctx.n = 3 + len(settings)
+    def forward(ctx, hidden, weight, targets, ignore_index, reduction, smoothing, z_loss, chunk, wide):
+        made = ctx.needs_input_grad[:2]
+        loss, *ctx.grads = launch_linear_cross_entropy(hidden, weight, targets, ignore_index, reduction, smoothing,
+                                                       z_loss, chunk, *made, wide)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        if ctx.grads is None: raise RuntimeError("linear_cross_entropy can go backward once: its gradients were handed on")
+        if ctx.grads is None: raise RuntimeError("linear_cross_entropy can go backward once: its gradients are gone")
         grads, ctx.grads = ctx.grads, None
         scale = scale_ if upstream.is_cuda or interpreting() else lambda g, by: g.mul_(by)
-        return *(g if g is None else scale(g, upstream.detach()) for g in grads), *[None] * (ctx.n - 2)
+        return *(g if g is None else scale(g, upstream.detach()) for g in grads), *[None] * 7
 
-# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #e438e37a
+# %% ../../nbs/09_kernels/12b_linear_cross_entropy.ipynb #646d7a42
 def linear_cross_entropy(hidden: Tensor,               # (..., C)
                          weight: Tensor,               # (V, C), same type
                          targets: Tensor,              # (...) int64 or int32
@@ -124,12 +137,12 @@ def linear_cross_entropy(hidden: Tensor,               # (..., C)
                          chunk: int = CHUNK,           # tokens whose logits exist at a time
                          wide: bool = False,           # add up the weight's gradient in float32
                         ) -> Tensor:                   # (), float32 (float64 for float64)
-    """`cross_entropy(hidden @ weight.T, targets)` without the logits. The gradients are made in the forward pass, for what
-    requires one; the backward pass hands them on, once. Raises InputError for what it does not take."""
+    """`cross_entropy(hidden @ weight.T, targets)` without the logits. The gradients are made in the forward pass, for
+    what requires one; the backward pass hands them on, once. Raises InputError for what it does not take."""
     rows, flat = _checked(hidden, weight, targets, reduction, chunk)
     settings = ignore_index, reduction, float(label_smoothing), float(z_loss), chunk
     if torch.compiler.is_compiling():
-        grad = torch.is_grad_enabled()
-        return linear_cross_entropy_op(rows, weight, flat, *settings, grad and rows.requires_grad, grad and weight.requires_grad, wide)[0]
+        for_hidden, for_weight = (torch.is_grad_enabled() and x.requires_grad for x in (rows, weight))
+        return linear_cross_entropy_op(rows, weight, flat, *settings, for_hidden, for_weight, wide)[0]
     if wants_op(hidden, weight): return Fused.apply(rows, weight, flat, *settings, wide)
     return launch_linear_cross_entropy(rows, weight, flat, *settings, False, False)[0]
