@@ -114,6 +114,7 @@ def test_large_sums_are_held_in_float32():
 def test_nothing(M, N, K):
     x, w, bias = randn(M, K), randn(N, K), randn(N)
     assert torch.equal(matmul(x, w, bias), F.linear(x, w, bias))
+    assert torch.equal(matmul(randn(20, 24)[:, :0], randn(20, 24)[:, :0]), torch.zeros(20, 20, device=DEVICE))
     assert torch.equal(matmul(x.half(), w.half()), F.linear(x.half(), w.half()))
 
 

@@ -134,7 +134,7 @@ CONFIGS = dict(                # by bytes of a number
     pointers={1: Config(128, 128, 64, stages=4, how="pointers"), 2: Config(128, 128, 64, stages=3, how="pointers"),
               4: Config(64, 64, 32, warps=4, how="pointers"), 8: Config(32, 32, 16, warps=4, how="pointers")})
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #1ba4a9b3
+# %% ../../nbs/09_kernels/07_matmul.ipynb #eeed622f
 @cache
 def multiprocessors(device: torch.device) -> int:
     "How many programs run at once; three where kernels are interpreted."
@@ -145,8 +145,8 @@ def stored(t: Tensor) -> tuple[Tensor, bool] | None:   # (rows, columns)
     for transposed in (False, True) if t.element_size() == 2 else (False,):
         a = t.t() if transposed else t
         size = a.element_size()
-        if a.stride(1) == 1 and a.stride(0) >= a.shape[1] and a.stride(0) * size % 16 == a.data_ptr() % 16 == 0:
-            return a, transposed
+        dense = a.numel() and a.stride(1) == 1 and a.stride(0) >= a.shape[1]
+        if dense and a.stride(0) * size % 16 == a.data_ptr() % 16 == 0: return a, transposed
 
 def choose(M: int, N: int, x: Tensor, w: Tensor, device: torch.device, precision: str = "ieee") -> Config:
     "The configuration for a product whose sides lie so. Exact float32 has no tensor cores: it goes by pointers."
