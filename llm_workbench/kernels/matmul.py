@@ -296,7 +296,7 @@ def float8(x: Tensor,           # (M, K)
     scale = most.float().clamp(min=1e-12) / torch.finfo(FLOAT8).max
     return (x.float() / scale).clamp(-448, 448).to(FLOAT8), scale
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #7475c7bd
+# %% ../../nbs/09_kernels/07_matmul.ipynb #69c3b5bb
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FLOAT8: "fp8e4nv"}
 
 def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=False, scaled=False, precision="ieee",
@@ -321,4 +321,4 @@ def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=F
         constants |= dict(stride_xs=1, stride_ws=1, GROUP=c.group, X_T=x_t, W_T=w_t, SPLIT=c.split,
                           SPECIALIZE=c.specialize, EXACT=c.exact) | ({} if out else dict(out_desc=None))
     label = label or f"{t} {c.how} {c.m}x{c.n}x{c.k}"
-    return Launch(f"{__name__}:{name}", types, constants, c.warps, c.stages, label)
+    return Launch(f"llm_workbench.kernels.matmul:{name}", types, constants, c.warps, c.stages, label)
