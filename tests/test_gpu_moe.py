@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from benchmarks.gpu.matmul import specialized
 from kernel_checks import DEVICE, DTYPES, as_accurate, guarded, randn, rejects
 
 from llm_workbench.architecture.matrices import Stack
@@ -25,17 +24,13 @@ from llm_workbench.kernels.moe import (CONFIGS, MoEConfig, Tiles, compiled_as, e
 pytestmark = pytest.mark.triton
 SMALL = {"tall": MoEConfig(Tiles(64, 16, 32, 4, 2, flatten=False), Tiles(64, 32, 32, 4, 2)),
          "tall, in halves": MoEConfig(Tiles(64, 32, 32, 4, 2), Tiles(64, 64, 32, 4, 2, split=2, flatten=False)),
-         "specialized": MoEConfig(*[Tiles(128, 64, 64, 4, 2, flatten=False, specialize=True)] * 2),
          "low": MoEConfig(Tiles(16, 32, 32, 4, 2, flatten=False), Tiles(16, 64, 32, 4, 2))}
-
-if DEVICE == "cuda" and "moe" not in specialized().splitlines(): del SMALL["specialized"]  # test_gpu_matmul tells
 
 
 def block(N=20, E=5, k=2, C=72, F=40, dtype=torch.float32, seed=0, chosen=None):
     "Tokens, experts, who goes where and with which weight."
-    x, gate_up, down = randn(N, C, dtype=dtype, seed=seed), randn(E, 2 * F, C, dtype=dtype, seed=seed + 1,
-                                                            scale=C ** -0.5), \
-        randn(E, C, F, dtype=dtype, seed=seed + 2, scale=F ** -0.5)
+    x, gate_up = randn(N, C, dtype=dtype, seed=seed), randn(E, 2 * F, C, dtype=dtype, seed=seed + 1, scale=C ** -0.5)
+    down = randn(E, C, F, dtype=dtype, seed=seed + 2, scale=F ** -0.5)
     if chosen is None: chosen = randn(N, E, seed=seed + 3).topk(k, -1).indices
     return x, gate_up, down, chosen, randn(*chosen.shape, seed=seed + 4).softmax(-1)
 
@@ -50,8 +45,8 @@ def agrees(args, config=None):
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 def routes(logits, k, **options):
-    want, weights = plain_route(logits.double(), k, **{n: o.double() if n == "bias" and o is not None else o for n,
-                                                       o in options.items()})
+    wide = options | ({"bias": options["bias"].double()} if "bias" in options else {})
+    want, weights = plain_route(logits.double(), k, **wide)
     with guarded(module): got, mine = route(logits, k, **options)
     assert torch.equal(got, want), "other experts"
     return as_accurate(mine, weights, plain_route(logits, k, **options)[1])
@@ -86,7 +81,6 @@ def test_routing_at_the_edges():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", SMALL)
 def test_every_way(way, dtype):
-    if way == "specialized" and dtype == torch.float32: return    # warps of their own are for the tensor cores
     agrees(block(N=70, C=136, dtype=dtype), SMALL[way])
 
 
@@ -104,8 +98,8 @@ def test_any_shape(N, E, k, C, F, seed):
     agrees(block(N, E, min(k, E), 8 * C, 8 * F, torch.float16, seed), SMALL[["tall", "low"][seed % 2]])
 
 
-ROUTINGS = {"all to one": lambda N, E: torch.full((N, 2), 3), "one expert without tokens": lambda N,
-            E: torch.arange(2 * N).view(N, 2) % (E - 1),
+ROUTINGS = {"all to one": lambda N, E: torch.full((N, 2), 3),
+            "one expert without tokens": lambda N, E: torch.arange(2 * N).view(N, 2) % (E - 1),
             "the first and the last": lambda N, E: torch.tensor([0, E - 1]).expand(N, 2).contiguous(),
             "a tile and one more": lambda N, E: torch.cat([torch.zeros(17, 2), torch.ones(N - 17, 2)]).long(),
             "the same twice": lambda N, E: torch.arange(N)[:, None].expand(N, 2) % E,
@@ -145,8 +139,8 @@ def test_strided_and_offset_inputs():
     x, gate_up, down, chosen, weights = block(20)
     wide = torch.full((20, 144), float("nan"), device=DEVICE)
     wide[:, 3:75] = x
-    for other in (wide[:, 3:75], x.t().contiguous().t()): agrees((other, gate_up, down, chosen,
-                                                            weights.t().contiguous().t()))
+    for other in (wide[:, 3:75], x.t().contiguous().t()):
+        agrees((other, gate_up, down, chosen, weights.t().contiguous().t()))
 
 
 def test_infinity_stays_with_its_token():
@@ -197,8 +191,8 @@ def test_drop_in_equals_the_plain_form():
 HANDED_ON = {"packed": lambda a: dict(gate_up=SimpleNamespace()),
              "biases": lambda a: dict(down=stacks(a[1], a[2], True)[1]),
              "not SwiGLU": lambda a: dict(act=clamped_swiglu), "gradient": lambda a: dict(x=a[0].requires_grad_()),
-             "float64": lambda a: dict(x=a[0].double()), "16 bytes": lambda a: dict(gate_up=stacks(a[1][..., :70],
-                                                            a[2])[0]),
+             "float64": lambda a: dict(x=a[0].double()),
+             "16 bytes": lambda a: dict(gate_up=stacks(a[1][..., :70], a[2])[0]),
              "one piece": lambda a: dict(gate_up=stacks(a[1].mT.contiguous().mT, a[2])[0])}
 
 
@@ -240,11 +234,9 @@ def test_plain_where_kernels_do_not_run(monkeypatch):
 
 BAD = {"float16 or bfloat16": dict(x=randn(20, 72, dtype=torch.float64)),
        "alike": dict(down=randn(5, 72, 40).half()), "down (E, C, F)": dict(down=randn(5, 72, 32)),
-       "(20, k)": dict(weights=randn(20, 3)), "as integers": dict(chosen=torch.zeros(20, 2,
-                                                            device=DEVICE)), "contiguous": dict(gate_up=randn(5, 72,
-                                                            80).mT),
-       "rows are multiples": dict(gate_up=randn(5, 80, 70), down=randn(5, 70, 40),
-                                  x=randn(20, 70)), "one device": dict(x=torch.empty(20, 72, device="meta"))}
+       "(20, k)": dict(weights=randn(20, 3)), "as integers": dict(chosen=torch.zeros(20, 2, device=DEVICE)),
+       "contiguous": dict(gate_up=randn(5, 72, 80).mT), "one device": dict(x=torch.empty(20, 72, device="meta")),
+       "rows are multiples": dict(gate_up=randn(5, 80, 70), down=randn(5, 70, 40), x=randn(20, 70))}
 
 
 @pytest.mark.parametrize("says", BAD)
@@ -292,7 +284,6 @@ def test_wrong_variants_are_rejected(mistake, monkeypatch, tmp_path):
 
 def test_compiled_for_sm_90():
     launches = [each for m in (16, 128) for each in compiled_as(CONFIGS[2][m], torch.bfloat16)]
-    launches += compiled_as(MoEConfig(*[Tiles(128, 128, 64, 4, 4, flatten=False, specialize=True)] * 2), torch.bfloat16)
     launches += compiled_as(CONFIGS[4][16], torch.float32)
     table = resources(*launches)
     assert (table["stack"] == 0).all() and (table.spills == 0).all(), table
