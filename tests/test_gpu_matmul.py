@@ -324,10 +324,19 @@ def test_every_configuration_of_the_table(size):
     for kind in ("large", "small", "pointers"):
         if size not in CONFIGS[kind]: continue
         precision = "ieee" if kind == "pointers" else "tf32"
-        got = matmul(x, w, out_dtype=torch.float64 if size == 8 else torch.float32, config=CONFIGS[kind][size],
-                     precision=precision)
+        got = matmul(x, w, config=CONFIGS[kind][size], precision=precision)
+        if size < 4: as_accurate(got, x.double() @ w.double().t(), (x.float() @ w.float().t()).bfloat16()); continue
         error = (got.double() - x.double() @ w.double().t()).abs().max().item()
-        assert error <= {1: 0.5, 2: 1e-3, 4: 1e-3 if precision == "ieee" else 0.2, 8: 1e-9}[size], (kind, error)
+        assert error <= {4: 1e-3 if precision == "ieee" else 0.2, 8: 1e-9}[size], (kind, error)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, FLOAT8], ids=str)
+def test_sums_as_they_are(dtype):
+    x, w = (randn(2000, 2048, seed=i).to(dtype) for i in range(2))
+    for t in (x, x[:200]):
+        as_accurate(matmul(t, w, out_dtype=torch.float32), t.double() @ w.double().t(), t.float() @ w.float().t(),
+                    floor=2.0**16 if dtype == FLOAT8 else 4.0)
 
 
 @pytest.mark.cuda

@@ -1,6 +1,7 @@
 "Experts in Triton: the sorting, both products, the sum, every routing that hurts, and what is handed on."
 import importlib.util
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from llm_workbench.architecture.norms_and_mlps import swiglu
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.errors import InputError
 from llm_workbench.kernels import moe as module
-from llm_workbench.kernels.launching import resources
+from llm_workbench.kernels.launching import Launch, resources
 from llm_workbench.kernels.moe import (CONFIGS, MoEConfig, Tiles, compiled_as, experts, moe, moe_op, plain_experts,
                                        route, sort_by_expert, why_plain)
 
@@ -289,6 +290,22 @@ def test_compiled_for_sm_90():
     assert (table["stack"] == 0).all() and (table.spills == 0).all(), table
     assert (table.shared <= 227 * 1024).all() and (table.tma > 0).all(), table
     assert (table[~table.index.str.contains("fp32")].wgmma > 0).all(), table
+
+
+def test_the_small_kernels_compiled_for_sm_90():
+    sorting = dict(CHUNK=1024, BLOCK=128, EXPERTS=128)
+    launches = [
+        Launch("count_kernel", ["*i64", "*i32", "i32:16"], sorting),
+        Launch("place_kernel", ["*i64", *["*i32"] * 6, *["i32:16"] * 3],
+               dict(TOP_K=8, BLOCK_M=128, PARTS=16, TILES=16, **sorting), 8),
+        Launch("combine_kernel", ["*bf16", "*i32", "*fp32", "*bf16", *["i32:16"] * 4],
+               dict(stride_wk=1, TOP_K=8, BLOCK_C=1024, WIDE=False)),
+        *[Launch("route_kernel", ["*bf16", "*i64", "*fp32", *["i32:16"] * 3, "fp32"],
+                 dict(bias_ptr=None, TOP_K=8, SIGMOID=False, NORMALISE=True, BLOCK_T=b, EXPERTS=128, SLOTS=8), b)
+          for b in (1, 4)]]
+    table = resources(*(replace(x, kernel=f"{module.__name__}:{x.kernel}", label=x.kernel) for x in launches))
+    assert (table["stack"] == 0).all() and (table.spills == 0).all() and (table.shared <= 227 * 1024).all(), table
+    assert table.wide_loads["combine_kernel"] > 0, table
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

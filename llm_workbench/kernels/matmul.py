@@ -129,7 +129,7 @@ CONFIGS = dict(                # by bytes of a number
     pointers={1: Config(128, 128, 64, stages=4, how="pointers"), 2: Config(128, 128, 64, stages=3, how="pointers"),
               4: Config(64, 64, 32, warps=4, how="pointers"), 8: Config(32, 32, 16, warps=4, how="pointers")})
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #eeed622f
+# %% ../../nbs/09_kernels/07_matmul.ipynb #739c10bd
 @cache
 def multiprocessors(device: torch.device) -> int:
     "How many programs run at once; three where kernels are interpreted."
@@ -143,17 +143,18 @@ def stored(t: Tensor) -> tuple[Tensor, bool] | None:   # (rows, columns)
         dense = a.numel() and a.stride(1) == 1 and a.stride(0) >= a.shape[1]
         if dense and a.stride(0) * size % 16 == a.data_ptr() % 16 == 0: return a, transposed
 
-def choose(M: int, N: int, x: Tensor, w: Tensor, device: torch.device, precision: str = "ieee") -> Config:
+def choose(M: int, N: int, x: Tensor, w: Tensor, out: Tensor, precision: str = "ieee") -> Config:
     "The configuration for a product whose sides lie so. Exact float32 has no tensor cores: it goes by pointers."
     size, flat = x.element_size(), x.stride(1) == w.stride(1) == 1
     if flat and M <= 16 and 1 < size < 8: return CONFIGS["one" if M == 1 else "few"]
     wide = size == 8 or size == 4 and precision == "ieee"
-    if wide or not (stored(x) and stored(w) and N * size % 16 == 0): return CONFIGS["pointers"][size]
+    if wide or not (stored(x) and stored(w) and N * out.element_size() % 16 == 0): return CONFIGS["pointers"][size]
     large = CONFIGS["large"][size]
-    fills = triton.cdiv(M, large.m) * triton.cdiv(N, large.n) >= multiprocessors(device)
-    return large if fills else CONFIGS["small"][size]
+    fills = triton.cdiv(M, large.m) * triton.cdiv(N, large.n) >= multiprocessors(x.device)
+    config = large if fills else CONFIGS["small"][size]
+    return config if out.element_size() <= max(2, size) else replace(config, stages=3)     # a wider tile on its way out
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #ec345984
+# %% ../../nbs/09_kernels/07_matmul.ipynb #3b65d775
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
          torch.float8_e4m3fn: tl.float8e4nv}
 FLOAT8 = torch.float8_e4m3fn
@@ -178,7 +179,7 @@ def matmul(x: Tensor,                        # (..., K)
     out = torch.empty((M, N), dtype=out_dtype, device=x.device)
     if out.numel():
         scales = None if x_scale is None else (x_scale.reshape(-1), w_scale.reshape(-1))
-        config = config or choose(M, N, flat, w, x.device, precision)
+        config = config or choose(M, N, flat, w, out, precision)
         LAUNCH[config.how](flat, w, None if bias is None else bias.contiguous(), scales, out, config, precision)
     return out.view(*x.shape[:-1], N)
 
