@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'TYPES', 'FLOAT8', 'LAUNCH', 'NAMES', 'tile_at', 'matmul_kernel', 'matmul_tma_kernel', 'few_kernel',
            'Config', 'multiprocessors', 'stored', 'choose', 'matmul', 'matmul_op', 'linear', 'float8', 'compiled_as']
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #0ad64b77
+# %% ../../nbs/09_kernels/07_matmul.ipynb #aa479179
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launching import Launch, interpreting, need, runnable, triton, tl
+from .launching import Launch, interpreting, need, runnable, seen_by_torch, tl, triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # %% ../../nbs/09_kernels/07_matmul.ipynb #8ac80081
@@ -271,16 +271,14 @@ def _backward(ctx, grad):
 
 matmul_op.register_autograd(_backward, setup_context=_keep)
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #ed6a2b20
+# %% ../../nbs/09_kernels/07_matmul.ipynb #02b9d457
 def linear(x: Tensor,                   # (..., in)
            weight: Tensor,              # (out, in)
            bias: Tensor | None = None,  # (out,)
           ) -> Tensor:                  # (..., out)
     "`Ops.linear` by these kernels. float32 is exact unless `torch.set_float32_matmul_precision` allows TF32."
-    taught = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if taught or torch.compiler.is_compiling() or not (x.is_cuda or interpreting()):
-        return matmul_op(x, weight, bias)
-    return matmul(x, weight, bias)
+    by_op = seen_by_torch(x, weight, bias) or not (x.is_cuda or interpreting())
+    return (matmul_op if by_op else matmul)(x, weight, bias)
 
 # %% ../../nbs/09_kernels/07_matmul.ipynb #0d2b8fc9
 def float8(x: Tensor,           # (M, K)
