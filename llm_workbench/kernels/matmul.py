@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'TYPES', 'FLOAT8', 'LAUNCH', 'NAMES', 'tile_at', 'matmul_kernel', 'matmul_tma_kernel', 'few_kernel',
            'Config', 'multiprocessors', 'stored', 'choose', 'matmul', 'matmul_op', 'linear', 'float8', 'compiled_as']
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #0ad64b77
+# %% ../../nbs/09_kernels/07_matmul.ipynb #aa479179
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launching import Launch, interpreting, need, runnable, triton, tl
+from .launching import Launch, interpreting, need, runnable, seen_by_torch, tl, triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # %% ../../nbs/09_kernels/07_matmul.ipynb #8ac80081
@@ -53,16 +53,15 @@ def matmul_kernel(x_ptr, w_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, out_ptr, M, 
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #73ae851e
+# %% ../../nbs/09_kernels/07_matmul.ipynb #ac7389b6
 @triton.jit
-def matmul_tma_kernel(x_desc, w_desc, out_desc, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, M, N, K, stride_om,
-                      stride_xs, stride_ws, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      GROUP: tl.constexpr, X_T: tl.constexpr, W_T: tl.constexpr, SPLIT: tl.constexpr,
-                      SPECIALIZE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def matmul_tma_kernel(x_desc, w_desc, out_desc, bias_ptr, x_scale_ptr, w_scale_ptr, M, N, K, stride_xs, stride_ws,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                      X_T: tl.constexpr, W_T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+                      PRECISION: tl.constexpr, WIDE: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=not SPECIALIZE,
-                         warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m, n = tile_at(tile, tiles_m, tiles_n, GROUP)
         row, col = m * BLOCK_M, n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -78,10 +77,7 @@ def matmul_tma_kernel(x_desc, w_desc, out_desc, out_ptr, bias_ptr, x_scale_ptr, 
             acc *= tl.load(x_scale_ptr + rows * stride_xs, mask=rows < M, other=0.0)[:, None]
             acc *= tl.load(w_scale_ptr + cols * stride_ws, mask=cols < N, other=0.0)[None, :]
         if bias_ptr is not None: acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-        if SPECIALIZE:                                                   # each of two groups of warps has half the rows
-            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
-        elif SPLIT == 1: out_desc.store([row, col], acc.to(out_desc.dtype))
+        if SPLIT == 1: out_desc.store([row, col], acc.to(out_desc.dtype))
         else:                                                            # half the shared memory for the way out
             left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             out_desc.store([row, col], left.to(out_desc.dtype))
@@ -109,20 +105,19 @@ def few_kernel(x_ptr, w_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn, s
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #b134a5f9
+# %% ../../nbs/09_kernels/07_matmul.ipynb #ab616f68
 @dataclass(frozen=True)
 class Config:
     "How a product is cut into tiles."
     m: int                     # BLOCK_M, rows of x in a tile; 1 or 16 with how="few"
     n: int                     # BLOCK_N, rows of w
     k: int                     # BLOCK_K, length of one step
-    warps: int = 8             # 4 with specialize: four that load, and two times four that multiply
+    warps: int = 8
     stages: int = 3            # steps whose loads are in flight
     group: int = 8             # rows of tiles that are walked through together
     split: int = 1             # pieces in which a tile is written
     how: str = "persistent"    # "persistent" and "tiles" (both by descriptors), "pointers", "few"
     per_sm: int = 1            # persistent programs a multiprocessor
-    specialize: bool = False   # loads in warps of their own
     exact: bool = False        # float8: add up in float32 after every step
 
 CONFIGS = dict(                # by bytes of a number
@@ -134,7 +129,7 @@ CONFIGS = dict(                # by bytes of a number
     pointers={1: Config(128, 128, 64, stages=4, how="pointers"), 2: Config(128, 128, 64, stages=3, how="pointers"),
               4: Config(64, 64, 32, warps=4, how="pointers"), 8: Config(32, 32, 16, warps=4, how="pointers")})
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #1ba4a9b3
+# %% ../../nbs/09_kernels/07_matmul.ipynb #739c10bd
 @cache
 def multiprocessors(device: torch.device) -> int:
     "How many programs run at once; three where kernels are interpreted."
@@ -145,20 +140,21 @@ def stored(t: Tensor) -> tuple[Tensor, bool] | None:   # (rows, columns)
     for transposed in (False, True) if t.element_size() == 2 else (False,):
         a = t.t() if transposed else t
         size = a.element_size()
-        if a.stride(1) == 1 and a.stride(0) >= a.shape[1] and a.stride(0) * size % 16 == a.data_ptr() % 16 == 0:
-            return a, transposed
+        dense = a.numel() and a.stride(1) == 1 and a.stride(0) >= a.shape[1]
+        if dense and a.stride(0) * size % 16 == a.data_ptr() % 16 == 0: return a, transposed
 
-def choose(M: int, N: int, x: Tensor, w: Tensor, device: torch.device, precision: str = "ieee") -> Config:
+def choose(M: int, N: int, x: Tensor, w: Tensor, out: Tensor, precision: str = "ieee") -> Config:
     "The configuration for a product whose sides lie so. Exact float32 has no tensor cores: it goes by pointers."
     size, flat = x.element_size(), x.stride(1) == w.stride(1) == 1
     if flat and M <= 16 and 1 < size < 8: return CONFIGS["one" if M == 1 else "few"]
     wide = size == 8 or size == 4 and precision == "ieee"
-    if wide or not (stored(x) and stored(w) and N * size % 16 == 0): return CONFIGS["pointers"][size]
+    if wide or not (stored(x) and stored(w) and N * out.element_size() % 16 == 0): return CONFIGS["pointers"][size]
     large = CONFIGS["large"][size]
-    fills = triton.cdiv(M, large.m) * triton.cdiv(N, large.n) >= multiprocessors(device)
-    return large if fills else CONFIGS["small"][size]
+    fills = triton.cdiv(M, large.m) * triton.cdiv(N, large.n) >= multiprocessors(x.device)
+    config = large if fills else CONFIGS["small"][size]
+    return config if out.element_size() <= max(2, size) else replace(config, stages=3)     # a wider tile on its way out
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #ec345984
+# %% ../../nbs/09_kernels/07_matmul.ipynb #3b65d775
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
          torch.float8_e4m3fn: tl.float8e4nv}
 FLOAT8 = torch.float8_e4m3fn
@@ -183,11 +179,11 @@ def matmul(x: Tensor,                        # (..., K)
     out = torch.empty((M, N), dtype=out_dtype, device=x.device)
     if out.numel():
         scales = None if x_scale is None else (x_scale.reshape(-1), w_scale.reshape(-1))
-        config = config or choose(M, N, flat, w, x.device, precision)
+        config = config or choose(M, N, flat, w, out, precision)
         LAUNCH[config.how](flat, w, None if bias is None else bias.contiguous(), scales, out, config, precision)
     return out.view(*x.shape[:-1], N)
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #3d8d5961
+# %% ../../nbs/09_kernels/07_matmul.ipynb #0d6a1e6b
 def _check(x, w, bias, x_scale, w_scale, precision):
     "Raise InputError unless `matmul` takes that."
     need(x.dtype in TYPES and w.dtype == x.dtype, "matmul", "float64, float32, float16, bfloat16 or float8_e4m3fn, "
@@ -230,13 +226,12 @@ def _by_descriptors(x, w, bias, scales, out, config, precision):
     describe = lambda t, rows, cols: TensorDescriptor.from_tensor(t, [rows, cols])
     x_desc = describe(x, c.k, c.m) if X_T else describe(x, c.m, c.k)
     w_desc = describe(w, c.k, c.n) if W_T else describe(w, c.n, c.k)
-    out_desc = None if c.specialize else describe(out, c.m, c.n // c.split)
     tiles = triton.cdiv(M, c.m) * triton.cdiv(N, c.n)
     programs = tiles if c.how == "tiles" else min(tiles, multiprocessors(x.device) * c.per_sm)
     pointers, strides = _arguments(bias, scales)
     matmul_tma_kernel[(programs,)](
-        x_desc, w_desc, out_desc, out, *pointers, M, N, K, out.stride(0), *strides, GROUP=c.group, X_T=X_T, W_T=W_T,
-        SPLIT=c.split, SPECIALIZE=c.specialize, EXACT=c.exact, **_tiles(c, x, precision))
+        x_desc, w_desc, describe(out, c.m, c.n // c.split), *pointers, M, N, K, *strides, GROUP=c.group, X_T=X_T,
+        W_T=W_T, SPLIT=c.split, EXACT=c.exact, **_tiles(c, x, precision))
 
 def _by_rows(x, w, bias, scales, out, config, precision):
     c, (M, K), N = config, x.shape, len(w)
@@ -276,16 +271,14 @@ def _backward(ctx, grad):
 
 matmul_op.register_autograd(_backward, setup_context=_keep)
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #ed6a2b20
+# %% ../../nbs/09_kernels/07_matmul.ipynb #02b9d457
 def linear(x: Tensor,                   # (..., in)
            weight: Tensor,              # (out, in)
            bias: Tensor | None = None,  # (out,)
           ) -> Tensor:                  # (..., out)
     "`Ops.linear` by these kernels. float32 is exact unless `torch.set_float32_matmul_precision` allows TF32."
-    taught = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if taught or torch.compiler.is_compiling() or not (x.is_cuda or interpreting()):
-        return matmul_op(x, weight, bias)
-    return matmul(x, weight, bias)
+    by_op = seen_by_torch(x, weight, bias) or not (x.is_cuda or interpreting())
+    return (matmul_op if by_op else matmul)(x, weight, bias)
 
 # %% ../../nbs/09_kernels/07_matmul.ipynb #0d2b8fc9
 def float8(x: Tensor,           # (M, K)
@@ -296,7 +289,7 @@ def float8(x: Tensor,           # (M, K)
     scale = most.float().clamp(min=1e-12) / torch.finfo(FLOAT8).max
     return (x.float() / scale).clamp(-448, 448).to(FLOAT8), scale
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #7475c7bd
+# %% ../../nbs/09_kernels/07_matmul.ipynb #6158bdf2
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FLOAT8: "fp8e4nv"}
 
 def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=False, scaled=False, precision="ieee",
@@ -315,10 +308,9 @@ def compiled_as(config: Config, dtype: torch.dtype, x_t=False, w_t=False, bias=F
         name, types = "matmul_kernel", [f"*{t}", f"*{t}", *types, f"*{o}", *sizes, *sizes]
         constants |= dict(stride_xk=1, stride_wk=1, stride_xs=1, stride_ws=1, GROUP=c.group)
     else:
-        name, out = "matmul_tma_kernel", [] if c.specialize else [block(c.m, c.n // c.split, o)]
+        name, out = "matmul_tma_kernel", block(c.m, c.n // c.split, o)
         inputs = [block(c.k, c.m) if x_t else block(c.m, c.k), block(c.k, c.n) if w_t else block(c.n, c.k)]
-        types = [*inputs, *out, f"*{o}", *types, *sizes, "i32:16"]
-        constants |= dict(stride_xs=1, stride_ws=1, GROUP=c.group, X_T=x_t, W_T=w_t, SPLIT=c.split,
-                          SPECIALIZE=c.specialize, EXACT=c.exact) | ({} if out else dict(out_desc=None))
+        types = [*inputs, out, *types, *sizes]
+        constants |= dict(stride_xs=1, stride_ws=1, GROUP=c.group, X_T=x_t, W_T=w_t, SPLIT=c.split, EXACT=c.exact)
     label = label or f"{t} {c.how} {c.m}x{c.n}x{c.k}"
-    return Launch(f"{__name__}:{name}", types, constants, c.warps, c.stages, label)
+    return Launch(f"llm_workbench.kernels.matmul:{name}", types, constants, c.warps, c.stages, label)
