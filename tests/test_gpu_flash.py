@@ -370,6 +370,7 @@ def gluon_at_real_sizes():
         config, B = Config(128, 128 if D <= 128 else 64, 4, 2, "gluon"), len(options.get("lengths", "ab"))
         check_forward(*inputs((B, 500 if B == 3 else 1111, 1111, 8, 2, D), dtype, **options), config=config)
         print(D, dtype, options, "right", flush=True)
+    check_forward(*inputs((2, 1111, 1111, 8, 2, 128), torch.bfloat16), config=Config(128, 128, 4, 2, "turns"))
 
 
 @pytest.mark.cuda

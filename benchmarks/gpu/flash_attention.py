@@ -22,8 +22,8 @@ FORWARD = {
     "pointers 128x128 8w 2s": Config(128, 128, 8, 2, "pointers"), "128x128 8w 2s": Config(128, 128, 8, 2),
     "128x128 8w 3s": Config(128, 128, 8, 3), "128x64 8w 3s": Config(128, 64, 8, 3), "64x64 4w 3s": Config(64, 64, 4, 3),
     "roles 128x128 2s": Config(128, 128, 4, 2, "roles"), "gluon 128x128 2s": Config(128, 128, 4, 2, "gluon"),
-    "gluon 128x64 4s": Config(128, 64, 4, 4, "gluon")}
-RISKY = ("roles", "gluon")                       # warps that wait for each other: a mistake there never ends
+    "gluon 128x64 4s": Config(128, 64, 4, 4, "gluon"), "turns 128x128 2s": Config(128, 128, 4, 2, "turns")}
+RISKY = ("roles", "gluon", "turns")                       # warps that wait for each other: a mistake there never ends
 BACKWARD = {   # for dk and dv, for dq
     "64x128, 128x64 2s": (Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
     "64x64 4w, 128x128": (Config(64, 64, 4, 2), Config(128, 128, 8, 2)),

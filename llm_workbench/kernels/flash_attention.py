@@ -229,7 +229,7 @@ def fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v
         mbarrier.expect(v_ready.index(place), v_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(v_desc, [b, kh, at, 0], v_ready.index(place), v_tiles.index(place))
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #c193f22b
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #7fc6237c
 @gluon.jit
 def weigh(s, l, m, at, position, length, window, scale, layout: gl.constexpr, BLOCK_N: gl.constexpr,
           MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
@@ -247,18 +247,21 @@ def weigh(s, l, m, at, position, length, window, scale, layout: gl.constexpr, BL
     return p, l * alpha + gl.sum(p, 1), m_new, alpha
 
 @gluon.jit
-def step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window, scale,
-         layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-         STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+def step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last, position, length, window,
+         scale, half: gl.constexpr, layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr,
+         BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+         TURNS: gl.constexpr):
     "Scores of tile i and values of tile i - 1 at the same time; the softmax of i while the values are multiplied."
     here, before = i % STAGES, (i - 1) % STAGES
     BLOCK_D: gl.constexpr = q.shape[1]
     mbarrier.wait(k_ready.index(here), i // STAGES & 1)
     zeros = gl.zeros([BLOCK_M // 2, BLOCK_N], gl.float32, layout)
     k = k_tiles.index(here).reshape((BLOCK_N, BLOCK_D)).permute((1, 0))
+    if TURNS: mbarrier.wait(turns.index(half), (i - 1) & 1)
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(before).reshape((BLOCK_N, BLOCK_D)), acc, is_async=True)
+    if TURNS: mbarrier.arrive(turns.index(1 - half), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_free.index(here), count=1)
     at = last - i * BLOCK_N
@@ -269,13 +272,13 @@ def step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free,
     p = gl.convert_layout(p_new.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
     return acc, l, m, p
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #04946552
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #8aa9706f
 @gluon.jit
 def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles,
-            q_ready, k_ready, v_ready, k_free, v_free,
+            q_ready, k_ready, v_ready, k_free, v_free, turns,
             b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
             BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-            CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+            CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr):
     "Four warps: half of the queries of the program."
     ROWS: gl.constexpr = BLOCK_M // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])           # of s (ROWS, BLOCK_N)
@@ -297,16 +300,20 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, 
     mbarrier.arrive(k_free.index(0), count=1)
     p, l, m, alpha = weigh(s, l, m, last, position, length, window, scale, layout, BLOCK_N, True, CAUSAL, WINDOW)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
+    if TURNS and half == 1: mbarrier.arrive(turns.index(0), count=1)
     for i in range(1, masked):
-        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length,
-                            window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
+        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last, position,
+                            length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL,
+                            WINDOW, TURNS)
     for i in range(masked, full):
-        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length,
-                            window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, False, CAUSAL, WINDOW)
+        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last, position,
+                            length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, False, CAUSAL,
+                            WINDOW, TURNS)
     if WINDOW:
         for i in range(full, count):
-            acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position,
-                                length, window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
+            acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last,
+                                position, length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES,
+                                True, CAUSAL, WINDOW, TURNS)
     end = (count - 1) % STAGES
     mbarrier.wait(v_ready.index(end), (count - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(end).reshape((BLOCK_N, BLOCK_D)), acc)
@@ -319,11 +326,11 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, 
     tma.async_copy_shared_to_global(out_desc, [b, h, start_m + half * ROWS, 0], q_tiles.index(half))
     tma.store_wait(0)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #5f78fdc8
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #5b653e92
 @gluon.jit
 def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_ptr, B, H, G, Tq, Tk, window, scale,
                  BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-                 CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+                 CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr):
     pid = gl.program_id(0)
     start_m = (gl.cdiv(Tq, BLOCK_M) - 1 - pid // (B * H)) * BLOCK_M
     line = pid % (B * H)
@@ -350,7 +357,10 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2): mbarrier.init(q_ready.index(i), count=1)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
@@ -358,23 +368,23 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
         mbarrier.init(v_free.index(i), count=2)
     gl.warp_specialize([
         (consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
-                   b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
+                   turns, b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
+                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, TURNS)),
         (consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
-                   b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
+                   turns, b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
+                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, TURNS)),
         (fetch, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
                  b, h, h // G, start_m, last, count, BLOCK_M, BLOCK_N, STAGES)),
     ], [4, 1], [240, 24])
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #6b5661a7
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #6b379b41
 class Config(NamedTuple):
     "How a kernel is cut: queries and keys of a tile, warps of a program, tiles on the way, and how tiles are fetched."
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    how: str = "tma"   # "pointers", "tma" (descriptors), "roles" (for warps, by the compiler), "gluon" (by hand)
+    how: str = "tma"   # "pointers", "tma" (descriptors), "roles" (for warps, by the compiler), "gluon", "turns" (by hand)
 
     @property
     def TMA(self): return self.how != "pointers"
@@ -446,7 +456,7 @@ def _flags(D, config, causal, window, softcap):
 
 def _rows(x): return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #7b14a2a4
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #e6802e89
 def flash_forward(
     q: Tensor,                        # (B, Tq, H, D)
     k: Tensor,                        # (B, Tk, K, D)
@@ -465,7 +475,7 @@ def flash_forward(
     if not q.numel(): return out, lse
     if scale < 0 and not softcap: q, numbers = -q, (*numbers[:6], -numbers[6], 0.0)      # the kernels want a factor > 0
     config = config or forward_config(q.shape[3], q.dtype, Tq, _tma_fits(q, k, v, out))
-    launch = _launch_gluon if config.how == "gluon" else _launch_triton
+    launch = _launch_gluon if config.how in ("gluon", "turns") else _launch_triton
     launch(q, k, v, out, lse, lengths, sinks, numbers, config, _flags(q.shape[3], config, causal, window, softcap))
     return out, lse
 
@@ -488,7 +498,7 @@ def _launch_gluon(q, k, v, out, lse, lengths, sinks, numbers, config, flags):
     grid = (triton.cdiv(q.shape[1], config.BLOCK_M) * q.shape[0] * q.shape[2],)
     gluon_kernel[grid](*tensors, lse, lengths, sinks, *numbers[:7], BLOCK_D=wide, BLOCK_M=config.BLOCK_M,
                        BLOCK_N=config.BLOCK_N, STAGES=config.num_stages, CAUSAL=flags["CAUSAL"], WINDOW=flags["WINDOW"],
-                       num_warps=4, maxnreg=168)
+                       TURNS=config.how == "turns", num_warps=4, maxnreg=168)
 
 def _layout(rows, columns): return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16)
 
@@ -817,7 +827,7 @@ def flash_attention(
         return flash_op(q, k, v, causal, window, softcap, sinks, scale, lengths)[0]
     return flash_forward(q, k, v, **options)[0]
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #1296c9b2
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #4a2b251c
 KERNELS = dict(flash_kernel="MNNM", dkdv_kernel="MNNMNN", dq_kernel="MNNMM", delta_kernel="")   # rows of the tensors' tiles
 
 def launch(kernel: str,             # a key of KERNELS
@@ -834,10 +844,10 @@ def launch(kernel: str,             # a key of KERNELS
         types = [f"*{dtype}"] * 2 + ["*fp32"] + ["i32"] * 3 + ["i32:16"] * 6
         return Launch(f"{module}:{kernel}", types, dict(D=D, BLOCK_D=wide, BLOCK_M=64), 4, 3, label)
     constants = dict(BLOCK_D=wide, BLOCK_M=M, BLOCK_N=N, CAUSAL=flags.get("CAUSAL", True), WINDOW=flags.get("WINDOW", False))
-    if config.how == "gluon":
+    if config.how in ("gluon", "turns"):
         tiles = [f"tensordesc<{dtype}[1,1,{n},{wide}],{_layout(n, wide)!r}>" for n in (M // 2, N, N, M // 2)]
         return Launch(f"{module}:gluon_kernel", tiles + ["*fp32", "*i64", "*fp32"] + ["i32"] * 6 + ["fp32"],
-                      constants | dict(STAGES=config.num_stages), 4, 1, label, maxnreg=168)
+                      constants | dict(STAGES=config.num_stages, TURNS=config.how == "turns"), 4, 1, label, maxnreg=168)
     forward, roles = kernel == "flash_kernel", config.how == "roles"
     constants |= dict(D=D, SOFTCAP=flags.get("SOFTCAP", False), TMA=config.TMA) | (dict(WS=roles) if forward else {})
     rows = [dict(M=M, N=N)[r] for r in KERNELS[kernel]]
