@@ -38,7 +38,8 @@ def made(B, T, n=3):
 
 def sdpa(backend, q, k, v, causal):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(backend): return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+    with sdpa_kernel(backend): out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def try_out(kinds):
@@ -54,8 +55,8 @@ def try_out(kinds):
 def start_trying():
     "In a process of its own, while this one compiles the others."
     code = "import sys; from benchmarks.gpu.flash_attention import *; try_out(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, *RISKY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=Path(__file__).parents[2])
+    return subprocess.Popen([sys.executable, "-c", code, *RISKY], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, cwd=Path(__file__).parents[2])
 
 
 def that_end(process, seconds=60):
@@ -95,9 +96,10 @@ def forward_case(B, T, causal, names, ladder=False, trying=None):
     if ladder:
         wide = [x.repeat_interleave(H // K, 2) for x in (k, v)]                 # it knows no groups
         peers["SDPA efficient"] = lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION, q, *wide, causal)
-        agreeing({"naive": lambda: (attention(q, k, v, causal=causal),), "tiled": lambda: (flash.tiled_attention(q, k, v, causal=causal),)},
-                 want, peers)
-    return Case(f"forward {'causal' if causal else 'full'} B{B} T{T}", peers, flops=4 * B * H * T * T * D / (1 + causal), roof="bf16",
+        agreeing({"naive": lambda: (attention(q, k, v, causal=causal),),
+                  "tiled": lambda: (flash.tiled_attention(q, k, v, causal=causal),)}, want, peers)
+    flops = 4 * B * H * T * T * D / (1 + causal)
+    return Case(f"forward {'causal' if causal else 'full'} B{B} T{T}", peers, flops=flops, roof="bf16",
                 nbytes=2 * q.nbytes + k.nbytes + v.nbytes, goals=GOALS)
 
 
@@ -114,7 +116,8 @@ def backward_case(B, T, causal, names):
         try: theirs[name] = backward(backend)
         except Exception as e: print(f"    {name}: {type(e).__name__}: {str(e).splitlines()[0][:150]}")
     peers = agreeing({n: run(BACKWARD[n]) for n in names}, next(iter(theirs.values()))(), {"ours": run(None)}) | theirs
-    return Case(f"backward {'causal' if causal else 'full'} B{B} T{T}", peers, flops=10 * B * H * T * T * D / (1 + causal), roof="bf16",
+    flops = 10 * B * H * T * T * D / (1 + causal)
+    return Case(f"backward {'causal' if causal else 'full'} B{B} T{T}", peers, flops=flops, roof="bf16",
                 goals={"SDPA flash": 1.0}, graph=False)
 
 

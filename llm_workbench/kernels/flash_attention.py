@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #cb643fe1
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #bd45bb96
 @triton.jit
 def tiled_kernel(q_ptr, k_ptr, v_ptr, out_ptr, T, H, G, scale,
                  D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
@@ -55,7 +55,8 @@ def tiled_kernel(q_ptr, k_ptr, v_ptr, out_ptr, T, H, G, scale,
         m = m_new
     tl.store(out_ptr + at, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=row < T)
 
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, BLOCK_M: int = 64, BLOCK_N: int = 64) -> Tensor:
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, BLOCK_M: int = 64,
+                    BLOCK_N: int = 64) -> Tensor:
     "`tiled_kernel` on (B, T, H, D) and (B, T, K, D): a rung of the ladder, not an op."
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     B, T, H, D = q.shape
@@ -204,7 +205,7 @@ def flash_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, sinks_ptr,
     put(out_ptr, acc / l[:, None], b, h, start_m, Tq, stride_ob, stride_ot, stride_oh, D, BLOCK_M, BLOCK_D,
         TMA and not WS)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #a75ce316
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #563d0081
 @gluon.jit
 def sees_by_hand(position, key, length, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     seen = key < length
@@ -219,7 +220,8 @@ def fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v
     HALF: gl.constexpr = BLOCK_M // 2
     for half in gl.static_range(2):
         mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, start_m + half * HALF, 0], q_ready.index(half), q_tiles.index(half))
+        at = [b, h, start_m + half * HALF, 0]
+        tma.async_copy_global_to_shared(q_desc, at, q_ready.index(half), q_tiles.index(half))
     for i in range(count):
         place, turn, at = i % STAGES, i // STAGES & 1, last - i * BLOCK_N
         mbarrier.wait(k_free.index(place), turn ^ 1)
@@ -272,7 +274,7 @@ def step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free,
     p = gl.convert_layout(p_new.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
     return acc, l, m, p
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #8aa9706f
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #ac95576a
 @gluon.jit
 def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles,
             q_ready, k_ready, v_ready, k_free, v_free, turns,
@@ -281,8 +283,8 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, 
             CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr):
     "Four warps: half of the queries of the program."
     ROWS: gl.constexpr = BLOCK_M // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])           # of s (ROWS, BLOCK_N)
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])       # of acc (ROWS, BLOCK_D)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])           # of s
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])       # of acc
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     row = half * ROWS + gl.arange(0, ROWS, by_row)
     position = first + row
@@ -302,13 +304,13 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, 
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
     if TURNS and half == 1: mbarrier.arrive(turns.index(0), count=1)
     for i in range(1, masked):
-        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last, position,
-                            length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL,
-                            WINDOW, TURNS)
+        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last,
+                            position, length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES,
+                            True, CAUSAL, WINDOW, TURNS)
     for i in range(masked, full):
-        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last, position,
-                            length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, False, CAUSAL,
-                            WINDOW, TURNS)
+        acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last,
+                            position, length, window, scale, half, layout, out_layout, BLOCK_M, BLOCK_N, STAGES,
+                            False, CAUSAL, WINDOW, TURNS)
     if WINDOW:
         for i in range(full, count):
             acc, l, m, p = step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, turns, last,
@@ -326,7 +328,7 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, 
     tma.async_copy_shared_to_global(out_desc, [b, h, start_m + half * ROWS, 0], q_tiles.index(half))
     tma.store_wait(0)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #5b653e92
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #e2638cf9
 @gluon.jit
 def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_ptr, B, H, G, Tq, Tk, window, scale,
                  BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -340,7 +342,7 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
     first = length - Tq + start_m
     stop, part = length, length
     if CAUSAL: stop, part = gl.minimum(length, first + BLOCK_M), gl.minimum(length, first + 1)
-    stop, part = gl.cdiv(gl.maximum(stop, 1), BLOCK_N), gl.maximum(part, 0) // BLOCK_N    # in tiles of keys, one at least
+    stop, part = gl.cdiv(gl.maximum(stop, 1), BLOCK_N), gl.maximum(part, 0) // BLOCK_N    # in tiles, one at least
     start, whole = 0, 0
     if WINDOW:
         start = gl.minimum(gl.maximum(first - window + 1, 0) // BLOCK_N, stop - 1)
@@ -367,24 +369,24 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
     gl.warp_specialize([
-        (consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
-                   turns, b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
+        (consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free,
+                   v_free, turns, b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
                    BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, TURNS)),
-        (consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
-                   turns, b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
+        (consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free,
+                   v_free, turns, b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
                    BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, TURNS)),
         (fetch, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
                  b, h, h // G, start_m, last, count, BLOCK_M, BLOCK_N, STAGES)),
     ], [4, 1], [240, 24])
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #6b379b41
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #2c751386
 class Config(NamedTuple):
     "How a kernel is cut: queries and keys of a tile, warps of a program, tiles on the way, and how tiles are fetched."
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    how: str = "tma"   # "pointers", "tma" (descriptors), "roles" (for warps, by the compiler), "gluon", "turns" (by hand)
+    how: str = "tma"   # "pointers", "tma" (descriptors), "roles" (by the compiler), "gluon" and "turns" (by hand)
 
     @property
     def TMA(self): return self.how != "pointers"
@@ -420,7 +422,7 @@ def _tma_fits(*tensors):
     modern = interpreting() or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0)
     return modern and all(map(describable, tensors))
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #83f85968
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #9cd44cd5
 def _check(name, q, k, v, window, softcap, sinks, scale, lengths):
     "Raise InputError for what the kernels do not take."
     runnable(name, q, k, v, sinks, lengths)
@@ -436,7 +438,7 @@ def _check(name, q, k, v, window, softcap, sinks, scale, lengths):
          f"a number of query heads that is a multiple of the KV heads, {given}")
     need(window is None or window >= 1, name, f"a window of 1 key or more, or None, not {window}")
     need(softcap is None or softcap >= 0, name, f"a softcap above 0, or None, not {softcap}")
-    need(sinks is None or sinks.shape == q.shape[2:3] and sinks.is_floating_point(), name, "a sink a head: (H,), floats")
+    need(sinks is None or sinks.shape == q.shape[2:3] and sinks.is_floating_point(), name, "a sink a head: (H,) floats")
     need(lengths is None or lengths.shape == q.shape[:1] and not lengths.is_floating_point(), name,
          "a length a row: (B,), whole numbers")
 
@@ -456,7 +458,7 @@ def _flags(D, config, causal, window, softcap):
 
 def _rows(x): return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #e6802e89
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #f40e58cc
 def flash_forward(
     q: Tensor,                        # (B, Tq, H, D)
     k: Tensor,                        # (B, Tk, K, D)
@@ -484,7 +486,8 @@ def _launch_triton(q, k, v, out, lse, lengths, sinks, numbers, config, flags):
     strides = [s for x in tensors for s in x.stride()[:3]]
     if config.TMA:
         rows = config.BLOCK_M, config.BLOCK_N, config.BLOCK_N, config.BLOCK_M
-        tensors = [x if roles and i in (0, 3) else describe(x, rows[i], flags["BLOCK_D"]) for i, x in enumerate(tensors)]
+        tensors = [x if roles and i in (0, 3) else describe(x, rows[i], flags["BLOCK_D"])
+                   for i, x in enumerate(tensors)]
     if roles: triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
     grid = (triton.cdiv(q.shape[1], config.BLOCK_M) * q.shape[0] * q.shape[2],)
     flash_kernel[grid](*tensors, lse, lengths, sinks, *numbers, *strides, **flags, WS=roles,
@@ -532,10 +535,10 @@ def query_ranges(start_n, shift, length, Tq, window,
     full = tl.where(start_n + BLOCK_N <= length, tl.minimum(tl.maximum(full, start), stop), stop)
     return start, full, tl.maximum(tl.minimum(part, stop), full), stop
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #5aa3299c
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #ee4d91e7
 @triton.jit
-def gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, start, stop, start_n, shift, length, H, G, Tq, window,
-           scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
+def gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, start, stop, start_n, shift, length, H, G, Tq,
+           window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr):
     "What the queries from start to stop of all heads of the group add to dk and dv."
@@ -571,7 +574,7 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
                 CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr):
     pid, K = tl.program_id(0), H // G
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    start_n = pid // (B * K) * BLOCK_N                           # the first keys are seen by most queries: they go first
+    start_n = pid // (B * K) * BLOCK_N                           # the first keys are seen by most queries
     b, kh = pid % (B * K) // K, pid % (B * K) % K
     length = Tk
     if lengths_ptr is not None: length = tl.load(lengths_ptr + b).to(tl.int32)
@@ -580,15 +583,15 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
     k = tile(k_ptr, b, kh, start_n, Tk, stride_kb, stride_kt, stride_kh, D, BLOCK_N, BLOCK_D, TMA)
     v = tile(v_ptr, b, kh, start_n, Tk, stride_vb, stride_vt, stride_vh, D, BLOCK_N, BLOCK_D, TMA)
     start, full, part, stop = query_ranges(start_n, shift, length, Tq, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-    dk, dv = gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, start, full, start_n, shift, length, H, G, Tq,
-                    window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
+    dk, dv = gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, start, full, start_n, shift, length, H, G,
+                    Tq, window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
                     D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, TMA)
-    dk, dv = gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, full, part, start_n, shift, length, H, G, Tq,
-                    window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
+    dk, dv = gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, full, part, start_n, shift, length, H, G,
+                    Tq, window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
                     D, BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, SOFTCAP, TMA)
     if WINDOW:
-        dk, dv = gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, part, stop, start_n, shift, length, H, G,
-                        Tq, window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
+        dk, dv = gather(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, kh, part, stop, start_n, shift, length, H,
+                        G, Tq, window, scale, cap, stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
                         D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, TMA)
     put(dk_ptr, dk * factor, b, kh, start_n, Tk, stride_ob, stride_ot, stride_oh, D, BLOCK_N, BLOCK_D, TMA)
     put(dv_ptr, dv, b, kh, start_n, Tk, stride_ob, stride_ot, stride_oh, D, BLOCK_N, BLOCK_D, TMA)
@@ -653,14 +656,15 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, lengths_p
                 D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, SOFTCAP, TMA)
     put(dq_ptr, dq * factor, b, h, start_m, Tq, stride_ob, stride_ot, stride_oh, D, BLOCK_M, BLOCK_D, TMA)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #91fdb17a
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #2db8fc88
 HALF_BACKWARD = {   # by head size: (for dk and dv, for dq)
     64: (Config(64, 128, 8, 3), Config(128, 128, 8, 2)),
     128: (Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
     256: (Config(16, 64, 8, 2), Config(128, 32, 8, 2))}
 FULL_BACKWARD = (Config(16, 16, 8, 1, "pointers"),) * 2
 
-def backward_configs(D: int, dtype: torch.dtype, describable: bool = True, softcap: bool = False) -> tuple[Config, Config]:
+def backward_configs(D: int, dtype: torch.dtype, describable: bool = True,
+                     softcap: bool = False) -> tuple[Config, Config]:
     "The tiles of the two backward kernels. A soft cap needs registers for its slope: the moving tile is half as long."
     if dtype.itemsize > 2: return FULL_BACKWARD
     for_keys, for_queries = next(c for size, c in HALF_BACKWARD.items() if D <= size)
@@ -690,8 +694,8 @@ def flash_backward(
     if not q.numel(): return dq, dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
     for_keys, for_queries = configs or backward_configs(D, q.dtype, _tma_fits(q, k, v, grad, dq, dk), bool(softcap))
     delta_kernel[(triton.cdiv(Tq, 64) * B * H,)](
-        out, grad, delta, B, H, Tq, *out.stride()[:3], *grad.stride()[:3], D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
-        BLOCK_M=64, num_warps=4)
+        out, grad, delta, B, H, Tq, *out.stride()[:3], *grad.stride()[:3], D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=64, num_warps=4)
 
     def start(kernel, config, tiles, *outs):
         M, N = config[:2]
@@ -711,7 +715,7 @@ def _sink_gradient(sinks, lse, delta):
     weight = torch.exp2(sinks.to(lse.dtype)[:, None] * LOG2E - lse)                       # (B, H, Tq)
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #d909e371
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #9b85cc65
 def _scores(q, k, causal, window, softcap, scale, lengths):
     "(B, H, Tq, Tk) in float32 or wider, -inf where a query does not look, and the slope of the soft cap."
     (Tq, H, D), (Tk, K) = q.shape[1:], k.shape[1:3]
@@ -734,7 +738,8 @@ def plain_forward(q, k, v, *, causal=True, window=None, softcap=None, sinks=None
     v = v.repeat_interleave(q.shape[2] // k.shape[2], 2)
     return torch.einsum("bhts,bshd->bthd", p, v).contiguous(), lse * LOG2E
 
-def plain_backward(grad, q, k, v, out, lse, *, causal=True, window=None, softcap=None, sinks=None, scale=None, lengths=None):
+def plain_backward(grad, q, k, v, out, lse, *, causal=True, window=None, softcap=None, sinks=None, scale=None,
+                   lengths=None):
     "`flash_backward` in torch."
     G, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
     s, slope = _scores(q, k, causal, window, softcap, scale, lengths)
@@ -750,12 +755,13 @@ def plain_backward(grad, q, k, v, out, lse, *, causal=True, window=None, softcap
     dv = of_group(torch.einsum("bhts,bthd->bshd", p, grad))
     return dq, dk, dv, None if sinks is None else _sink_gradient(sinks, lse, delta)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #8e386042
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #024e25df
 @torch.library.custom_op("llm_workbench::flash_attention", mutates_args=(), device_types="cuda")
 def flash_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: Optional[int], softcap: Optional[float],
              sinks: Optional[Tensor], scale: Optional[float], lengths: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     "`flash_forward` as an operator of torch: with gradients, and in `torch.compile`."
-    return flash_forward(q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, lengths=lengths)
+    return flash_forward(q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
+                         lengths=lengths)
 
 @flash_op.register_kernel("cpu")
 def _(q, k, v, causal, window, softcap, sinks, scale, lengths):
@@ -768,14 +774,14 @@ def _(q, k, v, causal, window, softcap, sinks, scale, lengths):
     lse = q.new_empty((B, H, Tq), dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #f7004acc
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #5961f4fa
 @torch.library.custom_op("llm_workbench::flash_attention_backward", mutates_args=(), device_types="cuda")
 def flash_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
                       window: Optional[int], softcap: Optional[float], sinks: Optional[Tensor], scale: Optional[float],
                       lengths: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "`flash_backward` as an operator of torch; without sinks their gradient is empty."
-    return _with_sinks(flash_backward(grad, q, k, v, out, lse, causal=causal, window=window, softcap=softcap, sinks=sinks,
-                                      scale=scale, lengths=lengths))
+    return _with_sinks(flash_backward(grad, q, k, v, out, lse, causal=causal, window=window, softcap=softcap,
+                                      sinks=sinks, scale=scale, lengths=lengths))
 
 def _with_sinks(grads): return (*grads[:3], grads[0].new_empty(0) if grads[3] is None else grads[3])
 
@@ -827,8 +833,8 @@ def flash_attention(
         return flash_op(q, k, v, causal, window, softcap, sinks, scale, lengths)[0]
     return flash_forward(q, k, v, **options)[0]
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #4a2b251c
-KERNELS = dict(flash_kernel="MNNM", dkdv_kernel="MNNMNN", dq_kernel="MNNMM", delta_kernel="")   # rows of the tensors' tiles
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #238e2ed2
+KERNELS = dict(flash_kernel="MNNM", dkdv_kernel="MNNMNN", dq_kernel="MNNMM", delta_kernel="")   # rows of the tiles
 
 def launch(kernel: str,             # a key of KERNELS
            D: int,                  # head size
@@ -843,7 +849,8 @@ def launch(kernel: str,             # a key of KERNELS
     if kernel == "delta_kernel":
         types = [f"*{dtype}"] * 2 + ["*fp32"] + ["i32"] * 3 + ["i32:16"] * 6
         return Launch(f"{module}:{kernel}", types, dict(D=D, BLOCK_D=wide, BLOCK_M=64), 4, 3, label)
-    constants = dict(BLOCK_D=wide, BLOCK_M=M, BLOCK_N=N, CAUSAL=flags.get("CAUSAL", True), WINDOW=flags.get("WINDOW", False))
+    constants = dict(BLOCK_D=wide, BLOCK_M=M, BLOCK_N=N, CAUSAL=flags.get("CAUSAL", True),
+                     WINDOW=flags.get("WINDOW", False))
     if config.how in ("gluon", "turns"):
         tiles = [f"tensordesc<{dtype}[1,1,{n},{wide}],{_layout(n, wide)!r}>" for n in (M // 2, N, N, M // 2)]
         return Launch(f"{module}:gluon_kernel", tiles + ["*fp32", "*i64", "*fp32"] + ["i32"] * 6 + ["fp32"],
