@@ -23,6 +23,8 @@ import triton.language as tl
 
 SMALL = Config(16, 16, 4, 2, "pointers")     # several tiles in a short text
 SMALL_TMA = Config(16, 32, 4, 2)
+GLUON = {}, *(dict(new=True, lasting=lasting, order=order) for lasting in (False, True) for order in (False, True))
+CHIP = 2.0 if DEVICE == "cuda" else 0.0     # its exp2 and log2 are off by some units
 OPTIONS = {   # B, Tq, Tk, H, K, D and what is asked for; sizes that share compiled kernels where they can
     "causal": ((1, 37, 37, 2, 1, 16), {}),
     "after a past": ((1, 19, 53, 2, 1, 16), {}),
@@ -63,7 +65,7 @@ def check_forward(tensors, options, run=flash_forward, config=SMALL, floor=1.0):
     with guarded(flash): out, lse = run(*tensors, config=config, **options)
     wide, wide_options = widened(tensors, options)
     want = attention(*wide, **wide_options)
-    as_accurate(out, want, attention(*tensors, **options), floor=floor)
+    as_accurate(out, want, attention(*tensors, **options), floor=floor + CHIP)
     _, lse_wanted = flash.plain_forward(*wide, **wide_options)
     seen = lse_wanted > -1e37
     apart = (lse - lse_wanted)[seen].abs()
@@ -84,7 +86,7 @@ def check_backward(tensors, options, run=flash_backward, configs=(SMALL, SMALL),
     with guarded(flash): got = run(grad, *tensors, out, lse, configs=configs, **options)
     wide, wide_options = widened(tensors, options)
     for mine, want, eager in zip(got, gradients(wide, wide_options, grad.double()), gradients(tensors, options, grad)):
-        if want.any(): as_accurate(mine, want, eager, floor=floor)
+        if want.any(): as_accurate(mine, want, eager, floor=floor + CHIP)
         else: assert mine.abs().max() < 8 * torch.finfo(mine.dtype).eps * grad.abs().max()    # one key: its weight is 1
 
 
@@ -107,7 +109,7 @@ def test_half_precision(name, config, dtype):
     check_backward(*case, configs=(config, config))
 
 
-@pytest.mark.parametrize("D", [1, 40, 80, 200])
+@pytest.mark.parametrize("D", [1, 40, 80, 200] if interpreting() else [1, 80])
 def test_odd_head_sizes_with_the_table(D):
     "The tiles that users get: few queries, many queries, float32."
     check_forward(*inputs((1, 21, 21, 2, 1, D)), config=None)
@@ -116,7 +118,7 @@ def test_odd_head_sizes_with_the_table(D):
     check_forward(*inputs((1, 71, 71, 2, 1, D), torch.bfloat16), config=wide)
 
 
-@settings(deadline=None, derandomize=True, max_examples=6 if interpreting() else 3)
+@settings(deadline=None, derandomize=True, max_examples=6 if interpreting() else 2)
 @given(st.data())
 def test_random_shapes(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
@@ -322,7 +324,7 @@ def test_resources():
     launches += [flash.launch(kernel, 128, c, label=kernel)
                  for kernel, c in zip(("dkdv_kernel", "dq_kernel"), flash.HALF_BACKWARD[128])]
     launches += [flash.launch("flash_kernel", 128, Config(128, 128, 4, 2, how), label=how)
-                 for how in ("roles", "gluon")]
+                 for how in ("gluon",)]
     launches += [flash.launch("flash_kernel", 128, flash.FULL[128], "fp32", label="forward float32")]
     table = resources(*launches)
     print(table.to_string())
@@ -354,42 +356,30 @@ def test_resources_of_every_launch():
 @pytest.mark.cuda
 @pytest.mark.parametrize("D, dtype, options", [
     (128, torch.bfloat16, {}), (80, torch.float16, dict(window=300, sinks=True, softcap=20.0)),
-    (64, torch.bfloat16, dict(causal=False)), (256, torch.bfloat16, dict(lengths=[1111, 700])),
-    (128, torch.float32, {})], ids=str)
+    (256, torch.bfloat16, dict(lengths=[1111, 700])), (128, torch.float32, {})], ids=str)
 def test_real_sizes(D, dtype, options):
-    case = inputs((2, 1111 if options.get("causal", True) else 500, 1111, 8, 2, D), dtype, **options)
-    check_forward(*case, config=None)
+    "The Triton kernels with the tiles of the tables."
+    case = inputs((2, 500 if options.get("lengths") else 1111, 1111, 8, 2, D), dtype, **options)
+    check_forward(*case, config=flash.forward_config(D, dtype, 1111))
     check_backward(*case, configs=None)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize(
-    "config", [Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2, "pointers")], ids=str)
-def test_other_configurations(config):
-    check_forward(*inputs((2, 1000, 1000, 8, 2, 128), torch.bfloat16), config=config)
-
-
-def roles_at_real_sizes():
-    check_forward(*inputs((2, 1000, 1000, 8, 2, 128), torch.bfloat16), config=Config(128, 128, 4, 2, "roles"))
-    print("roles by the compiler: right", flush=True)
-    gluon_at_real_sizes()
-
-
 def gluon_at_real_sizes():
-    masks = {}, dict(causal=False), dict(window=300, sinks=True), dict(lengths=[0, 60, 1111])
-    for D, dtype, options in (*((128, torch.bfloat16, mask) for mask in masks), (80, torch.float16, dict(window=20)),
-                              (256, torch.float16, {})):
-        config, B = Config(128, 128 if D <= 128 else 64, 4, 2, "gluon"), len(options.get("lengths", "ab"))
-        check_forward(*inputs((B, 500 if B == 3 else 1111, 1111, 8, 2, D), dtype, **options), config=config)
-        print(D, dtype, options, "right", flush=True)
-    check_forward(*inputs((2, 1111, 1111, 8, 2, 128), torch.bfloat16), config=Config(128, 128, 4, 2, "turns"))
+    everything = dict(window=300, sinks=True, lengths=[0, 60, 1111])
+    for D, dtype, options in ((128, torch.bfloat16, {}), (128, torch.bfloat16, everything),
+                              (128, torch.float16, dict(window=20)), (80, torch.float16, dict(causal=False)), (256, torch.bfloat16, {})):
+        B = len(options.get("lengths", "ab"))
+        case = inputs((B, 500 if B == 3 else 1111, 1111, 8, 2, D), dtype, **options)
+        for more in GLUON:
+            check_forward(*case, config=flash.HOPPER[128 if D <= 128 else 256]._replace(**more))
+            print(D, dtype, options, more, "right", flush=True)
 
 
 @pytest.mark.cuda
-def test_roles_at_real_sizes():
+def test_gluon_at_real_sizes():
     "In a process of its own: warps that wait for each other can wait for ever."
-    if torch.cuda.get_device_capability()[0] != 9: pytest.skip("these kernels are for compute capability 9.0")
-    code = "import test_gpu_flash as t; t.roles_at_real_sizes()"
+    if torch.cuda.get_device_capability()[0] != 9: pytest.skip("this kernel is for compute capability 9.0")
+    code = "import test_gpu_flash as t; t.gluon_at_real_sizes()"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, timeout=120, capture_output=True,
                           text=True, env=os.environ | {"PYTHONPATH": path})
@@ -398,7 +388,7 @@ def test_roles_at_real_sizes():
 
 @pytest.mark.cuda
 def test_decoding_and_continuing():
-    for Tq, Tk in ((1, 4096), (5, 3000), (64, 777), (100, 2048)):
+    for Tq, Tk in ((1, 4096), (5, 3000), (64, 777)):
         check_forward(*inputs((2, Tq, Tk, 8, 2, 128), torch.bfloat16, lengths=[Tk, Tk - 200]), config=None)
 
 
