@@ -134,10 +134,10 @@ def compiled_sm90a(source: CudaSource) -> dict:
     return dict(kernel=source.name, **found, shared=int(shared[1]) if shared else 0, loads_128=count(r"LDG\.E\.\S*128"),
                 mma=count(r"\bHMMA\b"), instructions=count(r"/\*[0-9a-f]{4,}\*/\s+\S"))
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #a023b544
+# %% ../../nbs/09_kernels/10_cuda.ipynb #ad379638
 def host_library(text: str) -> ctypes.CDLL:
     "`text`, whose functions are `__host__`, compiled by nvcc for this CPU. Raises InputError, UnsupportedError."
-    return _library(text, "host.cu", [nvcc(), "-O1", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none"])
+    return _library(text, "host.cu", [nvcc(), "-O1", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"])
 
 def _library(text, name, command):
     with tempfile.TemporaryDirectory() as folder:

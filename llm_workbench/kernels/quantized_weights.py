@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'FLOATS', 'GEMV_BLOCKS', 'GEMM_BLOCKS', 'HELPERS', 'KERNEL', 'GEMV', 'MOST', 'UNROLLED', 'MANY', 'Prepared',
-           'prepare', 'prepared', 'dense', 'gemv_kernel', 'gemv', 'decoded', 'unpack_kernel', 'unpack', 'gemm_kernel',
-           'gemm', 'cuda_source', 'gemv_cuda', 'product', 'packed_product', 'packed_linear']
+           'prepare', 'prepared', 'dense', 'beside', 'gemv_kernel', 'gemv', 'decoded', 'unpack_kernel', 'unpack',
+           'gemm_kernel', 'gemm', 'cuda_source', 'gemv_cuda', 'product', 'packed_product', 'packed_linear']
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #76157748
 from dataclasses import dataclass, field
@@ -112,7 +112,20 @@ def dense(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O,
     if w.least is not None: values = values + w.least[..., None].float()
     return values.flatten(1).to(dtype)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #32a7328b
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #a67763df
+@triton.jit
+def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
+    "What stands beside the groups of BLOCK_B bytes from byte `start`, for each of the bytes or once for all: (BLOCK_N, BLOCK_B or 1)."
+    if GROUP == 0: found = tl.load(ptr + n, mask=n < outs, other=0.0)
+    elif GROUP >= PER * BLOCK_B:                                        # the block lies within a group
+        found = tl.load(ptr + n * groups + start * PER // GROUP, mask=n < outs, other=0.0)
+    else:
+        S: tl.constexpr = PER * BLOCK_B // GROUP                        # groups of a block
+        group = start * PER // GROUP + tl.arange(0, S)[None, :]         # (1, S)
+        each = tl.load(ptr + n * groups + group, mask=(n < outs) & (group < groups), other=0.0)
+        found = tl.reshape(tl.broadcast_to(each[:, :, None], (BLOCK_N, S, BLOCK_B // S)), (BLOCK_N, BLOCK_B))
+    return found
+
 @triton.jit
 def gemv_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, outs, ins, row_bytes,
                 GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
@@ -142,15 +155,16 @@ def gemv_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_p
             if KIND == "levels": a, b = tl.load(levels_ptr + first), tl.load(levels_ptr + second)
             else:
                 if HAS_ZERO:
-                    zero = tl.load(zero_ptr + n * groups + at * PER // GROUP, mask=inside, other=0).to(tl.int32)
+                    zero = beside(zero_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N, BLOCK_K // PER).to(tl.int32)
                     first, second = first - zero, second - zero
                 elif not HAS_LEAST: first, second = first - 8, second - 8
                 a, b = first.to(tl.float32), second.to(tl.float32)
             part = a * x + b * x_odd
         if GROUP > 0:
-            beside = n * groups + at * PER // GROUP
-            part = part * tl.load(scale_ptr + beside, mask=inside, other=0.0).to(tl.float32)
-            if HAS_LEAST: part += tl.load(least_ptr + beside, mask=inside, other=0.0).to(tl.float32) * (x + x_odd)
+            part = part * beside(scale_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N, BLOCK_K // PER).to(tl.float32)
+            if HAS_LEAST:
+                least = beside(least_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N, BLOCK_K // PER).to(tl.float32)
+                part += least * (x + x_odd)
         total += part
     y = tl.sum(total, 1, keep_dims=True)                                # (BLOCK_N, 1)
     if GROUP == 0: y = y * tl.load(scale_ptr + n, mask=n < outs, other=0.0).to(tl.float32)
@@ -190,26 +204,28 @@ def gemv(x: Tensor,                   # (..., I) of any floating dtype
             BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
     return y.view(*x.shape[:-1], outs)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #345ea083
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #5e199a8c
 @triton.jit
-def decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, at, inside, ins, row_bytes, GROUP: tl.constexpr,
-            KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr, HIGH: tl.constexpr):
-    "What the codes of bytes `at` (1, B) of rows n (N, 1) stand for: of the first and of the second of a byte."
+def decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP: tl.constexpr,
+            KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr, HIGH: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
+    "What the codes of BLOCK_B bytes of rows n (BLOCK_N, 1) stand for: the first and the second of each byte."
     PER: tl.constexpr = 1 if KIND == "int8" else 2
-    codes = tl.load(data_ptr + n * row_bytes + at, mask=inside, other=0).to(tl.int32)       # (N, B)
-    beside = n * (ins // GROUP) + at * PER // GROUP if GROUP > 0 else n + at * 0
-    scale = tl.load(scale_ptr + beside, mask=inside, other=0.0).to(tl.float32)
+    at, groups = start + tl.arange(0, BLOCK_B)[None, :], ins // GROUP if GROUP > 0 else 1
+    inside = (n < outs) & (at < row_bytes)
+    codes = tl.load(data_ptr + n * row_bytes + at, mask=inside, other=0).to(tl.int32)       # (BLOCK_N, BLOCK_B)
+    scale = beside(scale_ptr, n, start, groups, outs, GROUP, PER, BLOCK_N, BLOCK_B).to(tl.float32)
     first, second = codes & 15, codes >> 4
     if HIGH: first, second = second, first
+    if KIND == "int8": first = codes
     if KIND == "levels": a, b = tl.load(levels_ptr + first), tl.load(levels_ptr + second)
     else:
-        off = 128 if KIND == "int8" else 8
-        if HAS_LEAST: off = 0
-        if HAS_ZERO: off = tl.load(zero_ptr + beside, mask=inside, other=0).to(tl.int32)
-        a, b = ((codes if KIND == "int8" else first) - off).to(tl.float32), (second - off).to(tl.float32)
+        off = 128 if KIND == "int8" else (0 if HAS_LEAST else 8)
+        if HAS_ZERO: off = beside(zero_ptr, n, start, groups, outs, GROUP, PER, BLOCK_N, BLOCK_B).to(tl.int32)
+        a, b = (first - off).to(tl.float32), (second - off).to(tl.float32)
     a, b = a * scale, b * scale
     if HAS_LEAST:
-        least = tl.load(least_ptr + beside, mask=inside, other=0.0).to(tl.float32)
+        least = beside(least_ptr, n, start, groups, outs, GROUP, PER, BLOCK_N, BLOCK_B).to(tl.float32)
         a, b = a + least, b + least
     return a, b
 
@@ -218,13 +234,14 @@ def unpack_kernel(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, out_ptr,
                   KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr, HIGH: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]            # (BLOCK_N, 1)
-    at = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]                        # (1, BLOCK_B)
-    inside = (n < outs) & (at < row_bytes)
-    a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, at, inside, ins, row_bytes, GROUP, KIND,
-                   HAS_ZERO, HAS_LEAST, HIGH)
-    if KIND == "int8": tl.store(out_ptr + n * ins + at, a.to(out_ptr.dtype.element_ty), mask=inside)
+    start = tl.program_id(1) * BLOCK_B
+    a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP, KIND,
+                   HAS_ZERO, HAS_LEAST, HIGH, BLOCK_N, BLOCK_B)
+    if KIND == "int8":
+        k = start + tl.arange(0, BLOCK_B)[None, :]                                          # (1, BLOCK_B)
+        tl.store(out_ptr + n * ins + k, a.to(out_ptr.dtype.element_ty), mask=(n < outs) & (k < ins))
     else:
-        k = tl.program_id(1) * 2 * BLOCK_B + tl.arange(0, 2 * BLOCK_B)[None, :]             # (1, 2 BLOCK_B)
+        k = 2 * start + tl.arange(0, 2 * BLOCK_B)[None, :]                                  # (1, 2 BLOCK_B)
         tl.store(out_ptr + n * ins + k, tl.interleave(a, b).to(out_ptr.dtype.element_ty), mask=(n < outs) & (k < ins))
 
 def unpack(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O, I)
@@ -238,7 +255,7 @@ def unpack(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O
             w.data, w.scale, *_beside(w), out, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=4, BLOCK_B=512, num_warps=4)
     return out
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #acd34299
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #fecdf7aa
 @triton.jit
 def gemm_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, rows, outs, ins, row_bytes,
                 GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
@@ -248,8 +265,8 @@ def gemm_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_p
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)                    # y transposed: the weight stands on the left, in registers
     for start in range(0, row_bytes, BLOCK_B):
         at = start + tl.arange(0, BLOCK_B)
-        a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, at[None, :],
-                       (n < outs) & (at[None, :] < row_bytes), ins, row_bytes, GROUP, KIND, HAS_ZERO, HAS_LEAST, HIGH)
+        a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP, KIND,
+                       HAS_ZERO, HAS_LEAST, HIGH, BLOCK_N, BLOCK_B)
         inside = (at[:, None] < row_bytes) & (m < rows)                 # (BLOCK_B, BLOCK_M)
         x = tl.load(x_ptr + m * row_bytes + at[:, None], mask=inside, other=0.0)            # numbers 0, 2, 4 ... of each row
         total = tl.dot(a.to(x.dtype), x, total, input_precision="ieee")
@@ -550,7 +567,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
 }
 """
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #28205a59
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #a473b4ea
 GEMV = LANES + HELPERS + KERNEL
 MOST = 8                                   # rows of x that the CUDA kernel takes at once
 UNROLLED = {1: 4, 2: 2, 4: 2, 8: 1}        # by rows of x, tiles that a warp has under way; registers are what limits them
@@ -559,7 +576,7 @@ def cuda_source(w: Prepared, dtype: torch.dtype, rows: int, **other) -> CudaSour
     "The source for these weights, this dtype and so many rows of x; `other` constants replace those that are chosen."
     batch, blocks = next(b for b in UNROLLED if rows <= b), triton.cdiv(w.shape[0], 16)
     warps = 4 if blocks > 384 or batch > 2 else 8                      # of a block: about sixteen on each multiprocessor
-    unroll = UNROLLED[batch] if w.least is None else min(2, UNROLLED[batch])
+    unroll = UNROLLED[batch] if w.least is None and (w.kind != "levels" or warps == 4) else min(2, UNROLLED[batch])
     constants = dict(KIND={"int4": 4, "levels": 5, "int8": 8}[w.kind], CHUNK=16 if w.kind == "int8" else 32, GROUP=w.group,
                      FLOAT_SCALE=int(w.scale.dtype == torch.float32), ZERO=int(w.zero is not None),
                      MIN=int(w.least is not None), BF16=int(dtype == torch.bfloat16), BATCH=batch, WARPS=warps,
