@@ -15,11 +15,13 @@ from llm_workbench.kernels.launching import Launch, resources
 from llm_workbench.quantization.formats import FORMATS
 from llm_workbench.quantization.nf4 import NF4, CodebookFormat
 from llm_workbench.quantization.packing import Packed
-from tests.kernel_checks import DEVICE, DTYPES, as_accurate, guarded, randn, rejects
+from tests.kernel_checks import DEVICE, as_accurate, guarded, randn, rejects
 
 pytestmark = pytest.mark.triton
 READ = ["int8", "int8_g32", "int4_g32", "int4_g64", "int4_g128", "uint4_g32", "uint4_g128", "nf4", "fp4",
         "q8_0", "q4_0", "q4_1", "q4_k", "q6_k"]
+SOME = ["int4_g32", "int4_g128", "nf4", "int8"]
+TYPED = [(n, torch.bfloat16) for n in READ] + [(n, d) for n in SOME for d in (torch.float16, torch.float32)]
 cuda = pytest.mark.cuda
 ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="emulates what the GPU runs itself")
 
@@ -77,8 +79,7 @@ def test_all_bytes_of_a_block_are_unpacked_exactly():
 
 # Triton
 
-@pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, dtype", TYPED, ids=str)
 def test_triton_gemv(name, dtype):
     check_product(qw.gemv, name, 21, 768, (2,), dtype)
 
@@ -94,8 +95,7 @@ def test_triton_gemv_with_narrow_loads():
     for name in "int4_g32", "nf4", "q4_k": check_product(qw.gemv, name, 9, 512, (1,), torch.bfloat16, wide=False)
 
 
-@pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, dtype", TYPED, ids=str)
 def test_triton_gemm(name, dtype):
     check_product(qw.gemm, name, 70, 512, (11,), dtype)
 
@@ -157,7 +157,6 @@ def test_wrong_variants_of_the_cuda_gemv_are_rejected(monkeypatch):
         assert rejects(check_product, qw.gemv_cuda, "int4_g32", 16, 128, (1,), torch.bfloat16)
 
 
-SOME = ["int4_g32", "int4_g128", "nf4", "int8"]
 ON_GPU = ([(n, torch.bfloat16, 1) for n in READ] + [(n, torch.float16, 1) for n in SOME]
           + [(n, torch.bfloat16, r) for n in SOME for r in (2, 3, 5)] + [(n, torch.bfloat16, 8) for n in ("q4_k", "q6_k", "uint4_g32")])
 
@@ -200,7 +199,7 @@ def test_another_block_size_of_nf4():
 
 # The plug
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", SOME + ["q4_k"])
 @pytest.mark.parametrize("rows", [(0,), (1, 1), (9,), (70,)])
 def test_packed_linear_is_a_drop_in(name, rows):
     packed, x, bias = packed_as(name, 19, 256), randn(*rows, 256, seed=2), randn(19, seed=3)
