@@ -39,7 +39,7 @@ class CudaSource:
         "The same text with other constants."
         return CudaSource(self.name, self.text, tuple((dict(self.constants) | constants).items()))
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #e5fed215
+# %% ../../nbs/09_kernels/10_cuda.ipynb #a40b2cd3
 LANES = r"""
 #ifndef EMULATED
 #define LANE [[maybe_unused]] static __device__ __forceinline__
@@ -73,7 +73,7 @@ typedef unsigned Address;                                      // in shared memo
 LANE Address address(const void *p) { return (Address)__cvta_generic_to_shared(p); }
 LANE unsigned look_up(Address at) {
   unsigned v;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
   return v;
 }
 LANE float shuffled(float x, int distance) {     // of the lane that far away

@@ -394,7 +394,7 @@ BOTH float scale_of(u16 bits) {                                // float16
 BOTH float scale_of(float x) { return x; }
 """
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #b793af8f
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #aa71bb01
 KERNEL = r"""
 #define TILE (4 * CHUNK)                      // numbers of a row that a warp takes at once; a lane CHUNK: 16 bytes of codes
 #define STEP (UNROLL * TILE)
@@ -416,16 +416,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
   __shared__ uint4 xs[WARPS][BATCH][UNITS + 4], nothing[UNITS];
   __shared__ float sums[WARPS][PASSES * 4][32];
 #if KIND == 5
-  __shared__ u32 table[256 * 32];             // pairs of levels by byte, a copy for each lane: no two meet in a bank
-  for (int i = threadIdx.x; i < 256 * 32; i += 32 * WARPS)
-    table[i] = rounded(levels[i >> 9]) | rounded(levels[i >> 5 & 15]) << 16;
+  __shared__ uint4 table[256 * 8];            // pairs of levels by byte, a copy for each lane: no two meet in a bank
+  const Address mine_of_table = address((const u32 *)table + threadIdx.x % 32);
 #endif
-  for (int i = threadIdx.x; i < UNITS; i += 32 * WARPS) nothing[i] = make_uint4(0, 0, 0, 0);
-  __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, first = blockIdx.x * 16;
-#if KIND == 5
-  const Address mine_of_table = address(table + lane);
-#endif
   const int groups = GROUP ? ins / G : 1, lines = ins / CHUNK;               // of a row
   const u8 *codes[2];
   [[maybe_unused]] const Scale *scales[2];
@@ -484,6 +478,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
   fetch_x(k);
 #pragma unroll
   for (int u = 0; u < UNROLL; u++) fetch(u, k);
+#if KIND == 5                                 // while that is under way
+  for (int i = threadIdx.x; i < 256 * 8; i += 32 * WARPS) {
+    u32 pair = rounded(levels[i >> 7]) | rounded(levels[i >> 3 & 15]) << 16;
+    table[i] = make_uint4(pair, pair, pair, pair);
+  }
+#endif
+  for (int i = threadIdx.x; i < UNITS; i += 32 * WARPS) nothing[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
   float total[PASSES][4] = {};
   for (; k < ins; k += WARPS * STEP) {
     __syncwarp();                             // nobody needs the last step's x any more
