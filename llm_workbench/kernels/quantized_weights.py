@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'FLOATS', 'GEMV_BLOCKS', 'GEMM_BLOCKS', 'HELPERS', 'KERNEL', 'GEMV', 'MOST', 'UNROLLED', 'MANY', 'Prepared',
-           'prepare', 'prepared', 'dense', 'beside', 'gemv_kernel', 'gemv', 'decoded', 'unpack_kernel', 'unpack',
-           'gemm_kernel', 'gemm', 'cuda_source', 'gemv_cuda', 'product', 'packed_product', 'packed_linear']
+           'prepare', 'prepared', 'dense', 'beside', 'gemv_kernel', 'gemv', 'decoded', 'gemm_kernel', 'gemm',
+           'unpack_kernel', 'unpack', 'cuda_source', 'gemv_cuda', 'product', 'packed_product', 'packed_linear']
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #76157748
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #6bceaa48
+from .launching import interpreting, need, runnable    # before triton: see there
+
 from dataclasses import dataclass, field
 from typing import Optional
 from weakref import WeakKeyDictionary
@@ -21,13 +23,12 @@ from torch import Tensor
 from ..architecture import matrices
 from ..errors import InputError
 from .cuda import LANES, CudaSource, emulated, loaded
-from .launching import interpreting, need, runnable
 from ..quantization.formats import FORMATS
 from ..quantization.nf4 import CodebookFormat
 from ..quantization.packing import Packed
 from ..quantization.round_to_nearest import Integers
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #03d97200
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #e9cef976
 @dataclass(frozen=True, eq=False)
 class Prepared:
     "Packed weights as the kernels want them: codes in the order of the row, and what stands beside each group."
@@ -42,6 +43,7 @@ class Prepared:
     high: bool = False              # the first of two codes of a byte is its high half
     runs: dict = field(default_factory=dict, repr=False)    # kernels compiled for them
 
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #4b38b281
 def _in_pairs(codes):               # (..., n) uint8 below 16 -> (..., n / 2): the first of two in the low half
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
@@ -112,7 +114,7 @@ def dense(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O,
     if w.least is not None: values = values + w.least[..., None].float()
     return values.flatten(1).to(dtype)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #a67763df
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #83451761
 @triton.jit
 def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
     "What stands beside the groups of BLOCK_B bytes from byte `start`, for each of the bytes or once for all: (BLOCK_N, BLOCK_B or 1)."
@@ -126,6 +128,7 @@ def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, 
         found = tl.reshape(tl.broadcast_to(each[:, :, None], (BLOCK_N, S, BLOCK_B // S)), (BLOCK_N, BLOCK_B))
     return found
 
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #bb50df8a
 @triton.jit
 def gemv_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, outs, ins, row_bytes,
                 GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
@@ -204,7 +207,7 @@ def gemv(x: Tensor,                   # (..., I) of any floating dtype
             BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
     return y.view(*x.shape[:-1], outs)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #5e199a8c
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #9b1a11ad
 @triton.jit
 def decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP: tl.constexpr,
             KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr, HIGH: tl.constexpr,
@@ -229,6 +232,46 @@ def decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs
         a, b = a + least, b + least
     return a, b
 
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #8e751b34
+@triton.jit
+def gemm_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, rows, outs, ins, row_bytes,
+                GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
+                HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]            # (BLOCK_N, 1) rows of the weight
+    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]            # (1, BLOCK_M) rows of x
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)                    # y transposed: the weight stands on the left, in registers
+    for start in range(0, row_bytes, BLOCK_B):
+        at = start + tl.arange(0, BLOCK_B)
+        a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP, KIND,
+                       HAS_ZERO, HAS_LEAST, HIGH, BLOCK_N, BLOCK_B)
+        inside = (at[:, None] < row_bytes) & (m < rows)                 # (BLOCK_B, BLOCK_M)
+        x = tl.load(x_ptr + m * row_bytes + at[:, None], mask=inside, other=0.0)            # numbers 0, 2, 4 ... of each row
+        total = tl.dot(a.to(x.dtype), x, total, input_precision="ieee")
+        if KIND != "int8":
+            x = tl.load(x_ptr + (rows + m) * row_bytes + at[:, None], mask=inside, other=0.0)       # and 1, 3, 5 ...
+            total = tl.dot(b.to(x.dtype), x, total, input_precision="ieee")
+    tl.store(y_ptr + m * outs + n, total.to(y_ptr.dtype.element_ty), mask=(n < outs) & (m < rows))
+
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #73628206
+GEMM_BLOCKS = {16: (64, 16, 64, 4, 3), 32: (64, 32, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}   # by rows
+
+def gemm(x: Tensor,                   # (..., I)
+         w: Prepared,                 # (O, I)
+         blocks: tuple | None = None, # BLOCK_N, BLOCK_M, BLOCK_B, warps, stages
+        ) -> Tensor:                  # (..., O)
+    "x W^T in Triton for more rows: tiles are unpacked in registers and go into the tensor cores. Raises InputError."
+    flat, (outs, ins) = _checked(x, w, "gemm"), w.shape
+    rows = len(flat)
+    y = torch.empty((rows, outs), dtype=x.dtype, device=x.device)
+    block_n, block_m, block_b, warps, stages = blocks or next((v for k, v in GEMM_BLOCKS.items() if rows <= k), GEMM_BLOCKS[128])
+    if y.numel():
+        apart = flat if w.kind == "int8" else flat.view(rows, ins // 2, 2).permute(2, 0, 1).contiguous()   # (2, rows, I / 2)
+        gemm_kernel[(triton.cdiv(outs, block_n), triton.cdiv(rows, block_m))](
+            apart, w.data, w.scale, *_beside(w), y, rows, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=block_n,
+            BLOCK_M=block_m, BLOCK_B=block_b, num_warps=warps, num_stages=stages)
+    return y.view(*x.shape[:-1], outs)
+
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #14f8aa11
 @triton.jit
 def unpack_kernel(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, out_ptr, outs, ins, row_bytes, GROUP: tl.constexpr,
                   KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr, HIGH: tl.constexpr,
@@ -254,44 +297,6 @@ def unpack(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O
         unpack_kernel[(triton.cdiv(outs, 4), triton.cdiv(w.data.shape[1], 512))](
             w.data, w.scale, *_beside(w), out, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=4, BLOCK_B=512, num_warps=4)
     return out
-
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #fecdf7aa
-@triton.jit
-def gemm_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, rows, outs, ins, row_bytes,
-                GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
-                HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]            # (BLOCK_N, 1) rows of the weight
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]            # (1, BLOCK_M) rows of x
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)                    # y transposed: the weight stands on the left, in registers
-    for start in range(0, row_bytes, BLOCK_B):
-        at = start + tl.arange(0, BLOCK_B)
-        a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP, KIND,
-                       HAS_ZERO, HAS_LEAST, HIGH, BLOCK_N, BLOCK_B)
-        inside = (at[:, None] < row_bytes) & (m < rows)                 # (BLOCK_B, BLOCK_M)
-        x = tl.load(x_ptr + m * row_bytes + at[:, None], mask=inside, other=0.0)            # numbers 0, 2, 4 ... of each row
-        total = tl.dot(a.to(x.dtype), x, total, input_precision="ieee")
-        if KIND != "int8":
-            x = tl.load(x_ptr + (rows + m) * row_bytes + at[:, None], mask=inside, other=0.0)       # and 1, 3, 5 ...
-            total = tl.dot(b.to(x.dtype), x, total, input_precision="ieee")
-    tl.store(y_ptr + m * outs + n, total.to(y_ptr.dtype.element_ty), mask=(n < outs) & (m < rows))
-
-GEMM_BLOCKS = {16: (64, 16, 64, 4, 3), 32: (64, 32, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}   # by rows
-
-def gemm(x: Tensor,                   # (..., I)
-         w: Prepared,                 # (O, I)
-         blocks: tuple | None = None, # BLOCK_N, BLOCK_M, BLOCK_B, warps, stages
-        ) -> Tensor:                  # (..., O)
-    "x W^T in Triton for more rows: tiles are unpacked in registers and go into the tensor cores. Raises InputError."
-    flat, (outs, ins) = _checked(x, w, "gemm"), w.shape
-    rows = len(flat)
-    y = torch.empty((rows, outs), dtype=x.dtype, device=x.device)
-    block_n, block_m, block_b, warps, stages = blocks or next((v for k, v in GEMM_BLOCKS.items() if rows <= k), GEMM_BLOCKS[128])
-    if y.numel():
-        apart = flat if w.kind == "int8" else flat.view(rows, ins // 2, 2).permute(2, 0, 1).contiguous()   # (2, rows, I / 2)
-        gemm_kernel[(triton.cdiv(outs, block_n), triton.cdiv(rows, block_m))](
-            apart, w.data, w.scale, *_beside(w), y, rows, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=block_n,
-            BLOCK_M=block_m, BLOCK_B=block_b, num_warps=warps, num_stages=stages)
-    return y.view(*x.shape[:-1], outs)
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #7f5b21ad
 HELPERS = r"""
@@ -569,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
 }
 """
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #a473b4ea
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #1b31aaac
 GEMV = LANES + HELPERS + KERNEL
 MOST = 8                                   # rows of x that the CUDA kernel takes at once
 UNROLLED = {1: 4, 2: 2, 4: 2, 8: 1}        # by rows of x, tiles that a warp has under way; registers are what limits them
@@ -585,6 +590,7 @@ def cuda_source(w: Prepared, dtype: torch.dtype, rows: int, **other) -> CudaSour
                      UNROLL=unroll, BLOCKS=16 // warps)
     return CudaSource("gemv", GEMV, tuple((constants | other).items()))
 
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #cefd01ab
 def _aligned(t: Tensor) -> Tensor: return t if t.data_ptr() % 16 == 0 else t.clone()
 
 def gemv_cuda(x: Tensor,        # (..., I) float16 or bfloat16, 8 rows at most
@@ -608,7 +614,7 @@ def gemv_cuda(x: Tensor,        # (..., I) float16 or bfloat16, 8 rows at most
             [_aligned(w.data), w.scale, zero, least, levels, _aligned(flat), y, outs, ins, len(flat)])
     return y.view(*x.shape[:-1], outs)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #04f97bb5
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #3964dc4f
 MANY = 64       # rows of x from which on it pays to unpack the matrix and to multiply by cuBLAS
 
 def product(x: Tensor,          # (..., I)
@@ -621,6 +627,7 @@ def product(x: Tensor,          # (..., I)
     if rows <= MANY: return gemm(x, w)
     return F.linear(x, unpack(w, x.dtype))
 
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #d0b6565c
 @torch.library.custom_op("llm_workbench::packed_product", mutates_args=())
 def packed_product(x: Tensor, data: Tensor, scale: Tensor, zero: Optional[Tensor], least: Optional[Tensor],
                    levels: Optional[Tensor], kind: str, ins: int, group: int, high: bool) -> Tensor:
