@@ -29,8 +29,10 @@ TWICE = cu.CudaSource("twice", '''extern "C" __global__ void twice(const float *
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name, rows, dtype", [("int4_g128", 1, torch.bfloat16), ("int4_g32", 1, torch.float16), ("nf4", 1, torch.bfloat16),
-                                               ("int8", 1, torch.bfloat16), ("q4_k", 1, torch.bfloat16), ("int4_g32", 8, torch.bfloat16),
+@pytest.mark.parametrize("name, rows, dtype", [("int4_g128", 1, torch.bfloat16), ("int4_g32", 1, torch.float16),
+                                               ("nf4", 1, torch.bfloat16),
+                                               ("int8", 1, torch.bfloat16), ("q4_k", 1, torch.bfloat16),
+                                               ("int4_g32", 8, torch.bfloat16),
                                                ("q6_k", 8, torch.bfloat16), ("nf4", 8, torch.float16)])
 def test_no_spills_and_wide_loads(name, rows, dtype):
     w = qw.prepare(FORMATS[name].pack(torch.randn(16, 256)))
@@ -91,7 +93,8 @@ def test_nvrtc_takes_the_sources():
     if find_spec("cuda") is None or find_spec("cuda.core") is None: pytest.skip("cuda-core is not installed")
     from cuda.core import Program, ProgramOptions
     w = qw.prepare(FORMATS["int4_g32"].pack(torch.randn(16, 256)))
-    made = Program(qw.cuda_source(w, torch.bfloat16, 1).source, "c++", ProgramOptions(arch="sm_90a", std="c++17")).compile("cubin")
+    made = Program(qw.cuda_source(w, torch.bfloat16, 1).source, "c++", ProgramOptions(arch="sm_90a",
+                                                                                      std="c++17")).compile("cubin")
     assert len(made.code) > 1000
 
 
@@ -115,7 +118,8 @@ def test_a_kernel_is_loaded_and_run(way):
 
 @pytest.mark.cuda
 def test_what_a_gpu_cannot_compile_is_named():
-    with pytest.raises(UnsupportedError, match="(?s)no compiler for twice.*FACTOR"): cu.loaded(cu.CudaSource("twice", TWICE.text), 0)
+    with pytest.raises(UnsupportedError, match="(?s)no compiler for twice.*FACTOR"): cu.loaded(cu.CudaSource("twice",
+        TWICE.text), 0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

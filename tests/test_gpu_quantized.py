@@ -138,7 +138,8 @@ def test_scales_of_the_next_group_are_rejected():
 
 # CUDA C++
 
-EMULATED = [("int4_g32", torch.bfloat16, 1, 1120), ("int4_g128", torch.float16, 1, 1152), ("nf4", torch.bfloat16, 2, 832),
+EMULATED = [("int4_g32", torch.bfloat16, 1, 1120), ("int4_g128", torch.float16, 1, 1152),
+            ("nf4", torch.bfloat16, 2, 832),
             ("int8", torch.bfloat16, 3, 672), ("q4_k", torch.bfloat16, 1, 512), ("q6_k", torch.float16, 5, 256)]
 
 
@@ -150,7 +151,8 @@ def test_cuda_gemv_emulated(name, dtype, rows, ins):
 
 @ON_CPU
 def test_wrong_variants_of_the_cuda_gemv_are_rejected(monkeypatch):
-    wrong = {"places of x": ("0x5410", "0x7632"), "rows of a": ("a[i / 2][i % 2 * 2 + h] = nibbles", "a[i / 2][h * 2 + i % 2] = nibbles")}
+    wrong = {"places of x": ("0x5410", "0x7632"), "rows of a": ("a[i / 2][i % 2 * 2 + h] = nibbles",
+                                                                "a[i / 2][h * 2 + i % 2] = nibbles")}
     for old, new in wrong.values():
         assert old in qw.KERNEL
         monkeypatch.setattr(qw, "GEMV", qw.LANES + qw.HELPERS + qw.KERNEL.replace(old, new))
@@ -158,7 +160,8 @@ def test_wrong_variants_of_the_cuda_gemv_are_rejected(monkeypatch):
 
 
 ON_GPU = ([(n, torch.bfloat16, 1) for n in READ] + [(n, torch.float16, 1) for n in SOME]
-          + [(n, torch.bfloat16, r) for n in SOME for r in (2, 3, 5)] + [(n, torch.bfloat16, 8) for n in ("q4_k", "q6_k", "uint4_g32")])
+          + [(n, torch.bfloat16, r) for n in SOME for r in (2, 3, 5)] + [(n, torch.bfloat16, 8)
+                                                                         for n in ("q4_k", "q6_k", "uint4_g32")])
 
 
 @cuda
@@ -176,7 +179,8 @@ def test_cuda_gemv_of_odd_shapes(outs, ins):
 
 
 @cuda
-@pytest.mark.parametrize("config", [dict(WARPS=8, UNROLL=4, BLOCKS=2), dict(WARPS=4, UNROLL=2, BLOCKS=6), dict(WARPS=16, UNROLL=1, BLOCKS=1)])
+@pytest.mark.parametrize("config", [dict(WARPS=8, UNROLL=4, BLOCKS=2), dict(WARPS=4, UNROLL=2, BLOCKS=6),
+                                    dict(WARPS=16, UNROLL=1, BLOCKS=1)])
 def test_cuda_gemv_does_not_depend_on_the_configuration(config):
     for name in "int4_g128", "int4_g32": check_product(qw.gemv_cuda, name, 100, 3072, (1,), torch.bfloat16, **config)
 
@@ -194,7 +198,8 @@ def test_another_block_size_of_nf4():
     packed = format.pack(torch.randn(64, 8192)).tensors
     packed = Packed(format, (64, 8192), {n: t.cuda() for n, t in packed.items()})
     x = randn(1, 8192, dtype=torch.bfloat16)
-    as_accurate(qw.gemv_cuda(x, qw.prepare(packed)), x.double() @ packed.unpack().double().T, F.linear(x, packed.unpack(torch.bfloat16)))
+    as_accurate(qw.gemv_cuda(x, qw.prepare(packed)), x.double() @ packed.unpack().double().T,
+                F.linear(x, packed.unpack(torch.bfloat16)))
 
 
 # The plug
@@ -254,7 +259,8 @@ def launches():
         tensors = ["*u8", scale, "*u8", scale, "*fp32" if w.levels is not None else scale]
         sizes, flags = ["i32:16"] * 3, qw._flags(w)
         n, k, warps = qw.GEMV_BLOCKS[w.kind]
-        yield Launch(module + "gemv_kernel", ["*bf16", *tensors, "*bf16", *sizes], flags | dict(WIDE=True, BLOCK_N=n, BLOCK_K=k), warps)
+        yield Launch(module + "gemv_kernel", ["*bf16", *tensors, "*bf16", *sizes],
+                     flags | dict(WIDE=True, BLOCK_N=n, BLOCK_K=k), warps)
         yield Launch(module + "unpack_kernel", [*tensors, "*bf16", *sizes], flags | dict(BLOCK_N=4, BLOCK_B=512))
         for n, m, b, warps, stages in [qw.GEMM_BLOCKS[16], qw.GEMM_BLOCKS[128]] if name in ("int4_g128", "nf4") else []:
             yield Launch(module + "gemm_kernel", ["*bf16", *tensors, "*bf16", "i32", *sizes],

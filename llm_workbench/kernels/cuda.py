@@ -182,7 +182,7 @@ extern "C" void launch(int blocks, int threads, void **args) {
 }
 """
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #f0343dd1
+# %% ../../nbs/09_kernels/10_cuda.ipynb #58a6b4b0
 def _library(text, name, command):
     with tempfile.TemporaryDirectory() as folder:
         file, library = Path(folder) / name, Path(folder) / "made.so"
@@ -197,10 +197,12 @@ def emulated(source: CudaSource):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None: raise UnsupportedError("emulating a kernel takes a C++ compiler, g++ or clang++")
     constants = "".join(f"#define {k} {v}\n" for k, v in source.constants)
-    library = _library(constants + EMULATOR + source.text + EMULATED_LAUNCH.replace("NAME", source.name), "emulated.cpp",
+    library = _library(constants + EMULATOR + source.text + EMULATED_LAUNCH.replace("NAME", source.name),
+                       "emulated.cpp",
                        [compiler, "-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC"])
     def run(grid, block, args):
-        if any(isinstance(a, torch.Tensor) and not a.is_cpu for a in args): raise InputError("emulation takes tensors of the CPU")
+        if any(isinstance(a, torch.Tensor) and not a.is_cpu
+               for a in args): raise InputError("emulation takes tensors of the CPU")
         as_c = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else
                 (ctypes.c_int if isinstance(a, int) else ctypes.c_double)(a) for a in args]
         pointers = (ctypes.c_void_p * len(as_c))(*(ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in as_c))
@@ -236,7 +238,7 @@ def host_library(text: str) -> ctypes.CDLL:
     "`text`, whose functions are `__host__`, compiled by nvcc for this CPU. Raises InputError, UnsupportedError."
     return _library(text, "host.cu", [nvcc(), "-O1", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"])
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #ed63d6ac
+# %% ../../nbs/09_kernels/10_cuda.ipynb #500b5de4
 def _by_torch(source: CudaSource):
     run = torch.cuda._compile_kernel(source.source, source.name, nvcc_options=["--std=c++17"])
     return lambda grid, block, args: run(grid=grid, block=block, args=args)
@@ -244,7 +246,8 @@ def _by_torch(source: CudaSource):
 def _by_cupy(source: CudaSource):
     import cupy
     run = cupy.RawModule(code=source.source, options=("--std=c++17",)).get_function(source.name)
-    def as_c(a): return a.data_ptr() if isinstance(a, torch.Tensor) else (cupy.int32 if isinstance(a, int) else cupy.float64)(a)
+    def as_c(a): return a.data_ptr() if isinstance(a, torch.Tensor) else (cupy.int32 if isinstance(a, int)
+                                                                          else cupy.float64)(a)
     def launch(grid, block, args):
         with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream): run(grid, block, tuple(map(as_c, args)))
     return launch

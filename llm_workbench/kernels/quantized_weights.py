@@ -43,7 +43,7 @@ class Prepared:
     high: bool = False              # the first of two codes of a byte is its high half
     runs: dict = field(default_factory=dict, repr=False)    # kernels compiled for them
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #4b38b281
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #81b34438
 def _in_pairs(codes):               # (..., n) uint8 below 16 -> (..., n / 2): the first of two in the low half
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
@@ -52,7 +52,8 @@ def _fp16(blocks, at): return blocks[..., at:at + 2].contiguous().view(torch.flo
 def _halves(q): return torch.cat([q & 15, q >> 4], -1)
 
 def _q4_0(b): return dict(kind="int4", group=32, data=_in_pairs(_halves(b[..., 2:18])), scale=_fp16(b, 0))
-def _q4_1(b): return dict(kind="int4", group=32, data=_in_pairs(_halves(b[..., 4:20])), scale=_fp16(b, 0), least=_fp16(b, 2))
+def _q4_1(b): return dict(kind="int4", group=32, data=_in_pairs(_halves(b[..., 4:20])), scale=_fp16(b, 0),
+                          least=_fp16(b, 2))
 def _q8_0(b): return dict(kind="int8", group=32, data=b[..., 2:34] ^ 128, scale=_fp16(b, 0))
 
 def _q4_k(b):
@@ -114,9 +115,10 @@ def dense(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O,
     if w.least is not None: values = values + w.least[..., None].float()
     return values.flatten(1).to(dtype)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #83451761
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #1cba6894
 @triton.jit
-def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
+def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_B: tl.constexpr):
     "What stands beside the groups of BLOCK_B bytes from byte `start`, for each of the bytes or once for all: (BLOCK_N, BLOCK_B or 1)."
     if GROUP == 0: found = tl.load(ptr + n, mask=n < outs, other=0.0)
     elif GROUP >= PER * BLOCK_B:                                        # the block lies within a group
@@ -128,7 +130,7 @@ def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, 
         found = tl.reshape(tl.broadcast_to(each[:, :, None], (BLOCK_N, S, BLOCK_B // S)), (BLOCK_N, BLOCK_B))
     return found
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #bb50df8a
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #29542440
 @triton.jit
 def gemv_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, outs, ins, row_bytes,
                 GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
@@ -143,7 +145,7 @@ def gemv_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_p
         k_in = at * PER < ins
         inside = (n < outs) & k_in
         codes = tl.load(data_ptr + n * row_bytes + at, mask=inside, other=0).to(tl.int32)
-        if WIDE and PER == 2:                                           # sixteen bytes a thread, then even and odd numbers
+        if WIDE and PER == 2:  # sixteen bytes a thread, then even and odd numbers
             k = start + tl.arange(0, BLOCK_K)
             both = tl.load(x_ptr + row * ins + k, mask=k < ins, other=0.0).to(tl.float32)
             x, x_odd = tl.split(tl.reshape(both, (BLOCK_K // PER, 2)))
@@ -158,15 +160,18 @@ def gemv_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_p
             if KIND == "levels": a, b = tl.load(levels_ptr + first), tl.load(levels_ptr + second)
             else:
                 if HAS_ZERO:
-                    zero = beside(zero_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N, BLOCK_K // PER).to(tl.int32)
+                    zero = beside(zero_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N,
+                                  BLOCK_K // PER).to(tl.int32)
                     first, second = first - zero, second - zero
                 elif not HAS_LEAST: first, second = first - 8, second - 8
                 a, b = first.to(tl.float32), second.to(tl.float32)
             part = a * x + b * x_odd
         if GROUP > 0:
-            part = part * beside(scale_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N, BLOCK_K // PER).to(tl.float32)
+            part = part * beside(scale_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N,
+                                 BLOCK_K // PER).to(tl.float32)
             if HAS_LEAST:
-                least = beside(least_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N, BLOCK_K // PER).to(tl.float32)
+                least = beside(least_ptr, n, start // PER, groups, outs, GROUP, PER, BLOCK_N,
+                               BLOCK_K // PER).to(tl.float32)
                 part += least * (x + x_odd)
         total += part
     y = tl.sum(total, 1, keep_dims=True)                                # (BLOCK_N, 1)
@@ -232,28 +237,30 @@ def decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs
         a, b = a + least, b + least
     return a, b
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #8e751b34
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #67b75bf7
 @triton.jit
 def gemm_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_ptr, rows, outs, ins, row_bytes,
                 GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr,
                 HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]            # (BLOCK_N, 1) rows of the weight
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # (BLOCK_N, 1) rows of the weight
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]            # (1, BLOCK_M) rows of x
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)                    # y transposed: the weight stands on the left, in registers
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # y transposed: the weight stands on the left, in registers
     for start in range(0, row_bytes, BLOCK_B):
         at = start + tl.arange(0, BLOCK_B)
-        a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP, KIND,
+        a, b = decoded(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, n, start, outs, ins, row_bytes, GROUP,
+                       KIND,
                        HAS_ZERO, HAS_LEAST, HIGH, BLOCK_N, BLOCK_B)
         inside = (at[:, None] < row_bytes) & (m < rows)                 # (BLOCK_B, BLOCK_M)
-        x = tl.load(x_ptr + m * row_bytes + at[:, None], mask=inside, other=0.0)            # numbers 0, 2, 4 ... of each row
+        x = tl.load(x_ptr + m * row_bytes + at[:, None], mask=inside, other=0.0)  # numbers 0, 2, 4 ... of each row
         total = tl.dot(a.to(x.dtype), x, total, input_precision="ieee")
         if KIND != "int8":
             x = tl.load(x_ptr + (rows + m) * row_bytes + at[:, None], mask=inside, other=0.0)       # and 1, 3, 5 ...
             total = tl.dot(b.to(x.dtype), x, total, input_precision="ieee")
     tl.store(y_ptr + m * outs + n, total.to(y_ptr.dtype.element_ty), mask=(n < outs) & (m < rows))
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #73628206
-GEMM_BLOCKS = {16: (64, 16, 64, 4, 3), 32: (64, 32, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}   # by rows
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #74ec5e09
+# by rows
+GEMM_BLOCKS = {16: (64, 16, 64, 4, 3), 32: (64, 32, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}
 
 def gemm(x: Tensor,                   # (..., I)
          w: Prepared,                 # (O, I)
@@ -263,17 +270,20 @@ def gemm(x: Tensor,                   # (..., I)
     flat, (outs, ins) = _checked(x, w, "gemm"), w.shape
     rows = len(flat)
     y = torch.empty((rows, outs), dtype=x.dtype, device=x.device)
-    block_n, block_m, block_b, warps, stages = blocks or next((v for k, v in GEMM_BLOCKS.items() if rows <= k), GEMM_BLOCKS[128])
+    block_n, block_m, block_b, warps, stages = blocks or next((v for k, v in GEMM_BLOCKS.items() if rows <= k),
+                                                              GEMM_BLOCKS[128])
     if y.numel():
-        apart = flat if w.kind == "int8" else flat.view(rows, ins // 2, 2).permute(2, 0, 1).contiguous()   # (2, rows, I / 2)
+        # (2, rows, I / 2)
+        apart = flat if w.kind == "int8" else flat.view(rows, ins // 2, 2).permute(2, 0, 1).contiguous()
         gemm_kernel[(triton.cdiv(outs, block_n), triton.cdiv(rows, block_m))](
             apart, w.data, w.scale, *_beside(w), y, rows, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=block_n,
             BLOCK_M=block_m, BLOCK_B=block_b, num_warps=warps, num_stages=stages)
     return y.view(*x.shape[:-1], outs)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #14f8aa11
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #18379aec
 @triton.jit
-def unpack_kernel(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, out_ptr, outs, ins, row_bytes, GROUP: tl.constexpr,
+def unpack_kernel(data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, out_ptr, outs, ins, row_bytes,
+                  GROUP: tl.constexpr,
                   KIND: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_LEAST: tl.constexpr, HIGH: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]            # (BLOCK_N, 1)
@@ -295,7 +305,8 @@ def unpack(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O
     out = torch.empty((outs, ins), dtype=dtype, device=w.data.device)
     if out.numel():
         unpack_kernel[(triton.cdiv(outs, 4), triton.cdiv(w.data.shape[1], 512))](
-            w.data, w.scale, *_beside(w), out, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=4, BLOCK_B=512, num_warps=4)
+            w.data, w.scale, *_beside(w), out, outs, ins, w.data.shape[1], **_flags(w), BLOCK_N=4, BLOCK_B=512,
+                                                                                 num_warps=4)
     return out
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #7f5b21ad
@@ -574,17 +585,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
 }
 """
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #1b31aaac
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #43dd7953
 GEMV = LANES + HELPERS + KERNEL
 MOST = 8                                   # rows of x that the CUDA kernel takes at once
-UNROLLED = {1: 4, 2: 2, 4: 2, 8: 1}        # by rows of x, tiles that a warp has under way; registers are what limits them
+UNROLLED = {1: 4, 2: 2, 4: 2, 8: 1}  # by rows of x, tiles that a warp has under way; registers are what limits them
 
 def cuda_source(w: Prepared, dtype: torch.dtype, rows: int, **other) -> CudaSource:
     "The source for these weights, this dtype and so many rows of x; `other` constants replace those that are chosen."
     batch, blocks = next(b for b in UNROLLED if rows <= b), triton.cdiv(w.shape[0], 16)
-    warps = 4 if blocks > 384 or batch > 2 else 8                      # of a block: about sixteen on each multiprocessor
+    warps = 4 if blocks > 384 or batch > 2 else 8  # of a block: about sixteen on each multiprocessor
     unroll = UNROLLED[batch] if w.least is None and (w.kind != "levels" or warps == 4) else min(2, UNROLLED[batch])
-    constants = dict(KIND={"int4": 4, "levels": 5, "int8": 8}[w.kind], CHUNK=16 if w.kind == "int8" else 32, GROUP=w.group,
+    constants = dict(KIND={"int4": 4, "levels": 5, "int8": 8}[w.kind], CHUNK=16 if w.kind == "int8" else 32,
+                     GROUP=w.group,
                      FLOAT_SCALE=int(w.scale.dtype == torch.float32), ZERO=int(w.zero is not None),
                      MIN=int(w.least is not None), BF16=int(dtype == torch.bfloat16), BATCH=batch, WARPS=warps,
                      UNROLL=unroll, BLOCKS=16 // warps)
