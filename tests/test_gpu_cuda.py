@@ -1,4 +1,4 @@
-"CUDA C++ inside the package: compiled for sm_90a where nvcc is, its helpers and kernels run on the CPU, loaded where there is a GPU."
+"CUDA C++ inside the package: compiled for sm_90a, its helpers and kernels run on the CPU, loaded on a GPU."
 import ctypes
 from dataclasses import replace
 from importlib.util import find_spec
@@ -44,7 +44,8 @@ def test_no_spills_and_wide_loads(name, rows, dtype):
 
 @needs_nvcc
 def test_what_does_not_compile_is_named():
-    with pytest.raises(InputError, match="(?s)twice does not compile.*FACTOR"): cu.compiled_sm90a(cu.CudaSource("twice", TWICE.text))
+    with pytest.raises(InputError, match="(?s)twice does not compile.*FACTOR"):
+        cu.compiled_sm90a(cu.CudaSource("twice", TWICE.text))
     with pytest.raises(InputError, match="unused|never referenced"):
         cu.compiled_sm90a(cu.CudaSource("idle", 'extern "C" __global__ void idle() { int i = 3; }'))
 
@@ -56,7 +57,9 @@ extern "C" void nibbles_of(const unsigned *words, unsigned *out, int n, unsigned
 extern "C" void bytes_of(const unsigned *words, unsigned *out, int n) {
   for (int i = 0; i < n; i++) for (int j = 0; j < 2; j++) out[2 * i + j] = bytes(words[i], 2 * j);
 }
-extern "C" void scales_of(const unsigned short *bits, float *out, int n) { for (int i = 0; i < n; i++) out[i] = scale_of(bits[i]); }
+extern "C" void scales_of(const unsigned short *bits, float *out, int n) {
+  for (int i = 0; i < n; i++) out[i] = scale_of(bits[i]);
+}
 extern "C" void entries_of(const unsigned *words, unsigned *out, int n) {
   for (int i = 0; i < n; i++) for (int j = 0; j < 4; j++) out[4 * i + j] = entry(words[i], j);
 }

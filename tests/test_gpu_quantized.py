@@ -1,4 +1,4 @@
-"Products with packed weights in Triton and CUDA C++, interpreted and emulated without a GPU, beside what the formats unpack."
+"Products with packed weights in Triton and CUDA C++, interpreted and emulated where there is no GPU."
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace

@@ -39,7 +39,7 @@ class CudaSource:
         "The same text with other constants."
         return CudaSource(self.name, self.text, tuple((dict(self.constants) | constants).items()))
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #a40b2cd3
+# %% ../../nbs/09_kernels/10_cuda.ipynb #3c3b38f2
 LANES = r"""
 #ifndef EMULATED
 #define LANE [[maybe_unused]] static __device__ __forceinline__
@@ -53,10 +53,11 @@ LANE uint4 stream(const void *p) {                             // sixteen bytes 
 // column g at those k; of c: columns 2t and 2t + 1 of row g, then of row g + 8.
 LANE void mma(float *c, const unsigned *a, unsigned b0, unsigned b1) {
 #if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #endif
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -82,7 +83,7 @@ LANE float shuffled(float x, int distance) {     // of the lane that far away
 #endif
 """
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #c868ca3b
+# %% ../../nbs/09_kernels/10_cuda.ipynb #9f01f3c9
 EMULATOR = r"""
 #define EMULATED
 #include <barrier>
@@ -111,7 +112,12 @@ static int min(int a, int b) { return a < b ? a : b; }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
   unsigned char in[8]; memcpy(in, &a, 4); memcpy(in + 4, &b, 4);
   unsigned out = 0; for (int i = 0; i < 4; i++) out |= (unsigned)in[s >> 4 * i & 7] << 8 * i; return out; }
-static uint4 stream(const void *p) { if ((size_t)p % 16) { fprintf(stderr, "misaligned\n"); exit(2); } uint4 v; memcpy(&v, p, 16); return v; }
+static uint4 stream(const void *p) {
+  if ((size_t)p % 16) fprintf(stderr, "stream: an address that is no multiple of 16\n"), exit(2);
+  uint4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
 static float wide(unsigned bits) {                              // bfloat16 or float16
 #if BF16
   unsigned w = bits << 16;
@@ -167,7 +173,9 @@ static float shuffled(float x, int distance) {
 template <class... T, size_t... I> void call(void (*kernel)(T...), void **args, std::index_sequence<I...>) {
   kernel(*(T *)args[I]...);
 }
-template <class... T> void call(void (*kernel)(T...), void **args) { call(kernel, args, std::index_sequence_for<T...>()); }
+template <class... T> void call(void (*kernel)(T...), void **args) {
+  call(kernel, args, std::index_sequence_for<T...>());
+}
 """
 EMULATED_LAUNCH = r"""
 extern "C" void launch(int blocks, int threads, void **args) {
@@ -182,7 +190,7 @@ extern "C" void launch(int blocks, int threads, void **args) {
 }
 """
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #58a6b4b0
+# %% ../../nbs/09_kernels/10_cuda.ipynb #3b1bfcb6
 def _library(text, name, command):
     with tempfile.TemporaryDirectory() as folder:
         file, library = Path(folder) / name, Path(folder) / "made.so"
@@ -193,7 +201,7 @@ def _library(text, name, command):
 
 @cache
 def emulated(source: CudaSource):
-    "The kernel on this CPU, a thread for each of its threads: `run(grid, block, args)`, tiny sizes. Raises UnsupportedError."
+    "The kernel on this CPU, a thread for each of its threads: `run(grid, block, args)`. Raises UnsupportedError."
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None: raise UnsupportedError("emulating a kernel takes a C++ compiler, g++ or clang++")
     constants = "".join(f"#define {k} {v}\n" for k, v in source.constants)
@@ -209,16 +217,16 @@ def emulated(source: CudaSource):
         library.launch(grid[0], block[0], pointers)
     return run
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #8ca467b8
+# %% ../../nbs/09_kernels/10_cuda.ipynb #dfbba14e
 def nvcc() -> str:
     "The path of NVIDIA's compiler. Raises UnsupportedError."
     found = shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None)
-    if found is None: raise UnsupportedError("nvcc is not here: the CUDA toolkit brings it. A GPU compiles kernels without it")
+    if found is None: raise UnsupportedError("nvcc is not here; the CUDA toolkit brings it (a GPU runs kernels without)")
     return found
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #16bda295
+# %% ../../nbs/09_kernels/10_cuda.ipynb #03585d39
 def compiled_sm90a(source: CudaSource) -> dict:
-    "What the kernel takes on an H100 or H200, compiled on this machine: registers, stack, spills, and instructions counted."
+    "What the kernel takes on an H100 or H200, compiled on this machine. Raises InputError, UnsupportedError."
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
         cu.write_text(source.source)
@@ -254,10 +262,10 @@ def _by_cupy(source: CudaSource):
 
 WAYS = {"torch": _by_torch, "cupy": _by_cupy}
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #1b8aa0f6
+# %% ../../nbs/09_kernels/10_cuda.ipynb #60edb1ce
 @cache
 def loaded(source: CudaSource, device: int = 0, way: str | None = None):
-    "The kernel ready for that device: `run(grid, block, args)`, grid and block of three numbers. Raises UnsupportedError."
+    "The kernel ready on a GPU: `run(grid, block, args)`, grid and block of three numbers. Raises UnsupportedError."
     if not torch.cuda.is_available():
         raise UnsupportedError(f"{source.name} is CUDA C++ and takes an NVIDIA GPU, of which torch sees none here "
                                "(llm-workbench doctor says why)")

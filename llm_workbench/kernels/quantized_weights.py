@@ -115,11 +115,11 @@ def dense(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O,
     if w.least is not None: values = values + w.least[..., None].float()
     return values.flatten(1).to(dtype)
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #1cba6894
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #48d0fe3c
 @triton.jit
 def beside(ptr, n, start, groups, outs, GROUP: tl.constexpr, PER: tl.constexpr, BLOCK_N: tl.constexpr,
            BLOCK_B: tl.constexpr):
-    "What stands beside the groups of BLOCK_B bytes from byte `start`, for each of the bytes or once for all: (BLOCK_N, BLOCK_B or 1)."
+    "What stands beside the groups of BLOCK_B bytes from byte `start`: (BLOCK_N, BLOCK_B), or (BLOCK_N, 1)."
     if GROUP == 0: found = tl.load(ptr + n, mask=n < outs, other=0.0)
     elif GROUP >= PER * BLOCK_B:                                        # the block lies within a group
         found = tl.load(ptr + n * groups + start * PER // GROUP, mask=n < outs, other=0.0)
@@ -309,7 +309,7 @@ def unpack(w: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:      # (O
                                                                                  num_warps=4)
     return out
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #7f5b21ad
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #52c2f839
 HELPERS = r"""
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -353,7 +353,8 @@ inline float as_float(u32 bits) {                              // the host has t
 }
 inline float half(u16 h) {
   u32 exponent = h >> 10 & 31, fraction = h & 1023;
-  float value = exponent ? as_float((exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13) : fraction * 0x1p-24f;
+  float value = fraction * 0x1p-24f;                           // subnormal or zero
+  if (exponent) value = as_float((exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
   return h >> 15 ? -value : value;
 }
 inline u32 narrow(float value) {                               // of a number that loses nothing
@@ -410,9 +411,9 @@ BOTH float scale_of(u16 bits) {                                // float16
 BOTH float scale_of(float x) { return x; }
 """
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #aa71bb01
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #82f6ae15
 KERNEL = r"""
-#define TILE (4 * CHUNK)                      // numbers of a row that a warp takes at once; a lane CHUNK: 16 bytes of codes
+#define TILE (4 * CHUNK)                      // of a row that a warp takes at once; a lane CHUNK: 16 bytes of codes
 #define STEP (UNROLL * TILE)
 #define UNITS (STEP / 8)                      // eight numbers of x in 16 bytes
 #define MINE ((UNITS + 31) / 32)              // that a lane fetches
@@ -447,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
     codes[h] = data + row * lines * 16;
     scales[h] = scale + row * groups, mins[h] = least + row * groups, zeros[h] = zero + row * groups;
   }
-  // Column n of the tensor core's right side: x of group n % S of each tile and nothing else. So sums of a group stay apart.
+  // Column n of the right side: x of group n % S of each tile and nothing else, so that sums of groups stay apart.
   const uint4 *column[PASSES];
 #pragma unroll
   for (int p = 0; p < PASSES; p++) {
@@ -457,8 +458,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
   uint4 w[UNROLL][2], next[BATCH][MINE];
   [[maybe_unused]] Scale d[UNROLL][2][2], m[UNROLL][2][2];
   [[maybe_unused]] u32 off[UNROLL][2];
-  [[maybe_unused]] const int mine = t * CHUNK, group_t = mine / G, column_t = 2 * t % S;      // within a tile: a lane's first number, its group
-  auto fetch = [&](int u, int k) {            // tile u of the step that begins at k: codes, and what stands beside its groups
+  // Within a tile: a lane's first number, its group, and the group of its first column.
+  [[maybe_unused]] const int mine = t * CHUNK, group_t = mine / G, column_t = 2 * t % S;
+  auto fetch = [&](int u, int k) {            // tile u of the step at k: codes, and what stands beside groups
     [[maybe_unused]] const int line = k / CHUNK + t, group = k / G;
     const bool inside = k + mine < ins - u * TILE;
 #pragma unroll
@@ -486,7 +488,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
     for (int b = 0; b < BATCH; b++)
 #pragma unroll
       for (int i = 0; i < MINE; i++) {
-        bool there = (BATCH == 1 || b < rows) && k + 8 * lane < ins - 256 * i && (UNITS % 32 == 0 || i * 32 + lane < UNITS);
+        bool there = k + 8 * lane < ins - 256 * i && (UNITS % 32 == 0 || i * 32 + lane < UNITS);
+        if (BATCH > 1) there = there && b < rows;
         next[b][i] = there ? some[b * (ins / 8) + k / 8 + lane + i * 32] : make_uint4(0, 0, 0, 0);
       }
   };
@@ -532,7 +535,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
 #pragma unroll
           for (int i = 0; i < 4; i++) {
 #if KIND == 4
-            a[i / 2][i % 2 * 2 + h] = nibbles(words[j], i, ZERO ? off[u][h] : MIN ? MAGIC : BF16 ? 0x43084308u : 0x64086408u);
+            const u32 zero_code = ZERO ? off[u][h] : MIN ? MAGIC : MAGIC + 0x00080008u;
+            a[i / 2][i % 2 * 2 + h] = nibbles(words[j], i, zero_code);
 #elif KIND == 5
             a[i / 2][i % 2 * 2 + h] = look_up(mine_of_table + entry(words[j], i));
 #else
@@ -564,7 +568,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
 #endif
         }
 #endif
-      fetch(u, k + WARPS * STEP);             // its registers are free: the next tile is under way while others are computed
+      fetch(u, k + WARPS * STEP);             // its registers are free: the next one is under way while others are used
     }
   }
 #pragma unroll
@@ -602,14 +606,14 @@ def cuda_source(w: Prepared, dtype: torch.dtype, rows: int, **other) -> CudaSour
                      UNROLL=unroll, BLOCKS=16 // warps)
     return CudaSource("gemv", GEMV, tuple((constants | other).items()))
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #cefd01ab
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #67afd8aa
 def _aligned(t: Tensor) -> Tensor: return t if t.data_ptr() % 16 == 0 else t.clone()
 
 def gemv_cuda(x: Tensor,        # (..., I) float16 or bfloat16, 8 rows at most
               w: Prepared,      # (O, I), I a multiple of 32
               **other,          # constants of the source, such as WARPS
              ) -> Tensor:       # (..., O)
-    "x W^T in CUDA C++ (without a GPU emulated). Raises InputError for what it does not take, UnsupportedError without a compiler."
+    "x W^T in CUDA C++, emulated without a GPU. Raises InputError; UnsupportedError without a compiler."
     flat, (outs, ins) = _checked(x, w, "gemv_cuda"), w.shape
     need(x.dtype != torch.float32, "gemv_cuda", "x in float16 or bfloat16, not in float32")
     need(len(flat) <= MOST, "gemv_cuda", f"{MOST} rows of x at most, not {len(flat)}")
@@ -619,7 +623,8 @@ def gemv_cuda(x: Tensor,        # (..., I) float16 or bfloat16, 8 rows at most
         key = x.dtype, len(flat), x.device, *other.items()
         if key not in w.runs:
             source = cuda_source(w, x.dtype, len(flat), **({} if x.is_cuda else {"WARPS": 2}) | other)
-            w.runs[key] = loaded(source, x.device.index) if x.is_cuda else emulated(source), 32 * dict(source.constants)["WARPS"]
+            run = loaded(source, x.device.index) if x.is_cuda else emulated(source)
+            w.runs[key] = run, 32 * dict(source.constants)["WARPS"]
         run, threads = w.runs[key]
         zero, least, levels = _beside(w)
         run((triton.cdiv(outs, 16), 1, 1), (threads, 1, 1),
@@ -653,13 +658,13 @@ def _(x, data, scale, zero, least, levels, kind, ins, group, high):
     w = Prepared(kind, (len(data), ins), group, data, scale, zero, least, levels, high)
     return product(x, w) if interpreting() else F.linear(x, dense(w, x.dtype))
 
-# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #cd958006
+# %% ../../nbs/09_kernels/11_quantized_weights.ipynb #27e55565
 def packed_linear(x: Tensor,                   # (..., ins)
                   packed: Packed,              # (outs, ins)
                   bias: Tensor | None = None,  # (outs,)
                  ) -> Tensor:                  # (..., outs)
-    """`architecture.matrices.packed_linear` by these kernels. What they do not read goes to the plain one: other formats, float64, and x
-    that wants a gradient."""
+    """`architecture.matrices.packed_linear` by these kernels. What they do not read goes to the plain one:
+    other formats, float64, and x that wants a gradient."""
     w = prepared(packed) if x.dtype in FLOATS and not (x.requires_grad and torch.is_grad_enabled()) else None
     if w is None: return matrices.packed_linear(x, packed, bias)
     if torch.compiler.is_compiling():
