@@ -217,11 +217,11 @@ def emulated(source: CudaSource):
         library.launch(grid[0], block[0], pointers)
     return run
 
-# %% ../../nbs/09_kernels/10_cuda.ipynb #dfbba14e
+# %% ../../nbs/09_kernels/10_cuda.ipynb #4912f0ae
 def nvcc() -> str:
     "The path of NVIDIA's compiler. Raises UnsupportedError."
     found = shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None)
-    if found is None: raise UnsupportedError("nvcc is not here; the CUDA toolkit brings it (a GPU runs kernels without)")
+    if found is None: raise UnsupportedError("nvcc is not here: the CUDA toolkit brings it (GPUs run kernels without)")
     return found
 
 # %% ../../nbs/09_kernels/10_cuda.ipynb #03585d39
