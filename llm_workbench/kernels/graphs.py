@@ -6,7 +6,7 @@
 __all__ = ['BUCKETS', 'ON_A_CPU', 'Recorded', 'why_not_recorded', 'why_not_fused', 'RecordedStep', 'tables_of', 'places',
            'take_step', 'give_back', 'recorded']
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #8f8ee8df
+# %% ../../nbs/09_kernels/13_graphs.ipynb #7de77e1e
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary, finalize
 
@@ -19,7 +19,7 @@ from ..architecture.kv_cache import Cache, ContiguousCache
 from ..architecture.matrices import Linear
 from ..architecture.norms_and_mlps import RMSNorm
 from ..errors import InputError
-from .decode_step import MOST, FusedBlocks, Work, few_rows, greedy, plan
+from .decode_step import MOST, FusedBlocks, Orders, Work, few_rows, greedy, plan
 
 # %% ../../nbs/09_kernels/13_graphs.ipynb #5d3c3738
 class Recorded:
