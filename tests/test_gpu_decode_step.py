@@ -61,7 +61,7 @@ def test_few_rows(dtype, M):
 
 @given(st.integers(0, 32), st.integers(1, 300), st.lists(st.integers(1, 70), min_size=1, max_size=3), st.booleans(),
        st.sampled_from([None, "rows", "bias"]), st.sampled_from(DTYPES))
-@settings(max_examples=8 if GPU else 25, deadline=None, derandomize=True)
+@settings(max_examples=3 if GPU else 25, deadline=None, derandomize=True)
 def test_any_shape(M, K, sizes, norm, add, dtype):
     check_few_rows(few_rows, dtype, M, K, sizes, norm=norm, add=add)
 
@@ -99,14 +99,14 @@ def test_inputs_that_are_not_contiguous_and_outputs_in_place():
 
 @triton.jit
 def without_scale(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b, n_c, K, eps, NORM: tl.constexpr,
-                  GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  AHEAD: tl.constexpr):
+                  GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, FIRST: tl.constexpr):
     "Wrong: forgets the mean in the mean square."
     row, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     g = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    w = tl.load(a_ptr + row[:, None] * K + k[None, :], mask=(row < n_a)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-    out = tl.sum(w * (x * g * tl.rsqrt(tl.sum(x * x, 0) + eps))[None, :], 1)
+    w = tl.load(a_ptr + row[:, None] * K + k[None, :], mask=(row < n_a)[:, None] & (k < K)[None, :], other=0.0)
+    out = tl.sum(w.to(tl.float32) * (x * g * tl.rsqrt(tl.sum(x * x, 0) + eps))[None, :], 1)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=row < n_a)
 
 
@@ -131,10 +131,13 @@ def tired():
 
 def test_bad_products_are_refused():
     x, w = randn(2, 64), randn(8, 64)
-    for bad in (lambda: few_rows(randn(33, 64), [w]), lambda: few_rows(x, [w, w, w, w]), lambda: few_rows(x, [w], gated=True),
-                lambda: few_rows(x.half(), [w]), lambda: few_rows(x.double(), [w.double()]), lambda: few_rows(x, [randn(8, 60)]),
-                lambda: few_rows(x, [randn(64, 8).T]), lambda: few_rows(x, [w], norm=randn(8)), lambda: few_rows(x, [w], add=randn(3)),
-                lambda: few_rows(x, [w], out=randn(2, 9)), lambda: few_rows(x[0], [w]), lambda: few_rows(x, [w.to("meta")])):
+    for bad in (lambda: few_rows(randn(33, 64), [w]), lambda: few_rows(x, [w] * 4),
+                lambda: few_rows(x, [w], gated=True),
+                lambda: few_rows(x.half(), [w]), lambda: few_rows(x.double(), [w.double()]),
+                lambda: few_rows(x, [randn(8, 60)]), lambda: few_rows(x, [randn(64, 8).T]),
+                lambda: few_rows(x, [w], norm=randn(8)), lambda: few_rows(x, [w], add=randn(3)),
+                lambda: few_rows(x, [w], out=randn(2, 9)), lambda: few_rows(x[0], [w]),
+                lambda: few_rows(x, [w.to("meta")])):
         with pytest.raises(InputError, match="few_rows takes"): bad()
 
 
@@ -203,9 +206,9 @@ def test_attend(dtype):
 
 
 @given(st.lists(st.integers(0, 150), min_size=1, max_size=3), st.sampled_from([(1, 1), (2, 3), (3, 4), (1, 17)]),
-       st.sampled_from([(8, 8), (16, 0), (20, 12), (64, 64)]), st.sampled_from([None, 1, 40]), st.sampled_from([1, 2, 8]),
-       st.sampled_from(DTYPES))
-@settings(max_examples=8 if GPU else 20, deadline=None, derandomize=True)
+       st.sampled_from([(8, 8), (16, 0), (20, 12), (64, 64)]), st.sampled_from([None, 1, 40]),
+       st.sampled_from([1, 2, 8]), st.sampled_from(DTYPES))
+@settings(max_examples=3 if GPU else 20, deadline=None, derandomize=True)
 def test_any_past(lengths, heads, sizes, window, splits, dtype):
     (K, G), (D, R) = heads, sizes
     config = dict(BLOCK_G=16 if G <= 16 else 32, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=16, SPLITS=splits,
@@ -248,7 +251,8 @@ def test_bad_attention_is_refused():
     qkv, cos, sin, held, k, v = past(2, 20, 2, 16, 3, [3, 4], torch.float32, 16)
     for bad in (lambda: attend(qkv[:, :-1], cos, sin, held, k, v, 6), lambda: attend(qkv, cos, sin, held, k, v, 5),
                 lambda: attend(qkv, cos, sin, held.int(), k, v, 6), lambda: attend(qkv, cos, sin, held, k.half(), v, 6),
-                lambda: attend(qkv, cos[:1], sin[:1], held, k, v, 6), lambda: attend(qkv, cos, sin, held, k[:, ::2], v[:, ::2], 6),
+                lambda: attend(qkv, cos[:1], sin[:1], held, k, v, 6),
+                lambda: attend(qkv, cos, sin, held, k[:, ::2], v[:, ::2], 6),
                 lambda: attend(qkv, cos, sin, held, k, v, 6, by_position=True)):
         with pytest.raises(InputError, match="attend takes"): bad()
 
