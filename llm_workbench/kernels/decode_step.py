@@ -197,7 +197,7 @@ def norm_kernel(x_ptr, norm_ptr, out_ptr, sum_ptr, C, stride_x, eps, SCALE: tl.c
     else: tl.store(sum_ptr + m, squares)                   # whoever multiplies scales
     tl.store(out_ptr + m * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
 
-# %% ../../nbs/09_kernels/12_decode_step.ipynb #9ce84dd4
+# %% ../../nbs/09_kernels/12_decode_step.ipynb #ed73000e
 MOST = 32            # rows
 SMS = 132            # of an H100 or H200
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -220,6 +220,7 @@ def gemv_config(N: int, K: int, gated: bool, itemsize: int) -> dict:
     if N >= 32768: config = dict(BLOCK_N=8, BLOCK_K=wide // 2, num_warps=4)   # a head: programs that stay for a while
     elif not gated: config = dict(BLOCK_N=2, BLOCK_K=wide, num_warps=2)
     elif K <= wide: config = dict(BLOCK_N=1, BLOCK_K=wide, num_warps=2)
+    elif K <= 2 * wide: config = dict(BLOCK_N=2, BLOCK_K=wide // 2, num_warps=2)
     else: config = dict(BLOCK_N=4, BLOCK_K=wide // 2, num_warps=4)
     ahead = min(2 * config["BLOCK_K"], triton.next_power_of_2(K) - config["BLOCK_K"])
     return config | dict(AHEAD=max(0, ahead), FIRST=SMS * 20 // config["num_warps"])
@@ -414,7 +415,7 @@ def join(part_ptr, stat_ptr, out_ptr, active, G: tl.constexpr, D: tl.constexpr, 
         out = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
         tl.store(out_ptr + g * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
-# %% ../../nbs/09_kernels/12_decode_step.ipynb #d3a847ef
+# %% ../../nbs/09_kernels/12_decode_step.ipynb #7b348e60
 LOG2E = 1.4426950408889634
 
 def attend_config(programs: int, G: int, D: int, itemsize: int) -> dict:   # programs: texts times KV heads
@@ -423,7 +424,7 @@ def attend_config(programs: int, G: int, D: int, itemsize: int) -> dict:   # pro
                   num_warps=4, num_stages=3)
     if itemsize == 4 or D > 128: config |= dict(BLOCK_S=32, num_stages=2)
     splits = 1
-    while splits < 32 and programs * splits < 2 * SMS: splits *= 2
+    while splits < 32 and programs * splits < SMS: splits *= 2
     return config | dict(SPLITS=splits)
 
 def attend(qkv: Tensor,               # (B, (H + 2 K) * D): queries, keys and values of the new tokens, not turned yet
