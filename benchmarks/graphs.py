@@ -96,7 +96,8 @@ def measure(shape, batch, args):
     prompt = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt), device="cuda")
     fast = decoder.with_ops(decode_step.STEP)
     make = {"eager": lambda: Eager(decoder, prompt, args.slots), "graph": lambda: Graph(decoder, prompt, args.slots),
-            "ours": lambda: Graph(fast, prompt, args.slots), "ours, early": lambda: Graph(fast, prompt, args.slots, True)}
+            "ours": lambda: Graph(fast, prompt, args.slots),
+            "ours, early": lambda: Graph(fast, prompt, args.slots, True)}
     if args.compile: make["graph, compiled"] = lambda: Compiled(decoder, prompt, args.slots)
     peers = {}
     for name, peer in make.items():

@@ -19,6 +19,8 @@ from llm_workbench.kernels.launching import resources, tl, triton
 
 pytestmark = pytest.mark.triton
 GPU = DEVICE == "cuda"
+# there every dtype and shape is another compilation
+SOME = [torch.float32, torch.bfloat16] if GPU else DTYPES
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +53,8 @@ def check_few_rows(run, dtype, M, K, sizes, *, norm=False, gated=False, add=None
     return as_accurate(got, want, eager)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 17])
+@pytest.mark.parametrize("dtype", SOME, ids=str)
+@pytest.mark.parametrize("M", [1, 17] if GPU else [1, 2, 17])
 def test_few_rows(dtype, M):
     check_few_rows(few_rows, dtype, M, 72, [40, 24, 24], norm=True)
     check_few_rows(few_rows, dtype, M, 72, [50, 50], norm=True, gated=True)
@@ -141,6 +143,28 @@ def test_bad_products_are_refused():
         with pytest.raises(InputError, match="few_rows takes"): bad()
 
 
+@pytest.mark.parametrize("dtype", SOME, ids=str)
+def test_a_norm_at_both_ends(dtype):
+    "What writes the stream prepares the next norm, what reads it scales: as if the norm had stood between them."
+    M, C = 5, 80
+    x, w = randn(M, 72, dtype=dtype), randn(C, 72, dtype=dtype, seed=1, scale=0.1)
+    more = randn(M, C, dtype=dtype, seed=2)
+    g, after = randn(C, dtype=dtype, seed=3).abs(), randn(40, C, dtype=dtype, seed=4, scale=0.1)
+    plan = object.__new__(decode_step.Plan)
+    first = type("", (), dict(attn_norm=randn(C, dtype=dtype, seed=5)))()
+    plan.layers = [first]
+    product = plan.several_texts(more, 1e-5, Work(DEVICE))
+    out, last = (torch.empty(M, n, dtype=dtype, device=DEVICE) for n in (C, 40))
+    product(more, [after], last, first.attn_norm)                               # behind the embedding
+    twin = lambda f, x, g: F.linear(REFERENCE.rms_norm(x.to(f), g.to(f), 1e-5), after.to(f))
+    as_accurate(last, twin(torch.float64, more, first.attn_norm), twin(dtype, more, first.attn_norm))
+    product(x, [w], out, add=more, following=g)
+    as_accurate(out, F.linear(x.double(), w.double()) + more.double(), F.linear(x, w) + more)
+    product(out, [after], last, g)
+    as_accurate(last, twin(torch.float64, out, g), twin(dtype, out, g))
+    assert rejects(as_accurate, last, twin(torch.float64, out, first.attn_norm), twin(dtype, out, first.attn_norm))
+
+
 # -------------------------------------------------------------------------------------------------------- the op
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (40, 64), (0, 64)])
 def test_linear_is_linear(shape):
@@ -198,7 +222,7 @@ def check_attend(run, dtype, B, slots, K, D, G, lengths, R=None, seed=0, **optio
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME, ids=str)
 def test_attend(dtype):
     check_attend(attend, dtype, 2, 100, 2, 16, 3, [70, 3])
     check_attend(attend, dtype, 1, 12, 1, 24, 1, [0], R=8)
@@ -258,7 +282,7 @@ def test_bad_attention_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------- the best token
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME, ids=str)
 def test_greedy(dtype):
     logits = randn(3, 9001, dtype=dtype)
     logits[1, 8999] = 50.0
@@ -284,7 +308,7 @@ def test_ties_go_to_the_first_and_bad_rows_to_none():
 
 
 def test_norm():
-    for dtype in DTYPES:
+    for dtype in SOME:
         x, g = randn(5, 300, dtype=dtype)[:, ::2], randn(150, dtype=dtype, seed=1)
         want = TORCH.rms_norm(x.contiguous().double(), g.double(), 1e-5)
         as_accurate(normed(x.contiguous(), g, 1e-5), want, TORCH.rms_norm(x, g, 1e-5))
@@ -299,7 +323,7 @@ def pair_of(family, variant, changes, dtype=torch.float32):
     return decoder.with_ops(TORCH), decoder.with_ops(STEP if GPU else TORCH.but(blocks=decode_step.FusedBlocks(TORCH)))
 
 
-@pytest.mark.parametrize("family,variant,changes", FUSED, ids=str)
+@pytest.mark.parametrize("family,variant,changes", FUSED[:2] if GPU else FUSED, ids=str)
 @torch.inference_mode()
 def test_steps_equal_the_ordinary_ones(family, variant, changes, monkeypatch):
     plain, ours = pair_of(family, variant, changes)
@@ -354,13 +378,11 @@ def test_compiled_for_sm_90():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("M,dtype", [(1, torch.bfloat16), (1, torch.float32), (7, torch.bfloat16), (32, torch.bfloat16),
-                                     (32, torch.float16)], ids=str)
+@pytest.mark.parametrize("M,dtype", [(1, torch.bfloat16), (1, torch.float32), (32, torch.bfloat16)], ids=str)
 def test_real_shapes(M, dtype):
     check_few_rows(few_rows, dtype, M, 4096, [4096, 1024, 1024], norm=True)
     check_few_rows(few_rows, dtype, M, 4096, [14336, 14336], norm=True, gated=True)
     check_few_rows(few_rows, dtype, M, 14336, [4096], add="rows")
     check_few_rows(few_rows, dtype, M, 576, [576, 192, 192], norm=True)
-    check_few_rows(few_rows, dtype, M, 576, [49152], norm=True)
     check_attend(attend, dtype, M, 2048, 8, 128, 4, [(997 * b) % 2047 for b in range(M)])
     check_attend(attend, dtype, M, 700, 3, 64, 3, [600 + b for b in range(M)])

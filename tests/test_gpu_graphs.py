@@ -153,7 +153,8 @@ def test_bad_input_and_bad_weights():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("texts,dtype,early", [
-    (1, torch.float32, True), (1, torch.bfloat16, True), (8, torch.bfloat16, False), (8, torch.bfloat16, True)], ids=str)
+    (1, torch.float32, True), (1, torch.bfloat16, True), (8, torch.bfloat16, False), (8, torch.bfloat16, True)],
+    ids=str)
 @torch.inference_mode()
 def test_recorded_on_a_gpu(texts, dtype, early, monkeypatch):
     "The graph plays what the kernels compute one by one, across blocks of the cache."
