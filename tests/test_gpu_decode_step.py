@@ -120,6 +120,7 @@ def test_wrong_products_are_noticed(monkeypatch):
     swapped = lambda x, weights, **o: few_rows(x, weights[::-1], **o)
     assert rejects(check_few_rows, swapped, torch.float32, 1, 72, [40, 40], gated=True)
     assert rejects(check_few_rows, swapped, torch.float32, 3, 72, [40, 20, 20])
+    if GPU: return                                                # there the next one is a race, which may end well
     early = lambda x, weights, **o: few_rows(x, weights, config=dict(
         BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, SPLIT=2, num_warps=4, num_stages=2), work=tired(), **o)
     assert rejects(check_few_rows, early, torch.float32, 3, 128, [40])        # a counter that was not zero

@@ -120,7 +120,7 @@ def gemv_kernel(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b
     if ADD: out += tl.load(add_ptr + first + row, mask=row < n, other=0.0).to(tl.float32)
     tl.store(out_ptr + first + row, out.to(out_ptr.dtype.element_ty), mask=row < n)
 
-# %% ../../nbs/09_kernels/12_decode_step.ipynb #e64378d5
+# %% ../../nbs/09_kernels/12_decode_step.ipynb #9786d759
 @triton.jit
 def skinny_kernel(x_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, part_ptr, count_ptr, square_ptr, norm_ptr, next_ptr,
                   sum_ptr, M, n_a, n_b, n_c, K, per_split, stride_x, stride_add, stride_out, eps, pieces,
@@ -150,7 +150,8 @@ def skinny_kernel(x_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, part_ptr, count_
             acc_u = tl.dot(u, x, acc_u, input_precision="ieee")
     if SQUARES:                            # of x, in pieces (pieces, 32): what its norm divides by
         p = tl.arange(0, SQUARES)
-        squares = tl.load(square_ptr + p[:, None] * 32 + m[None, :], mask=(p < pieces)[:, None], other=0.0)
+        real = (p < pieces)[:, None] & (m < M)[None, :]
+        squares = tl.load(square_ptr + p[:, None] * 32 + m[None, :], mask=real, other=0.0)
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)                                     # (BLOCK_M,)
     last = split == 0
     if SPLIT > 1:                          # whoever comes last adds up all parts, in their order
