@@ -74,7 +74,7 @@ def ask_for(ptr, rows, column, K, COLUMNS: tl.constexpr):
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [(ptr + rows + at[None, :]).to(tl.int64)],
                               dtype=tl.int32, is_pure=False, pack=1)
 
-# %% ../../nbs/09_kernels/12_decode_step.ipynb #6d61c8aa
+# %% ../../nbs/09_kernels/12_decode_step.ipynb #ad9985a4
 @triton.jit
 def gemv_kernel(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b, n_c, K, eps, NORM: tl.constexpr,
                 GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -93,6 +93,8 @@ def gemv_kernel(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b
                 if GATED: ask_for(b_ptr, start, BLOCK_K, K, AHEAD)
         tl.extra.cuda.gdc_wait()
     if PDL: tl.extra.cuda.gdc_launch_dependents()
+    more = tl.zeros((BLOCK_N,), tl.float32)
+    if ADD: more = tl.load(add_ptr + first + row, mask=row < n, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     acc_u = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
@@ -117,15 +119,15 @@ def gemv_kernel(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         out, up = out * scale, up * scale
     if GATED: out = out * tl.sigmoid(out) * up
-    if ADD: out += tl.load(add_ptr + first + row, mask=row < n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + first + row, out.to(out_ptr.dtype.element_ty), mask=row < n)
+    tl.store(out_ptr + first + row, (out + more).to(out_ptr.dtype.element_ty), mask=row < n)
 
-# %% ../../nbs/09_kernels/12_decode_step.ipynb #9786d759
+# %% ../../nbs/09_kernels/12_decode_step.ipynb #caf4ca5c
 @triton.jit
 def skinny_kernel(x_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, part_ptr, count_ptr, square_ptr, norm_ptr, next_ptr,
                   sum_ptr, M, n_a, n_b, n_c, K, per_split, stride_x, stride_add, stride_out, eps, pieces,
-                  SQUARES: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                  SQUARES: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+                  SPLIT: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr):
     w_ptr, row, n, first = rows_of(a_ptr, b_ptr, c_ptr, n_a, n_b, n_c, BLOCK_N)
     tile, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -136,13 +138,16 @@ def skinny_kernel(x_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, part_ptr, count_
         if GATED: ask_for(b_ptr, start, split * per_split, K, 4 * BLOCK_K)
         tl.extra.cuda.gdc_wait()
     if PDL: tl.extra.cuda.gdc_launch_dependents()
+    here, column = (row < n)[:, None] & (m < M)[None, :], (first + row)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_u = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    more = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if ADD: more = tl.load(add_ptr + m[None, :] * stride_add + column, mask=here, other=0.0).to(tl.float32)
     # the weights are the tall operand: 64 rows of them fill a tensor core instruction, however few the texts
     for k0 in range(split * per_split, tl.minimum((split + 1) * per_split, K), BLOCK_K):
-        here = k0 + k
-        x = tl.load(x_ptr + x_at + here[:, None], mask=(m < M)[None, :] & (here < K)[:, None], other=0.0)
-        at, inside = start + here[None, :], (here < K)[None, :]
+        now = k0 + k
+        x = tl.load(x_ptr + x_at + now[:, None], mask=(m < M)[None, :] & (now < K)[:, None], other=0.0)
+        at, inside = start + now[None, :], (now < K)[None, :]
         w = tl.load(w_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(w, x, acc, input_precision="ieee")                                    # (BLOCK_N, BLOCK_M)
         if GATED:
@@ -173,9 +178,8 @@ def skinny_kernel(x_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, part_ptr, count_
             tl.store(count_ptr + tile, 0)
     if SQUARES: acc, acc_u = acc * scale[None, :], acc_u * scale[None, :]
     if GATED: acc = acc * tl.sigmoid(acc) * acc_u
-    here, column = (row < n)[:, None] & (m < M)[None, :] & last, (first + row)[:, None]
-    if ADD: acc += tl.load(add_ptr + m[None, :] * stride_add + column, mask=here, other=0.0).to(tl.float32)
-    out = acc.to(out_ptr.dtype.element_ty)
+    here &= last
+    out = (acc + more).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + m[None, :].to(tl.int64) * stride_out + column, out, mask=here)
     if NEXT:                               # this is the stream: the next norm's weight, and a piece of its squares
         kept = tl.where((row < n)[:, None], out.to(tl.float32), 0.0)
@@ -331,7 +335,7 @@ def share_of(tokens, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
     each = tl.cdiv(tl.cdiv(tokens, SPLITS), BLOCK_S) * BLOCK_S
     return each, tl.maximum(tl.cdiv(tokens, tl.maximum(each, 1)), 1)
 
-# %% ../../nbs/09_kernels/12_decode_step.ipynb #320556b3
+# %% ../../nbs/09_kernels/12_decode_step.ipynb #d473cbdc
 @triton.jit
 def attend_kernel(qkv_ptr, cos_ptr, sin_ptr, held_ptr, k_ptr, v_ptr, part_ptr, stat_ptr, count_ptr, out_ptr, slots,
                   stride_qkv, scale, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
@@ -344,38 +348,35 @@ def attend_kernel(qkv_ptr, cos_ptr, sin_ptr, held_ptr, k_ptr, v_ptr, part_ptr, s
     if WINDOW: first = tl.maximum(held + 1 - WINDOW, 0)
     each, active = share_of(held - first, SPLITS, BLOCK_S)
     g, d, s = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
-    text_at = (text * slots * KV_HEADS + head) * D
-    if PDL:                                                # the past does not depend on the kernel before
-        if split < active:
-            old = text_at + tl.minimum(first + split * each + s, slots - 1)[:, None].to(tl.int64) * KV_HEADS * D
-            ask_for(k_ptr, old, 0, D, BLOCK_D)
-            ask_for(v_ptr, old, 0, D, BLOCK_D)
-        tl.extra.cuda.gdc_wait()
-    if PDL: tl.extra.cuda.gdc_launch_dependents()
-    if split >= active: return
     real = (g < G) & (d < D)[None, :]                                                      # (BLOCK_G, BLOCK_D)
+    text_at = (text * slots * KV_HEADS + head) * D
     cos = tl.zeros((BLOCK_D,), tl.float32)
     sin = tl.zeros((BLOCK_D,), tl.float32)
     if R > 0:
         angles = (tl.minimum(held, slots - 1) if BY_POSITION else text) * R + d
         cos = tl.load(cos_ptr + angles, mask=d < R, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + angles, mask=d < R, other=0.0).to(tl.float32)
+    if PDL:                                                # the past does not depend on the kernel before
+        if split < active:
+            old = text_at + tl.minimum(first + split * each + s, slots - 1)[:, None].to(tl.int64) * KV_HEADS * D
+            ask_for(k_ptr, old, 0, D, BLOCK_D)
+            ask_for(v_ptr, old, 0, D, BLOCK_D)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if split >= active: return
     row = qkv_ptr + text * stride_qkv
+    new = row + (KV_HEADS * G + head) * D
     q = rotated(row + (head * G + g) * D, d[None, :], cos[None, :], sin[None, :], R, real)
-    q = q.to(qkv_ptr.dtype.element_ty)
-    top = tl.full((BLOCK_G,), -1e30, tl.float32)           # the largest score so far, in powers of 2
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    if split == 0:                                         # the new token is used as it comes, and kept
-        new = row + (KV_HEADS * G + head) * D
-        k_new = rotated(new, d, cos, sin, R, d < D).to(k_ptr.dtype.element_ty)
-        v_new = tl.load(new + KV_HEADS * D + d, mask=d < D, other=0.0)
-        slot = text_at + held.to(tl.int64) * KV_HEADS * D + d
-        tl.store(k_ptr + slot, k_new, mask=(d < D) & (held < slots))
-        tl.store(v_ptr + slot, v_new, mask=(d < D) & (held < slots))
-        top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-        total += 1.0
-        acc += v_new.to(tl.float32)[None, :]
+    k_new = rotated(new, d, cos, sin, R, d < D).to(k_ptr.dtype.element_ty)
+    v_new = tl.load(new + KV_HEADS * D + d, mask=d < D, other=0.0)
+    q, mine = q.to(qkv_ptr.dtype.element_ty), split == 0   # the new token: used as it comes, and kept
+    slot, room = text_at + held.to(tl.int64) * KV_HEADS * D + d, (d < D) & (held < slots) & mine
+    tl.store(k_ptr + slot, k_new, mask=room)
+    tl.store(v_ptr + slot, v_new, mask=room)
+    score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale            # (BLOCK_G,)
+    top = tl.where(mine, score, -1e30)                     # the largest score so far, in powers of 2
+    total = tl.zeros((BLOCK_G,), tl.float32) + tl.where(mine, 1.0, 0.0)
+    acc = tl.where(mine, v_new.to(tl.float32)[None, :] + tl.zeros((BLOCK_G, BLOCK_D), tl.float32), 0.0)
     low = first + split * each
     for s0 in range(low, tl.minimum(low + each, held), BLOCK_S):
         at, seen = text_at + (s0 + s).to(tl.int64) * KV_HEADS * D, s0 + s < held
