@@ -60,9 +60,7 @@ class Graph:
     def __init__(self, decoder, prompt, slots, early=False):
         cache = decoder.new_cache(capacity=slots)
         first = decoder(prompt, cache)[:, -1:].argmax(-1)
-        decode_step.PDL = early
-        try: self.step = RecordedStep(decoder, len(prompt), slots)
-        finally: decode_step.PDL = False
+        self.step = RecordedStep(decoder, len(prompt), slots, early=early)
         self.step.load(cache)
         self.step.tokens.copy_(first)
 
@@ -137,12 +135,9 @@ def generation(shape, batch, args):
     decoder = random_decoder(shape)
     prompts = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt)).tolist()
     ways = {"generate, eager": (decoder, Batch, args.eager_new),
-            "generate, ours, early": (decoder.with_ops(decode_step.STEP), recorded(Batch), args.new)}
-    decode_step.PDL = True
-    try:
-        for decoder, kind, n in ways.values(): written(decoder, kind, prompts, n)
-        return {name: [written(*way[:2], prompts, way[2]) for _ in range(3)] for name, way in ways.items()}
-    finally: decode_step.PDL = False
+            "generate, ours": (decoder.with_ops(decode_step.STEP), recorded(Batch), args.new)}
+    for decoder, kind, n in ways.values(): written(decoder, kind, prompts, n)
+    return {name: [written(*way[:2], prompts, way[2]) for _ in range(3)] for name, way in ways.items()}
 
 
 def main():

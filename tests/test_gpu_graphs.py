@@ -156,15 +156,14 @@ def test_bad_input_and_bad_weights():
     (1, torch.float32, True), (1, torch.bfloat16, True), (8, torch.bfloat16, False), (8, torch.bfloat16, True)],
     ids=str)
 @torch.inference_mode()
-def test_recorded_on_a_gpu(texts, dtype, early, monkeypatch):
+def test_recorded_on_a_gpu(texts, dtype, early):
     "The graph plays what the kernels compute one by one, across blocks of the cache."
-    monkeypatch.setattr(decode_step, "PDL", early)
     decoder = decoder_of(dtype=dtype, hidden_size=256, intermediate_size=512, head_dim=64, num_attention_heads=8,
                          max_position_embeddings=512)
     prompt = torch.randint(0, 97, (texts, 56), device=DEVICE)
     cache = decoder.new_cache()
     decoder.with_ops(REFERENCE)(prompt, cache)
-    steps = [RecordedStep(decoder, texts, slots=200, graph=graph) for graph in (True, False)]
+    steps = [RecordedStep(decoder, texts, slots=200, graph=graph, early=early and graph) for graph in (True, False)]
     assert steps[0].play.graph is not None and steps[0].why_not_fused is None
     for step in steps:
         step.load(cache)

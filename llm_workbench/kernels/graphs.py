@@ -68,13 +68,14 @@ def why_not_fused(decoder: Decoder) -> str | None:
     if c.logit_multiplier != 1 or c.logit_softcap: return "a factor or a bound on the logits"
     return why_not_recorded(decoder)
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #b4838c2a
+# %% ../../nbs/09_kernels/13_graphs.ipynb #cd7fb9f5
 class RecordedStep:
     "One new token for each text of a batch, the choice of the largest logit included; on a GPU one CUDA graph."
     def __init__(self, decoder: Decoder,
                  batch: int = 1,        # texts, B
                  slots: int = 1024,     # tokens that each can have
                  *, graph: bool = True, # False: called from Python on a GPU, too
+                 early: bool | None = None, # kernels start before those in front of them end; None: where the GPU can
                 ):
         if reason := why_not_recorded(decoder): raise InputError(f"this step cannot be recorded: {reason}")
         if batch < 1 or slots < 1: raise InputError(f"a step needs texts and slots, not {batch} and {slots}")
@@ -83,7 +84,8 @@ class RecordedStep:
         self.chosen = torch.zeros(batch, dtype=torch.int64, device=device)       # the same; -1: no finite best
         self.logits: Tensor | None = None                                        # (B, V) that they were chosen from
         self.why_not_fused = why_not_fused(decoder) if batch <= MOST else f"more than {MOST} texts"
-        self.plan, self.work, self.placed = None, Work(device), places(decoder)
+        if early is None: early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.plan, self.work, self.placed = None, Work(device, early=early), places(decoder)
         if self.why_not_fused is None: self.plan, self.tables = plan(decoder.layers), tables_of(decoder, slots)
         self.cache = decoder.new_cache("static", batch=batch, slots=slots)
         with torch.inference_mode():
