@@ -7,9 +7,9 @@
 A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that
 grows; `graph` records it once, with torch's ops, over a cache of fixed shape and plays it back; `ours` records the
 kernels of `kernels.decode_step`, `ours, early` lets each start when all programs of the one before it have begun to
-work (programmatic dependent launch), `ours, at once` when they are merely there. All start behind the same prompt, in one process, in turns; speed is tokens per second of all rows together,
-beside what the memory allows: the weights and the filled part of the cache, read once in every step, at the rate at
-which `benchmarks.kernels` reads memory.
+work (programmatic dependent launch). All start behind the same prompt, in
+one process, in turns; speed is tokens per second of all rows together, beside what the memory allows: the weights and
+the filled part of the cache, read once in every step, at the rate at which `benchmarks.kernels` reads memory.
 """
 import argparse
 import statistics
@@ -57,12 +57,10 @@ class Eager:
 
 class Graph:
     "The same step recorded once; the cache has fixed slots."
-    def __init__(self, decoder, prompt, slots, early=0):
+    def __init__(self, decoder, prompt, slots, early=False):
         cache = decoder.new_cache(capacity=slots)
         first = decoder(prompt, cache)[:, -1:].argmax(-1)
-        decode_step.PDL = early
-        try: self.step = RecordedStep(decoder, len(prompt), slots)
-        finally: decode_step.PDL = 0
+        self.step = RecordedStep(decoder, len(prompt), slots, early=early)
         self.step.load(cache)
         self.step.tokens.copy_(first)
 
@@ -96,8 +94,8 @@ def measure(shape, batch, args):
     prompt = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt), device="cuda")
     fast = decoder.with_ops(decode_step.STEP)
     make = {"eager": lambda: Eager(decoder, prompt, args.slots), "graph": lambda: Graph(decoder, prompt, args.slots),
-            "ours": lambda: Graph(fast, prompt, args.slots), "ours, early": lambda: Graph(fast, prompt, args.slots, 1),
-            "ours, at once": lambda: Graph(fast, prompt, args.slots, 2)}
+            "ours": lambda: Graph(fast, prompt, args.slots),
+            "ours, early": lambda: Graph(fast, prompt, args.slots, True)}
     if args.compile: make["graph, compiled"] = lambda: Compiled(decoder, prompt, args.slots)
     peers = {}
     for name, peer in make.items():
@@ -105,7 +103,8 @@ def measure(shape, batch, args):
         except Exception as e: print(f"    {name}: {type(e).__name__}: {str(e)[:300]}", flush=True)
     if "ours" in peers and (reason := peers["ours"].step.why_not_fused): print("    not fused:", reason)
     for peer in peers.values():
-        peer.steps(args.new if not isinstance(peer, Eager) else args.eager_new)    # lengths are met for the first time here
+        # lengths are met for the first time here
+        peer.steps(args.new if not isinstance(peer, Eager) else args.eager_new)
     speeds = {name: [] for name in peers}
     for _ in range(args.rounds):
         for name, peer in peers.items():
@@ -138,7 +137,7 @@ def generation(shape, batch, args):
     ways = {"generate, eager": (decoder, Batch, args.eager_new),
             "generate, ours": (decoder.with_ops(decode_step.STEP), recorded(Batch), args.new)}
     for decoder, kind, n in ways.values(): written(decoder, kind, prompts, n)
-    return {name: [written(decoder, kind, prompts, n) for _ in range(3)] for name, (decoder, kind, n) in ways.items()}
+    return {name: [written(*way[:2], prompts, way[2]) for _ in range(3)] for name, way in ways.items()}
 
 
 def main():

@@ -57,13 +57,15 @@ class Recorded:
 
 
 class Timer:
-    "Seconds on the device from a cold L2: a large write goes before every sample."
+    """Seconds on the device from a cold L2: a large write and a large read go before every sample. The read is there
+    for what the write leaves: up to 50 MB that the sample would have to bring to memory first."""
     def __init__(self): self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
     def __call__(self, run, samples=1) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
         for start, end in pairs:
             self.flush.zero_()
+            self.flush.view(torch.int32).amax()
             start.record()
             run()
             end.record()

@@ -19,6 +19,8 @@ from llm_workbench.kernels.launching import resources, tl, triton
 
 pytestmark = pytest.mark.triton
 GPU = DEVICE == "cuda"
+# there every dtype and shape is another compilation
+SOME = [torch.float32, torch.bfloat16] if GPU else DTYPES
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +53,8 @@ def check_few_rows(run, dtype, M, K, sizes, *, norm=False, gated=False, add=None
     return as_accurate(got, want, eager)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 17])
+@pytest.mark.parametrize("dtype", SOME, ids=str)
+@pytest.mark.parametrize("M", [1, 17] if GPU else [1, 2, 17])
 def test_few_rows(dtype, M):
     check_few_rows(few_rows, dtype, M, 72, [40, 24, 24], norm=True)
     check_few_rows(few_rows, dtype, M, 72, [50, 50], norm=True, gated=True)
@@ -61,7 +63,7 @@ def test_few_rows(dtype, M):
 
 @given(st.integers(0, 32), st.integers(1, 300), st.lists(st.integers(1, 70), min_size=1, max_size=3), st.booleans(),
        st.sampled_from([None, "rows", "bias"]), st.sampled_from(DTYPES))
-@settings(max_examples=8 if GPU else 25, deadline=None, derandomize=True)
+@settings(max_examples=3 if GPU else 25, deadline=None, derandomize=True)
 def test_any_shape(M, K, sizes, norm, add, dtype):
     check_few_rows(few_rows, dtype, M, K, sizes, norm=norm, add=add)
 
@@ -99,14 +101,14 @@ def test_inputs_that_are_not_contiguous_and_outputs_in_place():
 
 @triton.jit
 def without_scale(x_ptr, norm_ptr, a_ptr, b_ptr, c_ptr, add_ptr, out_ptr, n_a, n_b, n_c, K, eps, NORM: tl.constexpr,
-                  GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  AHEAD: tl.constexpr):
+                  GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, FIRST: tl.constexpr):
     "Wrong: forgets the mean in the mean square."
     row, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     g = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    w = tl.load(a_ptr + row[:, None] * K + k[None, :], mask=(row < n_a)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-    out = tl.sum(w * (x * g * tl.rsqrt(tl.sum(x * x, 0) + eps))[None, :], 1)
+    w = tl.load(a_ptr + row[:, None] * K + k[None, :], mask=(row < n_a)[:, None] & (k < K)[None, :], other=0.0)
+    out = tl.sum(w.to(tl.float32) * (x * g * tl.rsqrt(tl.sum(x * x, 0) + eps))[None, :], 1)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=row < n_a)
 
 
@@ -118,6 +120,7 @@ def test_wrong_products_are_noticed(monkeypatch):
     swapped = lambda x, weights, **o: few_rows(x, weights[::-1], **o)
     assert rejects(check_few_rows, swapped, torch.float32, 1, 72, [40, 40], gated=True)
     assert rejects(check_few_rows, swapped, torch.float32, 3, 72, [40, 20, 20])
+    if GPU: return                                                # there the next one is a race, which may end well
     early = lambda x, weights, **o: few_rows(x, weights, config=dict(
         BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, SPLIT=2, num_warps=4, num_stages=2), work=tired(), **o)
     assert rejects(check_few_rows, early, torch.float32, 3, 128, [40])        # a counter that was not zero
@@ -131,11 +134,36 @@ def tired():
 
 def test_bad_products_are_refused():
     x, w = randn(2, 64), randn(8, 64)
-    for bad in (lambda: few_rows(randn(33, 64), [w]), lambda: few_rows(x, [w, w, w, w]), lambda: few_rows(x, [w], gated=True),
-                lambda: few_rows(x.half(), [w]), lambda: few_rows(x.double(), [w.double()]), lambda: few_rows(x, [randn(8, 60)]),
-                lambda: few_rows(x, [randn(64, 8).T]), lambda: few_rows(x, [w], norm=randn(8)), lambda: few_rows(x, [w], add=randn(3)),
-                lambda: few_rows(x, [w], out=randn(2, 9)), lambda: few_rows(x[0], [w]), lambda: few_rows(x, [w.to("meta")])):
+    for bad in (lambda: few_rows(randn(33, 64), [w]), lambda: few_rows(x, [w] * 4),
+                lambda: few_rows(x, [w], gated=True),
+                lambda: few_rows(x.half(), [w]), lambda: few_rows(x.double(), [w.double()]),
+                lambda: few_rows(x, [randn(8, 60)]), lambda: few_rows(x, [randn(64, 8).T]),
+                lambda: few_rows(x, [w], norm=randn(8)), lambda: few_rows(x, [w], add=randn(3)),
+                lambda: few_rows(x, [w], out=randn(2, 9)), lambda: few_rows(x[0], [w]),
+                lambda: few_rows(x, [w.to("meta")])):
         with pytest.raises(InputError, match="few_rows takes"): bad()
+
+
+@pytest.mark.parametrize("dtype", SOME, ids=str)
+def test_a_norm_at_both_ends(dtype):
+    "What writes the stream prepares the next norm, what reads it scales: as if the norm had stood between them."
+    M, C = 5, 80
+    x, w = randn(M, 72, dtype=dtype), randn(C, 72, dtype=dtype, seed=1, scale=0.1)
+    more = randn(M, C, dtype=dtype, seed=2)
+    g, after = randn(C, dtype=dtype, seed=3).abs(), randn(40, C, dtype=dtype, seed=4, scale=0.1)
+    plan = object.__new__(decode_step.Plan)
+    first = type("", (), dict(attn_norm=randn(C, dtype=dtype, seed=5)))()
+    plan.layers = [first]
+    product = plan.several_texts(more, 1e-5, Work(DEVICE))
+    out, last = (torch.empty(M, n, dtype=dtype, device=DEVICE) for n in (C, 40))
+    product(more, [after], last, first.attn_norm)                               # behind the embedding
+    twin = lambda f, x, g: F.linear(REFERENCE.rms_norm(x.to(f), g.to(f), 1e-5), after.to(f))
+    as_accurate(last, twin(torch.float64, more, first.attn_norm), twin(dtype, more, first.attn_norm))
+    product(x, [w], out, add=more, following=g)
+    as_accurate(out, F.linear(x.double(), w.double()) + more.double(), F.linear(x, w) + more)
+    product(out, [after], last, g)
+    as_accurate(last, twin(torch.float64, out, g), twin(dtype, out, g))
+    assert rejects(as_accurate, last, twin(torch.float64, out, first.attn_norm), twin(dtype, out, first.attn_norm))
 
 
 # -------------------------------------------------------------------------------------------------------- the op
@@ -195,7 +223,7 @@ def check_attend(run, dtype, B, slots, K, D, G, lengths, R=None, seed=0, **optio
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME, ids=str)
 def test_attend(dtype):
     check_attend(attend, dtype, 2, 100, 2, 16, 3, [70, 3])
     check_attend(attend, dtype, 1, 12, 1, 24, 1, [0], R=8)
@@ -203,9 +231,9 @@ def test_attend(dtype):
 
 
 @given(st.lists(st.integers(0, 150), min_size=1, max_size=3), st.sampled_from([(1, 1), (2, 3), (3, 4), (1, 17)]),
-       st.sampled_from([(8, 8), (16, 0), (20, 12), (64, 64)]), st.sampled_from([None, 1, 40]), st.sampled_from([1, 2, 8]),
-       st.sampled_from(DTYPES))
-@settings(max_examples=8 if GPU else 20, deadline=None, derandomize=True)
+       st.sampled_from([(8, 8), (16, 0), (20, 12), (64, 64)]), st.sampled_from([None, 1, 40]),
+       st.sampled_from([1, 2, 8]), st.sampled_from(DTYPES))
+@settings(max_examples=3 if GPU else 20, deadline=None, derandomize=True)
 def test_any_past(lengths, heads, sizes, window, splits, dtype):
     (K, G), (D, R) = heads, sizes
     config = dict(BLOCK_G=16 if G <= 16 else 32, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=16, SPLITS=splits,
@@ -248,13 +276,14 @@ def test_bad_attention_is_refused():
     qkv, cos, sin, held, k, v = past(2, 20, 2, 16, 3, [3, 4], torch.float32, 16)
     for bad in (lambda: attend(qkv[:, :-1], cos, sin, held, k, v, 6), lambda: attend(qkv, cos, sin, held, k, v, 5),
                 lambda: attend(qkv, cos, sin, held.int(), k, v, 6), lambda: attend(qkv, cos, sin, held, k.half(), v, 6),
-                lambda: attend(qkv, cos[:1], sin[:1], held, k, v, 6), lambda: attend(qkv, cos, sin, held, k[:, ::2], v[:, ::2], 6),
+                lambda: attend(qkv, cos[:1], sin[:1], held, k, v, 6),
+                lambda: attend(qkv, cos, sin, held, k[:, ::2], v[:, ::2], 6),
                 lambda: attend(qkv, cos, sin, held, k, v, 6, by_position=True)):
         with pytest.raises(InputError, match="attend takes"): bad()
 
 
 # ------------------------------------------------------------------------------------------------- the best token
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME, ids=str)
 def test_greedy(dtype):
     logits = randn(3, 9001, dtype=dtype)
     logits[1, 8999] = 50.0
@@ -280,7 +309,7 @@ def test_ties_go_to_the_first_and_bad_rows_to_none():
 
 
 def test_norm():
-    for dtype in DTYPES:
+    for dtype in SOME:
         x, g = randn(5, 300, dtype=dtype)[:, ::2], randn(150, dtype=dtype, seed=1)
         want = TORCH.rms_norm(x.contiguous().double(), g.double(), 1e-5)
         as_accurate(normed(x.contiguous(), g, 1e-5), want, TORCH.rms_norm(x, g, 1e-5))
@@ -295,7 +324,7 @@ def pair_of(family, variant, changes, dtype=torch.float32):
     return decoder.with_ops(TORCH), decoder.with_ops(STEP if GPU else TORCH.but(blocks=decode_step.FusedBlocks(TORCH)))
 
 
-@pytest.mark.parametrize("family,variant,changes", FUSED, ids=str)
+@pytest.mark.parametrize("family,variant,changes", FUSED[:2] if GPU else FUSED, ids=str)
 @torch.inference_mode()
 def test_steps_equal_the_ordinary_ones(family, variant, changes, monkeypatch):
     plain, ours = pair_of(family, variant, changes)
@@ -350,13 +379,11 @@ def test_compiled_for_sm_90():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("M,dtype", [(1, torch.bfloat16), (1, torch.float32), (7, torch.bfloat16), (32, torch.bfloat16),
-                                     (32, torch.float16)], ids=str)
+@pytest.mark.parametrize("M,dtype", [(1, torch.bfloat16), (1, torch.float32), (32, torch.bfloat16)], ids=str)
 def test_real_shapes(M, dtype):
     check_few_rows(few_rows, dtype, M, 4096, [4096, 1024, 1024], norm=True)
     check_few_rows(few_rows, dtype, M, 4096, [14336, 14336], norm=True, gated=True)
     check_few_rows(few_rows, dtype, M, 14336, [4096], add="rows")
     check_few_rows(few_rows, dtype, M, 576, [576, 192, 192], norm=True)
-    check_few_rows(few_rows, dtype, M, 576, [49152], norm=True)
     check_attend(attend, dtype, M, 2048, 8, 128, 4, [(997 * b) % 2047 for b in range(M)])
     check_attend(attend, dtype, M, 700, 3, 64, 3, [600 + b for b in range(M)])
