@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help lab test notebooks export bench gpu clean
+.PHONY: help lab test notebooks export bench gpu decode clean
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -31,9 +31,13 @@ bench: $(STAMP)  ## measure this machine; results go to benchmarks/results/<devi
 # Such a machine often brings a torch of its own and cannot build the environment: then its Python does.
 GPU_PY = $(or $(and $(wildcard $(STAMP)),$(PY)),$(shell \
 	for p in python3 python $(PYTHON); do $$p -c "import torch" 2>/dev/null && { echo $$p; break; }; done))
-gpu:             ## on a machine with an NVIDIA GPU: the CUDA tests and benchmarks; results as for bench
+gpu:             ## on a machine with an NVIDIA GPU: the CUDA tests, then the kernels' benchmarks; results as for bench
 	@py="$(GPU_PY)"; test -n "$$py" || { echo "No Python here has torch: run make lab first"; exit 1; }; set -ex; \
-	"$$py" -m benchmarks.cuda_tests; "$$py" -m benchmarks.decode --device cuda $(BENCH_ARGS); "$$py" -m benchmarks.graphs
+	"$$py" -m benchmarks.cuda_tests; "$$py" -m benchmarks.kernels --dry; "$$py" -m benchmarks.kernels
+
+decode:          ## on such a machine: the embedded model against its peers, and decode steps with and without a graph
+	@py="$(GPU_PY)"; test -n "$$py" || { echo "No Python here has torch: run make lab first"; exit 1; }; set -ex; \
+	"$$py" -m benchmarks.decode --device cuda $(BENCH_ARGS); "$$py" -m benchmarks.graphs
 
 $(STAMP): settings.ini setup.py constraints.txt tools/install.py
 	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11, 3.12 or 3.13, or run make PYTHON=/path/to/python"; exit 1; }

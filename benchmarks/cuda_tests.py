@@ -3,7 +3,7 @@
     python -m benchmarks.cuda_tests            # all of them
     python -m benchmarks.cuda_tests -k graph   # options for pytest
 
-Needs what the tests need: torch, transformers, numpy, pytest, fastcore, gguf, pandas.
+Needs what the tests need: torch, triton, transformers, numpy, pytest, hypothesis, fastcore, gguf, pandas.
 """
 import sys
 from pathlib import Path

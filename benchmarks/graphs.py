@@ -1,12 +1,15 @@
-"""What does recording a decode step bring? One token at a time on a GPU, from Python and from a CUDA graph.
+"""What do recording a decode step and fusing its kernels bring? One token at a time on a GPU.
 
     python -m benchmarks.graphs                       # three shapes, bf16, random weights
     python -m benchmarks.graphs --shapes SmolLM2-135M --batches 1
+    python -m benchmarks.graphs --compile             # also torch.compile inside the graph: minutes
 
 A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that
-grows; `graph` records it once over a cache of fixed shape and plays it back. Both start behind the same prompt, in one
-process, in turns; speed is tokens per second of all rows together, beside what the memory allows: the weights and the
-filled part of the cache, read once in every step.
+grows; `graph` records it once, with torch's ops, over a cache of fixed shape and plays it back; `ours` records the
+kernels of `kernels.decode_step`, `ours, early` lets each start when all programs of the one before it have begun to
+work (programmatic dependent launch), `ours, at once` when they are merely there. All start behind the same prompt, in one process, in turns; speed is tokens per second of all rows together,
+beside what the memory allows: the weights and the filled part of the cache, read once in every step, at the rate at
+which `benchmarks.kernels` reads memory.
 """
 import argparse
 import statistics
@@ -15,11 +18,15 @@ import time
 
 import torch
 
+from benchmarks.gpu.reading import read_sum
+from benchmarks.kernels import Timer
 from benchmarks.record import record
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.layers import ModelConfig
 from llm_workbench.architecture.ops import TORCH
-from llm_workbench.hardware.machine import read_bandwidth
+from llm_workbench.inference.generation import Batch, generate_tokens
+from llm_workbench.kernels import decode_step
+from llm_workbench.kernels.graphs import RecordedStep, recorded
 
 SHAPES = {  # sizes of released configurations: V, C, F, layers, H, K, D, tied
     "SmolLM2-135M": (49152, 576, 1536, 30, 9, 3, 64, True),
@@ -45,22 +52,32 @@ class Eager:
     def steps(self, n):
         for _ in range(n): self.token = self.decoder(self.token, self.cache).argmax(-1)
 
+    def again(self, prompt_tokens): self.cache.truncate(prompt_tokens)
+
 
 class Graph:
     "The same step recorded once; the cache has fixed slots."
-    def __init__(self, decoder, prompt, slots):
-        self.cache = decoder.new_cache("static", batch=len(prompt), slots=slots)
-        self.token = decoder(prompt, self.cache)[:, -1:].argmax(-1)
-        self.played, prompt_tokens = 0, prompt.shape[1]
-        for _ in range(3):
-            self.token.copy_(decoder(self.token, self.cache).argmax(-1))     # warm-up: libraries are loaded
-        torch.cuda.synchronize()
-        self.cache.truncate(prompt_tokens)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph): self.token.copy_(decoder(self.token, self.cache).argmax(-1))
+    def __init__(self, decoder, prompt, slots, early=0):
+        cache = decoder.new_cache(capacity=slots)
+        first = decoder(prompt, cache)[:, -1:].argmax(-1)
+        decode_step.PDL = early
+        try: self.step = RecordedStep(decoder, len(prompt), slots)
+        finally: decode_step.PDL = 0
+        self.step.load(cache)
+        self.step.tokens.copy_(first)
 
     def steps(self, n):
-        for _ in range(n): self.graph.replay()
+        for _ in range(n): self.step.run()
+
+    def again(self, prompt_tokens): self.step.reset([prompt_tokens] * self.step.batch)
+
+
+class Compiled(Graph):
+    "The step of torch's ops through torch.compile, then recorded."
+    def __init__(self, decoder, prompt, slots):
+        decoder = decoder.with_ops(TORCH)
+        for i, layer in enumerate(decoder.layers): decoder.layers[i] = torch.compile(layer, dynamic=False)
+        super().__init__(decoder, prompt, slots)
 
 
 def timed(peer, n):
@@ -77,14 +94,23 @@ def measure(shape, batch, args):
     "Tokens per second of both ways in every round, and the bytes that a step has to read."
     decoder = random_decoder(shape)
     prompt = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt), device="cuda")
-    peers = {"eager": Eager(decoder, prompt, args.slots), "graph": Graph(decoder, prompt, args.slots)}
+    fast = decoder.with_ops(decode_step.STEP)
+    make = {"eager": lambda: Eager(decoder, prompt, args.slots), "graph": lambda: Graph(decoder, prompt, args.slots),
+            "ours": lambda: Graph(fast, prompt, args.slots), "ours, early": lambda: Graph(fast, prompt, args.slots, 1),
+            "ours, at once": lambda: Graph(fast, prompt, args.slots, 2)}
+    if args.compile: make["graph, compiled"] = lambda: Compiled(decoder, prompt, args.slots)
+    peers = {}
+    for name, peer in make.items():
+        try: peers[name] = peer()
+        except Exception as e: print(f"    {name}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+    if "ours" in peers and (reason := peers["ours"].step.why_not_fused): print("    not fused:", reason)
     for peer in peers.values():
-        peer.steps(args.new)                              # lengths are met for the first time here
+        peer.steps(args.new if not isinstance(peer, Eager) else args.eager_new)    # lengths are met for the first time here
     speeds = {name: [] for name in peers}
     for _ in range(args.rounds):
         for name, peer in peers.items():
-            peer.cache.truncate(args.prompt)
-            speeds[name].append(batch / timed(peer, args.new))
+            peer.again(args.prompt)
+            speeds[name].append(batch / timed(peer, args.new if not isinstance(peer, Eager) else args.eager_new))
     c, held = decoder.config, args.prompt + args.new / 2
     # rows are looked up
     weights = sum(p.nbytes for p in decoder.parameters()) - (
@@ -94,6 +120,27 @@ def measure(shape, batch, args):
     return speeds, weights + cache
 
 
+@torch.inference_mode()
+def written(decoder, batch, prompts, n):
+    "Tokens per second of generation as a user calls it: every token is read by the host. Without prompt and recording."
+    rows = generate_tokens(decoder, prompts, batch=batch, max_new_tokens=n + 2)
+    for _ in range(2): next(rows)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in rows: pass
+    return len(prompts) * n / (time.perf_counter() - start)
+
+
+def generation(shape, batch, args):
+    "The ordinary loop against the recorded one."
+    decoder = random_decoder(shape)
+    prompts = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt)).tolist()
+    ways = {"generate, eager": (decoder, Batch, args.eager_new),
+            "generate, ours": (decoder.with_ops(decode_step.STEP), recorded(Batch), args.new)}
+    for decoder, kind, n in ways.values(): written(decoder, kind, prompts, n)
+    return {name: [written(decoder, kind, prompts, n) for _ in range(3)] for name, (decoder, kind, n) in ways.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -101,38 +148,47 @@ def main():
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--slots", type=int, default=1024)
+    parser.add_argument("--eager-new", type=int, default=16, help="tokens of the eager way: it is slow")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="torch.compile inside the graph as well")
     args = parser.parse_args()
     if not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU: a CUDA graph needs one")
-    bandwidth = [read_bandwidth(4 * 2**30, device="cuda") / 1e9 for _ in range(args.rounds)]
-    samples, ratios, shares = {"read bandwidth": bandwidth}, {}, {}
+    torch.manual_seed(0)
+    timer, big = Timer(), torch.ones(2**30, device="cuda", dtype=torch.bfloat16)
+    bandwidth = [big.nbytes / s / 1e9 for s in timer(lambda: read_sum(big), 8)][3:]
+    del big
+    samples, ratios, against, shares = {"read bandwidth": bandwidth}, {}, {}, {}
     for shape in args.shapes:
         for batch in args.batches:
+            start = time.time()
             speeds, nbytes = measure(shape, batch, args)
+            if batch == 1:
+                try: speeds |= generation(shape, batch, args)
+                except Exception as e: print(f"    generation: {type(e).__name__}: {str(e)[:300]}", flush=True)
             label = f"{shape}, batch {batch}"
             samples |= {f"{name}, {label}": values for name, values in speeds.items()}
             middle = {name: statistics.median(values) for name, values in speeds.items()}
-            ratios[label] = statistics.median(g / e for g, e in zip(speeds["graph"], speeds["eager"]))
+            if "graph" in middle: ratios[label] = middle["graph"] / middle["eager"]
+            against |= {f"{name}, {label}": m / middle.get("graph", m) for name, m in middle.items() if "ours" in name}
             shares |= {
                 f"{name}, {label}": m / batch * nbytes / (statistics.median(bandwidth) * 1e9)
                 for name, m in middle.items()
             }
-            print(
-                f"{label:24} eager {middle['eager']:8.0f} tok/s   graph {middle['graph']:8.0f} tok/s   "
-                f"{ratios[label]:.2f}x   "
-                f"share of read bandwidth {shares[f'eager, {label}']:.2f} -> {shares[f'graph, {label}']:.2f}",
-                flush=True,
-            )
+            print(f"{label} ({time.time() - start:.0f} s)", flush=True)
+            for name, m in middle.items():
+                print(f"    {name:16} {m:9.0f} tok/s  {batch / m * 1e6:8.1f} us a step  "
+                      f"{shares[f'{name}, {label}']:.3f} of read", flush=True)
             torch.cuda.empty_cache()
-    units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
-    out = record(
-        "graphs",
-        samples,
-        units,
-        ratios=ratios,
-        shares=shares,
-        settings={k: getattr(args, k) for k in ("prompt", "new", "slots", "rounds")},
-    )
+            units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
+            out = record(
+                "graphs",
+                samples,
+                units,
+                ratios=ratios,
+                times_the_graph=against,
+                shares=shares,
+                settings={k: getattr(args, k) for k in ("prompt", "new", "eager_new", "slots", "rounds")},
+            )
     print(f"written to {out.relative_to(out.parents[3])}")
 
 

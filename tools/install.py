@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED_GB = 8
+# Runs the Triton kernels without a GPU, as plain Python. No pin: torch's CUDA build brings the triton that fits it.
+INTERPRETER = "triton==3.6.0"
 # llama.cpp's AMX path crashes on virtualised CPUs; without it the build keeps AVX-512 and is the same elsewhere.
 LLAMA_CMAKE_ARGS = "-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__"
 # Without bytecode, which would be made for all and is made for what is imported.
@@ -100,6 +102,7 @@ def packages():
     if sys.platform == "linux":  # the pins are complete there: no search, and nothing brings llama.cpp with it
         others = [pin for name, pin in exact.items() if name != LLAMA_CPP]
         run("installing the pinned versions", *PIP, "--no-deps", *others)
+        if not any(metadata.distributions(name="triton")): run("installing triton", *PIP, "--no-deps", INTERPRETER)
         run("installing llm_workbench", *PIP, "--no-deps", "-e", ".")
     else: run("installing llm_workbench and its requirements (several minutes)", *PIP, "-e", ".[dev]")
     run("registering the Jupyter kernel", sys.executable, "-m", "ipykernel", "install", "--sys-prefix",

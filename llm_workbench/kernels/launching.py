@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NARROW', 'COUNTED', 'TOOLS', 'RUN', 'triton_or_reason', 'interpreting', 'mend_interpreter', 'add_kernel', 'need',
-           'runnable', 'add', 'Launch', 'used', 'resources']
+           'runnable', 'add', 'seen_by_torch', 'Launch', 'used', 'resources']
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #673b3d7a
+# %% ../../nbs/09_kernels/04_launching.ipynb #e2bc3a4d
 import json
 import os
 import re
@@ -22,17 +22,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import llm_workbench as pkg
 from ..errors import InputError, UnsupportedError
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #b56e06a6
+# %% ../../nbs/09_kernels/04_launching.ipynb #c3a1dd56
 def triton_or_reason() -> str | None:
     "Import Triton for this machine: compiled with a GPU, interpreted without. None, or why that cannot be."
-    if "triton" not in sys.modules and not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
-    try: import triton.language as tl
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        if "triton" in sys.modules:
+            return ("Triton was imported before it could be told to interpret: import llm_workbench.kernels.launching "
+                    "first, or set TRITON_INTERPRET=1 before Python starts")
+        os.environ["TRITON_INTERPRET"] = "1"
+    try: import triton.language
     except ImportError as e:
         return f"Triton is not here ({e}): on Linux, pip install triton==3.6.0; elsewhere there is none"
-    if not torch.cuda.is_available() and interpreting() and not hasattr(tl.sum, "rewrite"):
-        return "Triton was imported before TRITON_INTERPRET was set: set TRITON_INTERPRET=1 before Python starts"
 
 def interpreting() -> bool:
     "Are kernels run by the interpreter in this process?"
@@ -88,7 +91,7 @@ def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, (x + y).to(out_ptr.dtype.element_ty), mask=inside)
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #dfed9e75
+# %% ../../nbs/09_kernels/04_launching.ipynb #ce29a29b
 def need(fits: bool, kernel: str, takes: str):
     "Raise InputError unless `fits`: `kernel` and what it takes."
     if not fits: raise InputError(f"{kernel} takes {takes}")
@@ -99,60 +102,78 @@ def runnable(kernel: str, *tensors: Tensor | None):
     need(len(devices) == 1, kernel, f"tensors on one device, not on {', '.join(sorted(map(str, devices)))}")
     kind = devices.pop().type
     if interpreting(): need(kind == "cpu", kernel, f"tensors of the CPU under TRITON_INTERPRET=1, not of {kind}")
-    else: need(kind == "cuda", kernel, f"tensors of a CUDA device, not of {kind} (to step through it on the CPU: TRITON_INTERPRET=1)")
+    else: need(kind == "cuda", kernel, f"tensors of a CUDA device, not of {kind} (on the CPU: set TRITON_INTERPRET=1)")
 
 def add(x: Tensor,      # (N,) of any dtype that torch adds
         y: Tensor,      # like x
        ) -> Tensor:     # (N,)
     "x + y, rounded once. Raises InputError for what the kernel does not take."
     runnable("add", x, y)
-    need(x.shape == y.shape and x.dtype == y.dtype, "add", f"two tensors alike, not {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
+    alike = x.shape == y.shape and x.dtype == y.dtype
+    need(alike, "add", f"two tensors alike, not {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty_like(x)
     add_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, out, x.numel(), BLOCK=1024)
     return out
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #50b6ba4c
+# %% ../../nbs/09_kernels/04_launching.ipynb #77583810
+def seen_by_torch(*tensors: Tensor | None) -> bool:
+    "Must a call go through torch, because a gradient is wanted or torch is compiling?"
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted or torch.compiler.is_compiling()
+
+# %% ../../nbs/09_kernels/04_launching.ipynb #4015492f
 @dataclass(frozen=True)
 class Launch:
     "One way in which a kernel is called."
     kernel: str                                   # "module:name"
-    types: Sequence[str]                          # of the arguments that are no constants: "*bf16", "i32", "i32:16", "fp32"
-    constants: dict = field(default_factory=dict) # the tl.constexpr arguments
+    types: Sequence[str]                          # of all arguments but the constants: "*bf16", "i32", "i32:16", "fp32"
+    constants: dict = field(default_factory=dict) # the tl.constexpr arguments; a type by its name, "fp32"
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None                    # registers a thread, where the launcher says so
     label: str = ""                               # how the table calls it
 
 COUNTED = dict(wgmma=r"wgmma\.mma_async", tma=r"cp\.async\.bulk\.tensor", cp_async=r"cp\.async\.c[ag]",
                wide_loads=r"ld\.global[^;]*\.v(4\.b32|2\.b64|8\.b32)", atomics=r"\b(atom|red)\.")       # in PTX
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #d23659f8
+# %% ../../nbs/09_kernels/04_launching.ipynb #994ba8ea
 def _signature(kernel, launch: Launch):
     "What triton.compile wants to know: types and known divisors by position."
     names = [p.name for p in kernel.params]
     open_names = [n for n in names if n not in launch.constants]
-    if len(open_names) != len(launch.types):
-        raise InputError(f"{launch.kernel} has the arguments {', '.join(open_names)}; {len(launch.types)} types are given")
-    types = dict(zip(open_names, launch.types))
+    if len(open_names) != len(given := launch.types):
+        raise InputError(f"{launch.kernel} has the arguments {', '.join(open_names)}; {len(given)} types are given")
+    types = dict(zip(open_names, given))
     signature = {n: types[n].partition(":")[0] if n in types else "constexpr" for n in names}
-    divisible = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*" or t.endswith(":16")}
-    return signature, divisible
+    by_16 = [n for n, t in types.items() if t[0] == "*" or t.endswith(":16")]
+    return signature, {(names.index(n),): [["tt.divisibility", 16]] for n in by_16}
 
 def _compile(launch: Launch) -> dict:
     "Compile for compute capability 9.0 in this process and read the result."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     module, _, name = launch.kernel.partition(":")
     kernel = getattr(import_module(module), name)
     signature, divisible = _signature(kernel, launch)
-    source = ASTSource(kernel, signature, constexprs=dict(launch.constants), attrs=divisible)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                          options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages))
+    types = {t.name: t for t in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}     # "fp32" stands for tl.float32
+    constants = {name: types.get(value, value) for name, value in launch.constants.items()}
+    language = GluonASTSource if kernel.is_gluon() else ASTSource       # Gluon: Triton's layer below, for Hopper only
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.maxnreg)
+    made = triton.compile(language(kernel, signature, constexprs=constants, attrs=divisible),
+                          target=GPUTarget("cuda", 90, 32), options=options)
     counts = {what: len(re.findall(pattern, made.asm["ptx"])) for what, pattern in COUNTED.items()}
     return dict(kernel=launch.label or name, **used(made.asm["cubin"]), shared=made.metadata.shared, **counts)
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #9b9a4671
+# %% ../../nbs/09_kernels/04_launching.ipynb #d1993a24
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+def _told(tool: str, *arguments: str) -> str:
+    "What one of NVIDIA's tools prints."
+    try: return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise UnsupportedError(f"{tool}, which comes with Triton, does not run here: {e}") from None
 
 def used(cubin: bytes    # machine code
         ) -> dict:       # registers a thread, bytes of stack a thread, spilling instructions
@@ -160,19 +181,21 @@ def used(cubin: bytes    # machine code
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        try: run = lambda tool, *options: subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-        except OSError as e: raise UnsupportedError(f"NVIDIA's {e.filename} does not run here") from None
-        usage, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c") if (TOOLS / "nvdisasm").exists() else ""
+        usage, code = _told("cuobjdump", "-res-usage", file.name), _told("nvdisasm", "-c", file.name)
     number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])
     return dict(registers=number("REG"), stack=number("STACK"), spills=len(re.findall(r"\b(?:LDL|STL)\b", code)))
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #eb71976b
-RUN = "import json, sys\nfrom llm_workbench.kernels import launching as l\nprint(json.dumps([l._compile(l.Launch(**x)) for x in json.load(sys.stdin)]))"
+# %% ../../nbs/09_kernels/04_launching.ipynb #89f4f279
+RUN = """import json, sys
+from llm_workbench.kernels import launching as l
+print(json.dumps([l._compile(l.Launch(**x)) for x in json.load(sys.stdin)]))"""
 
 def resources(*launches: Launch) -> "pandas.DataFrame":
     "What each launch takes on an H100 or H200: compiled on this machine, which needs no GPU. Raises UnsupportedError."
     import pandas as pd
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-c", RUN], input=json.dumps([asdict(x) for x in launches]), env=env, capture_output=True, text=True)
-    if done.returncode: raise UnsupportedError("Triton cannot compile this for compute capability 9.0: " + done.stderr.strip()[-600:])
+    path = os.pathsep.join(filter(None, [str(Path(pkg.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", RUN], input=json.dumps([asdict(x) for x in launches]), text=True,
+                          capture_output=True, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path})
+    if done.returncode:
+        raise UnsupportedError(f"Triton cannot compile this for compute capability 9.0: {done.stderr.strip()[-600:]}")
     return pd.DataFrame(json.loads(done.stdout.splitlines()[-1])).set_index("kernel")

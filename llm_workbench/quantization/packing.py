@@ -74,7 +74,7 @@ class Packed:
 # %% ../../nbs/08_quantization/02_packing.ipynb #a417d885
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]     # of each tensor: its shape and its dtype
 
-PIECE = 2**16     # weights that are packed at a time: what is needed meanwhile is a few times that, whatever the matrix
+PIECE = 2**15     # weights that are packed at a time: what is needed meanwhile is a few times that, whatever the matrix
 
 def rows_at_once(shape: tuple[int, ...]) -> int: return max(1, PIECE // max(1, shape[-1]))
 
