@@ -122,7 +122,7 @@ def seen_by_torch(*tensors: Tensor | None) -> bool:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return wanted or torch.compiler.is_compiling()
 
-# %% ../../nbs/09_kernels/04_launching.ipynb #4015492f
+# %% ../../nbs/09_kernels/04_launching.ipynb #770cd7f2
 @dataclass(frozen=True)
 class Launch:
     "One way in which a kernel is called."
@@ -131,8 +131,8 @@ class Launch:
     constants: dict = field(default_factory=dict) # the tl.constexpr arguments; a type by its name, "fp32"
     num_warps: int = 4
     num_stages: int = 3
-    maxnreg: int | None = None                    # registers a thread, where the launcher says so
     label: str = ""                               # how the table calls it
+    maxnreg: int | None = None                    # registers a thread, where the launcher says so
 
 COUNTED = dict(wgmma=r"wgmma\.mma_async", tma=r"cp\.async\.bulk\.tensor", cp_async=r"cp\.async\.c[ag]",
                wide_loads=r"ld\.global[^;]*\.v(4\.b32|2\.b64|8\.b32)", atomics=r"\b(atom|red)\.")       # in PTX
