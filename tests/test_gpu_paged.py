@@ -141,6 +141,7 @@ def test_append_writes_what_the_plain_form_writes(R, kv):
 def test_hopper_code_spills_nothing():
     launches = [pd.decode_launch(d) for d in DTYPES] + [pd.decode_launch(kv=kv) for kv in NARROW]
     launches += [pd.decode_launch(page=None), pd.decode_launch(D=64, Dv=64, group=3)]
+    launches += [pd.decode_launch(D=576, Dv=512, group=g, latent=True) for g in (16, 128)]
     table = resources(*launches)
     assert (table[["stack", "spills"]] == 0).all().all(), table
     assert (table.shared <= 227 * 1024).all(), table

@@ -149,7 +149,7 @@ def merge_kernel(part_ptr, lse_ptr, out_ptr, splits, Dv, BLOCK_S: tl.constexpr, 
     out = tl.sum(weight[:, None] * part, 0) / tl.where(total > 0, total, 1.0)                    # (BLOCK_V,)
     tl.store(out_ptr + head * Dv + e, out.to(out_ptr.dtype.element_ty), mask=e < Dv)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #ffef7b32
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #7b1a97aa
 @dataclass(frozen=True)
 class Config:
     "How the work is cut."
@@ -168,9 +168,10 @@ def config_for(D: int,          # of a key
                itemsize: int,   # bytes a number
                group: int,      # query heads that share K and V
               ) -> Config:
-    "About 32 KB a tile and stage, and two programs on a multiprocessor."
-    keys = min(128, max(16, power(32768 // ((D + Dv) * itemsize) + 1) // 2))
-    return Config(keys)
+    "About 32 KB a tile and stage, and two programs on a multiprocessor; less where a thread's registers would not do."
+    if itemsize == 4: return Config(16, warps=8, stages=2)
+    if D > 256: return Config(32, warps=8, stages=2)
+    return Config(min(128, max(16, power(32768 // ((D + Dv) * itemsize) + 1) // 2)))
 
 @cache
 def multiprocessors(device: torch.device) -> int:
