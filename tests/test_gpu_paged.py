@@ -65,6 +65,14 @@ def test_narrow_codes(kv, dtype):
     checked(pd.paged_attention, args, scales)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(window=9, softcap=2.0)], ids=str)
+@pytest.mark.parametrize("kv", NARROW, ids=str)
+def test_codes_read_four_at_a_time(kv, options):
+    args, scales = case(B=3, M=3, page=8, D=64, Dv=64, kv=kv, dtype=torch.bfloat16)
+    for config in (pd.Config(16, splits=2), pd.Config(16, words=False)):
+        checked(pd.paged_attention, args, scales, config, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_latent_attention_reads_the_keys_once(dtype):
     (q, k, _, table, lengths), _ = case(H=6, K=1, D=24, dtype=dtype)
@@ -142,6 +150,7 @@ def test_hopper_code_spills_nothing():
     launches = [pd.decode_launch(d) for d in DTYPES] + [pd.decode_launch(kv=kv) for kv in NARROW]
     launches += [pd.decode_launch(page=None), pd.decode_launch(D=64, Dv=64, group=3)]
     launches += [pd.decode_launch(D=576, Dv=512, group=g, latent=True) for g in (16, 128)]
+    launches += [pd.append_launch(kv=kv) for kv in (None, *NARROW)] + [pd.merge_launch(4, pdl=True), pd.merge_launch(128)]
     table = resources(*launches)
     assert (table[["stack", "spills"]] == 0).all().all(), table
     assert (table.shared <= 227 * 1024).all(), table
@@ -190,3 +199,4 @@ def test_real_shapes_on_a_gpu():
     for dtype, kv in [(torch.bfloat16, None), (torch.bfloat16, torch.float8_e4m3fn), (torch.float16, torch.int8)]:
         args, scales = case(B=3, M=40, page=16, H=32, K=8, D=128, Dv=128, dtype=dtype, kv=kv)
         checked(pd.paged_attention, args, scales, config=None)
+        for config in (pd.Config(64, 5, pdl=True), pd.Config(128, 1, warps=8)): checked(pd.paged_attention, args, scales, config)
