@@ -1,7 +1,7 @@
 """Attention of one query over a paged cache, and the launch that fills it: 32 heads over 8 of 128 unless said, bf16.
 
-Peers: the pages gathered first and then SDPA; SDPA alone over a cache that lies in one piece (no pages: what a paged
-kernel may cost); other configurations of the kernel.
+Peers: the pages gathered first and then SDPA; SDPA and flex_attention over a cache that lies in one piece (no pages: what
+a paged kernel may cost); other configurations of the kernel, the first of them the rungs of the chapter's ladder.
 """
 from dataclasses import replace
 
@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels import Case
+from llm_workbench.architecture.rope import rotate
 from llm_workbench.kernels import paged_decode as pd
 from llm_workbench.kernels.paged_decode import Config
 
 H, K, D, BF16 = 32, 8, 128, torch.bfloat16
 
 
-def cut(keys, warps, stages, splits=None): return Config(keys, splits, warps, stages)
+def cut(keys, warps, stages, splits=None, **more): return Config(keys, splits, warps, stages, **more)
+
+
+def name(c):
+    parts = [f"{c.keys} keys", f"{c.warps} warps", f"{c.stages} stages"] + ([f"{c.splits} splits"] if c.splits else [])
+    return ", ".join(parts + ["early"] * c.pdl + ["byte by byte"] * (not c.words))
 
 
 def paged(B, T, page, kv=None, H=H, K=K, D=D):
@@ -48,21 +54,46 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q.view(B, K, H // K, D), k.transpose(1, 2), v.transpose(1, 2))
 
 
-def attention(label, B, T, page, kv=None, others=(), goals=None, gather=False):
+def flex(q, k, v):
+    "torch's flex_attention, compiled, as it decodes; k and v (B, T, K, D) in one piece."
+    from torch.nn.attention.flex_attention import flex_attention
+    run = torch.compile(flex_attention)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: run(q, k, v, enable_gqa=True)
+
+
+def heads_first(x):
+    "The same pages, but the tokens of a head lie together: (P, K, S, D) in memory."
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention(label, B, T, page, kv=None, others=(), goals=None, gather=False, compiled=False):
     args, scales = paged(B, T, page, kv)
+    q, k, v, table, lengths = args
     peers = {"ours": lambda: pd.paged_attention(*args, **scales)}
-    peers |= {f"{c.keys} keys, {c.warps} warps, {c.stages} stages" + (f", {c.splits} splits" if c.splits else "") + (", early" if c.pdl else ""):
-              (lambda c=c: pd.paged_attention(*args, **scales, config=c)) for c in others}
     if gather:
-        q, k, v, table, lengths = args
+        whole = [x[table.long()].flatten(1, 2) for x in (k, v)]
         def gathered():
             where = table.long()
             return sdpa(q, k[where].flatten(1, 2), v[where].flatten(1, 2))
-        peers["gather, SDPA"] = gathered
-        whole = [x[table.long()].flatten(1, 2) for x in (k, v)]
-        peers["SDPA without pages"] = lambda: sdpa(q, *whole)
-        peers["ours without pages"] = lambda: pd.decode_attention(q, *whole, lengths)
+        peers |= {"gather, SDPA": gathered, "SDPA without pages": lambda: sdpa(q, *whole),
+                  "ours without pages": lambda: pd.decode_attention(q, *whole, lengths)}
+    if compiled:
+        peers["flex_attention without pages"] = flex(q, *whole)
+        apart = [heads_first(x) for x in (k, v)]
+        peers["ours, heads first"] = lambda: pd.paged_attention(q, *apart, table, lengths)
+    peers |= {name(c): (lambda c=c: pd.paged_attention(*args, **scales, config=c)) for c in others}
     return Case(label, peers, size(args, scales), 4 * B * T * H * D, "read", goals or {}, more=dict(relative_error=error(args, scales)))
+
+
+def ragged(B, T, page):
+    "Rows of every length from T / B to T."
+    (q, k, v, table, lengths), _ = paged(B, T, page)
+    lengths = torch.arange(1, B + 1, device="cuda") * (T // B)
+    nbytes = int(lengths.sum()) * 2 * K * D * 2 + 2 * q.nbytes
+    run = lambda config=None: pd.paged_attention(q, k, v, table, lengths, config=config)
+    others = [cut(64, 4, 3, s) for s in (1, 6, 12)]
+    return Case(f"B{B}, {T // B} to {T}, page {page}", {"ours": run} | {name(c): (lambda c=c: run(c)) for c in others}, nbytes, 0, "read")
 
 
 def latent(B, T, page):
@@ -70,7 +101,8 @@ def latent(B, T, page):
     q, k = torch.randn(B, 1, 128, 576, device="cuda", dtype=BF16), torch.randn(B * T // page, page, 1, 576, device="cuda", dtype=BF16)
     table, lengths = torch.randperm(B * T // page, device="cuda").int().view(B, -1), torch.full((B,), T, device="cuda")
     run = lambda config=None: pd.paged_attention(q, k, None, table, lengths, value_dim=512, config=config)
-    return Case(f"latent, B{B} x {T}, page {page}", {"ours": run}, k.nbytes + 2 * q.nbytes, 2 * B * T * 128 * (576 + 512), "read")
+    others = [cut(32, 8, 3), cut(64, 8, 2), cut(32, 8, 3, 4)]
+    return Case(f"latent, B{B} x {T}, page {page}", {"ours": run} | {name(c): (lambda c=c: run(c)) for c in others}, k.nbytes + 2 * q.nbytes, 2 * B * T * 128 * (576 + 512), "read")
 
 
 def append(kv):
@@ -83,20 +115,30 @@ def append(kv):
     scales = {n: torch.zeros(N // page, page, K, device="cuda", dtype=torch.float16) for n in ("k_scale", "v_scale")} if kv else {}
     args = (k, v, angles.cos(), angles.sin(), *pages, table, rows, at)
     nbytes = sum(t.nbytes for t in (k, v, *args[2:6], *scales.values()))
-    peers = {"ours": lambda: pd.append(*args, **scales), "op by op": lambda: pd.plain_append(*args, **scales)}
-    peers |= {f"{b} lines, {w} warps": (lambda b=b, w=w: pd.append(*args, **scales, block=b, warps=w)) for b, w in ((16, 4), (64, 8), (16, 2))}
-    return Case(f"append 16384 tokens as {str(kv or BF16)[6:]}", peers, nbytes, 0, "copy", {"copy": 0.85}, graph=False)
+    def op_by_op():
+        turned = rotate(k.float(), *args[2:4])
+        where = table[0].long()[at // page], at % page
+        for x, to, scale in zip((turned, v), pages, scales.values() or (None, None)):
+            if scale is None: to[where] = x.to(to.dtype)
+            else:
+                codes, scale[where] = pd.quantize_heads(x, kv)
+                to.view(torch.uint8)[where] = codes.view(torch.uint8)
+    peers = {"ours": lambda: pd.append(*args, **scales), "op by op": op_by_op}
+    peers |= {f"{b} lines, {w} warps": (lambda b=b, w=w: pd.append(*args, **scales, block=b, warps=w)) for b, w in ((16, 4), (64, 8), (64, 4))}
+    return Case(f"append 16384 tokens as {str(kv or BF16)[6:]}", peers, nbytes, 0, "copy", {"copy": 0.85})
 
 
 def cases():
-    base = pd.config_for(D, D, 2, H // K)
-    others = [cut(64, 4, 3), cut(64, 4, 4), cut(128, 4, 2), cut(128, 8, 3), cut(64, 8, 4), cut(32, 4, 4), replace(base, pdl=True)]
-    yield attention("B32 x 4096, page 16", 32, 4096, 16, others=others, goals={"read": 0.9, "gather, SDPA": 1.3}, gather=True)
-    yield attention("B32 x 4096, page 64", 32, 4096, 64, goals={"read": 0.9}, others=others[:3])
-    yield attention("B1 x 1024, page 16", 1, 1024, 16, gather=True, others=[cut(64, 4, 3, s) for s in (4, 8, 16, 32)])
-    yield attention("B1 x 4096, page 16", 1, 4096, 16, gather=True, others=[cut(64, 4, 3, s) for s in (16, 32)])
-    yield attention("B1 x 131072, page 16", 1, 131072, 16, goals={"read": 0.7}, others=[cut(64, 4, 3), cut(64, 4, 4, 128)])
+    early = replace(pd.config_for(D, D, 2, H // K), pdl=True)
+    several = [cut(64, 4, 3, s) for s in (1, 2, 6)] + [cut(64, 4, 2, 3), cut(64, 4, 4, 3), cut(128, 8, 3), cut(32, 4, 4), early]
+    yield attention("B32 x 4096, page 16", 32, 4096, 16, None, several, {"read": 0.9, "gather, SDPA": 1.3, "flex_attention without pages": 1.1}, True, True)
+    yield attention("B32 x 4096, page 64", 32, 4096, 64, goals={"read": 0.9}, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 2)])
+    yield attention("B1 x 1024, page 16", 1, 1024, 16, gather=True, others=[cut(64, 4, 3, s) for s in (4, 16)] + [cut(32, 4, 3, 16), early])
+    yield attention("B1 x 4096, page 16", 1, 4096, 16, gather=True, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 16), cut(64, 4, 3, 48), early])
+    yield attention("B1 x 131072, page 16", 1, 131072, 16, goals={"read": 0.7}, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 32), cut(64, 4, 3, 128), early])
     for kv in (torch.int8, torch.float8_e4m3fn):
-        yield attention(f"B32 x 4096, page 16, KV {str(kv)[6:]}", 32, 4096, 16, kv, others=[cut(64, 4, 3), cut(128, 4, 3), cut(128, 8, 3)])
-    yield latent(16, 4096, 64)
+        others = [cut(64, 4, 3), cut(64, 4, 4), cut(128, 8, 3), cut(64, 4, 3, words=False)]
+        yield attention(f"B32 x 4096, page 16, KV {str(kv)[6:]}", 32, 4096, 16, kv, others)
+    yield ragged(32, 4096, 16)
+    yield latent(32, 4096, 64)
     for kv in (None, torch.int8, torch.float8_e4m3fn): yield append(kv)

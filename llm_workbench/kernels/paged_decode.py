@@ -242,7 +242,7 @@ def merge_kernel(part_ptr, lse_ptr, out_ptr, splits, Dv, BLOCK_S: tl.constexpr, 
     out = tl.sum(weight[:, None] * part, 0) / tl.where(total > 0, total, 1.0)                    # (BLOCK_V,)
     tl.store(out_ptr + head * Dv + e, out.to(out_ptr.dtype.element_ty), mask=e < Dv)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #c1a6b444
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #2d806d2b
 @dataclass(frozen=True)
 class Config:
     "How the work is cut."
@@ -283,9 +283,11 @@ def in_words(codes: Tensor) -> bool:
 def n_splits(programs: int,     # without a split: rows times groups of heads
              slots: int,        # keys that a row can have
              sms: int = 132,    # multiprocessors
+             heavy: bool = False,   # a program fills a multiprocessor, and what it hands on to the merge is large
             ) -> int:
-    "Parts of a row so that every multiprocessor has about four programs, and no part less than 128 keys of a full row."
-    return max(1, min(-(-4 * sms // programs), slots // 128, 128))
+    "Parts of a row so that a multiprocessor has about four programs (one, if heavy), of at least 128 keys of a full row."
+    wanted = sms // programs if heavy else -(-4 * sms // programs)
+    return max(1, min(wanted, slots // 128, 128))
 
 # %% ../../nbs/09_kernels/09_paged_decode.ipynb #b7e79404
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -311,7 +313,7 @@ def _checked(name, q, k, v, k_scale, v_scale, sinks, window, lengths):
     if k.dtype is torch.float8_e4m3fn and q.is_cuda:
         takes(torch.cuda.get_device_capability(q.device) >= (8, 9), "float8 on a GPU of compute capability 8.9 or later")
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #e77e2ad6
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #a0c3a81c
 def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, window, softcap, sinks, scale) -> Tensor:
     "Both kernels. k and v: (P, S, K, D) with a table, (B, slots, K, D) without."
     (B, _, H, D), (K, Dv) = q.shape, (k.shape[2], v.shape[3])
@@ -323,7 +325,7 @@ def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, wind
     q = q if q.stride(3) == 1 else q.contiguous()
     M = min(64, power(H // K, 16))
     blocks = -(-(H // K) // M)
-    splits = config.splits or n_splits(B * K * blocks, slots, multiprocessors(q.device))
+    splits = config.splits or n_splits(B * K * blocks, slots, multiprocessors(q.device), M * Dv > 2**14)
     BLOCK_D, BLOCK_R = head_blocks(D, Dv, latent)
     part, lse = out, None
     if splits > 1:
