@@ -200,3 +200,8 @@ def test_real_shapes_on_a_gpu():
         args, scales = case(B=3, M=40, page=16, H=32, K=8, D=128, Dv=128, dtype=dtype, kv=kv)
         checked(pd.paged_attention, args, scales, config=None)
         for config in (pd.Config(64, 5, pdl=True), pd.Config(128, 1, warps=8)): checked(pd.paged_attention, args, scales, config)
+    q, k, table = randn(2, 1, 128, 576, dtype=torch.bfloat16), randn(20, 64, 1, 576, dtype=torch.bfloat16, seed=1), torch.arange(20, device=DEVICE).view(2, 10)
+    lengths = torch.tensor([640, 301], device=DEVICE)
+    want = [pd.plain_paged(q.to(t), k.to(t), None, table, lengths, value_dim=512) for t in (torch.float64, torch.bfloat16)]
+    for config in (None, pd.Config(64, 3, warps=8, stages=2)):
+        as_accurate(pd.paged_attention(q, k, None, table, lengths, value_dim=512, config=config), *want)

@@ -57,13 +57,13 @@ def plain_paged(q, k_pages, v_pages, table, lengths, *, k_scale=None, v_scale=No
     v = k[..., :value_dim] if v_pages is None else gathered(v_pages, v_scale, table, lengths, q.dtype)
     return plain_attention(q, k, v, lengths=lengths.clamp_max(k.shape[1]), **options)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #7bb54bd8
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #04004657
 @triton.jit
 def decode_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, lengths_ptr, sinks_ptr, out_ptr, lse_ptr,
-                  scale, softcap, window, slots, H, D, Dv, stride_qb, stride_qh,
+                  scale, softcap, window, slots, H, stride_qb, stride_qh,
                   stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh,
                   stride_ksp, stride_ksn, stride_ksh, stride_vsp, stride_vsn, stride_vsh, stride_tb,
-                  GROUP: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
+                  D: tl.constexpr, Dv: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, LATENT: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
                   BLOCK_V: tl.constexpr, PRECISION: tl.constexpr):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -99,8 +99,7 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, leng
         page = tl.load(table_ptr + n // PAGE, mask=n < tl.minimum(end, last * BLOCK_N), other=0).to(tl.int64)
     for tile in range(first, last):
         inside = (n >= start) & (n < end)
-        slot = n
-        if table_ptr is not None: slot = n % PAGE
+        slot = n.to(tl.int64) if table_ptr is None else n % PAGE
         k_at = k_ptr + (page * stride_kp + slot * stride_kn + kv * stride_kh)[:, None]
         k = tl.load(k_at + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)                  # (BLOCK_M, BLOCK_N)
@@ -135,7 +134,7 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, leng
         tl.store(lse_ptr + at, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), float("-inf")), mask=real)
     tl.store(out_ptr + at[:, None] * Dv + e[None, :], acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (e < Dv)[None, :])
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #c32ef6ca
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #2f2c42d8
 @triton.jit
 def _number(words, BYTE: tl.constexpr, FLOAT8: tl.constexpr, KIND: tl.constexpr):
     "One byte of every word as a number: bits moved to where a float32 has them."
@@ -148,10 +147,10 @@ def _number(words, BYTE: tl.constexpr, FLOAT8: tl.constexpr, KIND: tl.constexpr)
 
 @triton.jit
 def narrow_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, lengths_ptr, sinks_ptr, out_ptr, lse_ptr,
-                  scale, softcap, window, slots, H, D, Dv, stride_qb, stride_qh,
+                  scale, softcap, window, slots, H, stride_qb, stride_qh,
                   stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh,
                   stride_ksp, stride_ksn, stride_ksh, stride_vsp, stride_vsn, stride_vsh, stride_tb,
-                  GROUP: tl.constexpr, PAGE: tl.constexpr, FLOAT8: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
+                  D: tl.constexpr, Dv: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, FLOAT8: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr):
     LOG2E: tl.constexpr = 1.4426950408889634
     blocks: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
@@ -188,8 +187,7 @@ def narrow_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, leng
         page = tl.load(table_ptr + n // PAGE, mask=n < tl.minimum(end, last * BLOCK_N), other=0).to(tl.int64)
     for tile in range(first, last):
         inside = (n >= start) & (n < end)
-        slot = n
-        if table_ptr is not None: slot = n % PAGE
+        slot = n.to(tl.int64) if table_ptr is None else n % PAGE
         k_at = k_ptr + (page * stride_kp + slot * stride_kn + kv * stride_kh)[:, None]
         k = tl.load(k_at + d[None, :], mask=inside[:, None], other=0)          # (BLOCK_N, BLOCK_D) words
         s = tl.dot(q0, tl.trans(_number(k, 0, FLOAT8, q0.dtype)), input_precision=PRECISION)     # (BLOCK_M, BLOCK_N)
@@ -313,7 +311,7 @@ def _checked(name, q, k, v, k_scale, v_scale, sinks, window, lengths):
     if k.dtype is torch.float8_e4m3fn and q.is_cuda:
         takes(torch.cuda.get_device_capability(q.device) >= (8, 9), "float8 on a GPU of compute capability 8.9 or later")
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #a0c3a81c
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #3e8a4a0b
 def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, window, softcap, sinks, scale) -> Tensor:
     "Both kernels. k and v: (P, S, K, D) with a table, (B, slots, K, D) without."
     (B, _, H, D), (K, Dv) = q.shape, (k.shape[2], v.shape[3])
@@ -336,11 +334,11 @@ def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, wind
     words = config.words and k.dtype in LARGEST and not latent and in_words(k) and in_words(v)
     if words: k_read, v_read = k.view(torch.int32), v.view(torch.int32)
     else: k_read, v_read = k, v
-    sizes = dict(GROUP=H // K, PAGE=page, SOFTCAP=bool(softcap), SPLIT=splits > 1, BLOCK_M=M, BLOCK_N=config.keys,
+    sizes = dict(D=D, Dv=Dv, GROUP=H // K, PAGE=page, SOFTCAP=bool(softcap), SPLIT=splits > 1, BLOCK_M=M, BLOCK_N=config.keys,
                  PRECISION="ieee" if q.dtype is torch.float32 else "tf32")
     arguments = (
         q, k_read, v_read, k_scale, v_scale, table, lengths, sinks, part, lse,
-        scale / softcap if softcap else scale * log2e, (softcap or 0.0) * log2e, min(window or 2**30, 2**30), slots, H, D, Dv,
+        scale / softcap if softcap else scale * log2e, (softcap or 0.0) * log2e, min(window or 2**30, 2**30), slots, H,
         q.stride(0), q.stride(2), *k_read.stride()[:3], *v_read.stride()[:3], *(none if k_scale is None else k_scale.stride()),
         *(none if v_scale is None else v_scale.stride()), 0 if table is None else table.stride(0))
     how = dict(num_warps=config.warps, num_stages=config.stages)
@@ -566,7 +564,7 @@ def _(k, v, cos, sin, k_pages, v_pages, table, rows, positions, k_scale, v_scale
 @append_op.register_fake
 def _(k, v, cos, sin, k_pages, v_pages, table, rows, positions, k_scale, v_scale): pass
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #6326e856
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #ad3d8668
 TYPE = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
 
 def decode_launch(dtype: torch.dtype = torch.bfloat16, kv: torch.dtype | None = None, D: int = 128, Dv: int = 128, group: int = 4,
@@ -580,8 +578,8 @@ def decode_launch(dtype: torch.dtype = torch.bfloat16, kv: torch.dtype | None = 
     pages = "*i32" if words else TYPE[kv]
     pointers = [TYPE[dtype], pages, pages, scale, scale, page and "*i32", "*i64", "*bf16" if sinks else None, "*fp32" if splits else TYPE[dtype], "*fp32"]
     names = ["q_ptr", "k_ptr", "v_ptr", "k_scale_ptr", "v_scale_ptr", "table_ptr", "lengths_ptr", "sinks_ptr", "out_ptr", "lse_ptr"]
-    types = [t for t in pointers if t] + ["fp32", "fp32", "i32", "i32:16", "i32:16", "i32:16", "i32:16"] + ["i32:16"] * 8 + ["i32"] * 7
-    constants = dict(GROUP=group, PAGE=page or 1, SOFTCAP=softcap, SPLIT=splits, BLOCK_M=min(64, power(group, 16)), BLOCK_N=c.keys,
+    types = [t for t in pointers if t] + ["fp32", "fp32", "i32", "i32:16", "i32:16"] + ["i32:16"] * 8 + ["i32"] * 7
+    constants = dict(D=D, Dv=Dv, GROUP=group, PAGE=page or 1, SOFTCAP=softcap, SPLIT=splits, BLOCK_M=min(64, power(group, 16)), BLOCK_N=c.keys,
                      PRECISION="ieee" if dtype is torch.float32 else "tf32")
     constants |= dict(FLOAT8=kv is not torch.int8, BLOCK_D=D // 4, BLOCK_V=Dv // 4) if words else dict(
         LATENT=latent, BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, BLOCK_V=power(Dv, 16))
