@@ -1,6 +1,8 @@
 "Attention of one query over pages, and the launch that fills them: interpreted on a CPU, compiled on a GPU."
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, as_accurate, guarded, randn, rejects
 
 from llm_workbench.architecture.attention import attention as plain_attention
@@ -81,6 +83,25 @@ def test_latent_attention_reads_the_keys_once(dtype):
     as_accurate(got, want(torch.float64), want(dtype), floor=4)
 
 
+@settings(max_examples=3 if DEVICE == "cuda" else 12, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_shape(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    B, M, page, K, G, D, Dv = draw(1, 3), draw(1, 4), draw(1, 9), draw(1, 2), draw(1, 18), draw(1, 40), draw(1, 40)
+    (q, k, v, table, _), _ = case(B, M, page, K * G, K, D, Dv, seed=draw(0, 9))
+    lengths = torch.tensor([draw(0, M * page) for _ in range(B)], device=DEVICE)
+    options = dict(window=data.draw(st.sampled_from([None, 1, 5, 100])), softcap=data.draw(st.sampled_from([None,
+                                                                                                            3.0])))
+    checked(pd.paged_attention, (q, k, v, table.long(), lengths), {}, pd.Config(16, splits=draw(1, 4)), **options)
+
+
+def test_scores_that_overflow_a_careless_softmax():
+    (q, k, v, table, lengths), scales = case(B=3)
+    checked(pd.paged_attention, (q * 1e3, k * 1e2, v, table, lengths), scales, pd.Config(16, splits=2))
+    sinks = torch.tensor([float("-inf"), 1e4, -1e4, 0.0], device=DEVICE)
+    checked(pd.paged_attention, (q, k, v * 1e30, table, lengths), scales, pd.Config(16, splits=2), sinks=sinks)
+
+
 def test_rows_of_nothing_are_zero_and_pages_beyond_are_not_read():
     (q, k, v, table, lengths), scales = case(B=3)
     k, v = k.clone(), v.clone()
@@ -145,12 +166,42 @@ def test_append_writes_what_the_plain_form_writes(R, kv):
     assert written == 6, "six tokens have a place, the seventh has none"
 
 
+def test_append_of_keys_alone_and_of_nothing():
+    (k, _, cos, sin, pages, _, table, rows, positions), _ = to_append()
+    theirs = pages.clone()
+    strided = torch.stack([k, k], 3)[..., 0]  # every other number of a larger tensor
+    pd.append(strided, None, cos.bfloat16(), sin.bfloat16(), pages, None, table.long(), rows.int(), positions.int())
+    pd.plain_append(k, None, cos.bfloat16(), sin.bfloat16(), theirs, None, table, rows, positions)
+    assert torch.equal(pages, theirs) and pages.any()
+    pd.append(k[:0], None, None, None, pages, None, table, rows[:0], positions[:0])
+    assert torch.equal(pages, theirs)
+
+
+def check_appended(**wrong):
+    "Pages as the plain form writes them, `wrong` arguments given to the kernel."
+    args, scales = to_append(kv=torch.int8, dtype=torch.float32)
+    names = ["k", "v", "cos", "sin", "k_pages", "v_pages", "table", "rows", "positions"]
+    theirs, their_scales = to_append(kv=torch.int8, dtype=torch.float32)
+    pd.append(**dict(zip(names, args)) | wrong, **scales)
+    pd.plain_append(*theirs, **their_scales)
+    for a, b in zip([*args[4:6], *scales.values()], [*theirs[4:6], *their_scales.values()]): assert torch.equal(a, b)
+
+
+def test_wrong_appends_are_rejected():
+    check_appended()
+    (k, v, cos, sin, *_, positions), _ = to_append(dtype=torch.float32)
+    assert rejects(check_appended, sin=-sin)                                      # turned the other way
+    assert rejects(check_appended, v=v * 1.01)                                    # another scale
+    assert rejects(check_appended, positions=positions.roll(1))                   # the neighbour's place
+
+
 # ----------------------------------------------------------------------------------- the chip, torch, and bad input
 def test_hopper_code_spills_nothing():
     launches = [pd.decode_launch(d) for d in DTYPES] + [pd.decode_launch(kv=kv) for kv in NARROW]
     launches += [pd.decode_launch(page=None), pd.decode_launch(D=64, Dv=64, group=3)]
     launches += [pd.decode_launch(D=576, Dv=512, group=g, latent=True) for g in (16, 128)]
-    launches += [pd.append_launch(kv=kv) for kv in (None, *NARROW)] + [pd.merge_launch(4, pdl=True), pd.merge_launch(128)]
+    launches += [pd.append_launch(kv=kv) for kv in (None, *NARROW)] + [pd.merge_launch(4, pdl=True),
+                                                                       pd.merge_launch(128)]
     table = resources(*launches)
     assert (table[["stack", "spills"]] == 0).all().all(), table
     assert (table.shared <= 227 * 1024).all(), table
@@ -159,6 +210,8 @@ def test_hopper_code_spills_nothing():
 def test_torch_accepts_the_op():
     (q, k, v, table, lengths), _ = case()
     torch.library.opcheck(pd.paged_attention_op, (q, k, v, table, lengths, *[None] * 7))
+    args, scales = to_append(kv=torch.int8)
+    torch.library.opcheck(pd.append_op, (*args, *scales.values()))
     torch.library.opcheck(pd.decode_attention_op, (q, randn(2, 5, 2, 16), randn(2, 5, 2, 16), lengths, *[None] * 4))
 
 
@@ -176,7 +229,8 @@ def test_wrong_variants_are_rejected(wrong): assert rejects(checked, wrong, *cas
 
 def test_a_wrong_scale_is_rejected():
     args, scales = case(kv=torch.int8)
-    def wrong(*a, k_scale, v_scale, **o): return pd.paged_attention(*a, k_scale=k_scale.roll(1, 1), v_scale=v_scale, **o)
+    def wrong(*a, k_scale, v_scale, **o): return pd.paged_attention(*a, k_scale=k_scale.roll(1, 1), v_scale=v_scale,
+                                                                    **o)
     assert rejects(checked, wrong, args, scales)
 
 
@@ -189,9 +243,18 @@ def changed(**new):
 @pytest.mark.parametrize("call", [
     changed(q=randn(2, 2, 4, 16)), changed(q=randn(2, 1, 3, 16)), changed(q=randn(2, 1, 4, 8)), changed(window=0),
     changed(k_scale=randn(8, 4, 2)), changed(lengths=randn(2)), changed(table=randn(2, 3)), changed(v_pages=None),
-    changed(sinks=randn(3)), changed(q=randn(2, 1, 4, 16, dtype=torch.float64)), changed(k_pages=randn(8, 4, 2, 16).int())])
+    changed(sinks=randn(3)), changed(q=randn(2, 1, 4, 16, dtype=torch.float64)),
+                                  changed(k_pages=randn(8, 4, 2, 16).int())])
 def test_bad_input_is_named(call):
     with pytest.raises(InputError, match="takes"): call()
+
+
+def test_bad_appends_are_named():
+    args, scales = to_append(kv=torch.int8)
+    for at, new in [(0, args[0].double()), (2, None), (2, args[2][:, :7]), (4, args[4].int()), (7, args[7].float()),
+                    (8, args[8][:3])]:
+        with pytest.raises(InputError, match="append takes"): pd.append(*args[:at], new, *args[at + 1:], **scales)
+    with pytest.raises(InputError, match="append takes"): pd.append(*args)
 
 
 @pytest.mark.cuda
@@ -199,9 +262,12 @@ def test_real_shapes_on_a_gpu():
     for dtype, kv in [(torch.bfloat16, None), (torch.bfloat16, torch.float8_e4m3fn), (torch.float16, torch.int8)]:
         args, scales = case(B=3, M=40, page=16, H=32, K=8, D=128, Dv=128, dtype=dtype, kv=kv)
         checked(pd.paged_attention, args, scales, config=None)
-        for config in (pd.Config(64, 5, pdl=True), pd.Config(128, 1, warps=8)): checked(pd.paged_attention, args, scales, config)
-    q, k, table = randn(2, 1, 128, 576, dtype=torch.bfloat16), randn(20, 64, 1, 576, dtype=torch.bfloat16, seed=1), torch.arange(20, device=DEVICE).view(2, 10)
+        for config in (pd.Config(64, 5, pdl=True), pd.Config(128, 1, warps=8)): checked(pd.paged_attention, args,
+                                                                                        scales, config)
+    q, k, table = randn(2, 1, 128, 576, dtype=torch.bfloat16), randn(20, 64, 1, 576, dtype=torch.bfloat16,
+        seed=1), torch.arange(20, device=DEVICE).view(2, 10)
     lengths = torch.tensor([640, 301], device=DEVICE)
-    want = [pd.plain_paged(q.to(t), k.to(t), None, table, lengths, value_dim=512) for t in (torch.float64, torch.bfloat16)]
+    want = [pd.plain_paged(q.to(t), k.to(t), None, table, lengths, value_dim=512)
+            for t in (torch.float64, torch.bfloat16)]
     for config in (None, pd.Config(64, 3, warps=8, stages=2)):
         as_accurate(pd.paged_attention(q, k, None, table, lengths, value_dim=512, config=config), *want)

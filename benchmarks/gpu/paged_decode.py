@@ -1,7 +1,7 @@
 """Attention of one query over a paged cache, and the launch that fills it: 32 heads over 8 of 128 unless said, bf16.
 
-Peers: the pages gathered first and then SDPA; SDPA and flex_attention over a cache that lies in one piece (no pages: what
-a paged kernel may cost); other configurations of the kernel, the first of them the rungs of the chapter's ladder.
+Peers: the pages gathered first and then SDPA; SDPA and flex_attention over a cache that lies in one piece (no pages:
+what a paged kernel may cost); other configurations of the kernel, the first of them the rungs of the chapter's ladder.
 """
 from dataclasses import replace
 
@@ -36,7 +36,8 @@ def paged(B, T, page, kv=None, H=H, K=K, D=D):
     return (torch.randn(B, 1, H, D, device="cuda", dtype=BF16), k, v, table, lengths), scales
 
 
-def size(args, scales): return sum(t.nbytes for t in (*args[1:3], *scales.values()) if t is not None) + 2 * args[0].nbytes
+def size(args, scales): return sum(t.nbytes for t in (*args[1:3], *scales.values())
+                                   if t is not None) + 2 * args[0].nbytes
 
 
 def error(args, scales, n=2):
@@ -44,7 +45,8 @@ def error(args, scales, n=2):
     few = (args[0][:n], *args[1:3], args[3][:n], args[4][:n])
     wide = lambda t: t.double() if t is not None and t.itemsize > 1 else t
     got = pd.paged_attention(*few, **scales).double()
-    want = pd.plain_paged(few[0].double(), wide(few[1]), wide(few[2]), *few[3:], **{n: wide(s) for n, s in scales.items()})
+    want = pd.plain_paged(few[0].double(), wide(few[1]), wide(few[2]), *few[3:],
+                          **{n: wide(s) for n, s in scales.items()})
     return ((got - want).norm() / want.norm()).item()
 
 
@@ -83,7 +85,8 @@ def attention(label, B, T, page, kv=None, others=(), goals=None, gather=False, c
         apart = [heads_first(x) for x in (k, v)]
         peers["ours, heads first"] = lambda: pd.paged_attention(q, *apart, table, lengths)
     peers |= {name(c): (lambda c=c: pd.paged_attention(*args, **scales, config=c)) for c in others}
-    return Case(label, peers, size(args, scales), 4 * B * T * H * D, "read", goals or {}, more=dict(relative_error=error(args, scales)))
+    return Case(label, peers, size(args, scales), 4 * B * T * H * D, "read", goals or {},
+                more=dict(relative_error=error(args, scales)))
 
 
 def ragged(B, T, page):
@@ -93,16 +96,19 @@ def ragged(B, T, page):
     nbytes = int(lengths.sum()) * 2 * K * D * 2 + 2 * q.nbytes
     run = lambda config=None: pd.paged_attention(q, k, v, table, lengths, config=config)
     others = [cut(64, 4, 3, s) for s in (1, 6, 12)]
-    return Case(f"B{B}, {T // B} to {T}, page {page}", {"ours": run} | {name(c): (lambda c=c: run(c)) for c in others}, nbytes, 0, "read")
+    return Case(f"B{B}, {T // B} to {T}, page {page}", {"ours": run} | {name(c): (lambda c=c: run(c)) for c in others},
+                nbytes, 0, "read")
 
 
 def latent(B, T, page):
     "Multi-head latent attention: 128 heads share one key of 576 numbers, whose first 512 are the value."
-    q, k = torch.randn(B, 1, 128, 576, device="cuda", dtype=BF16), torch.randn(B * T // page, page, 1, 576, device="cuda", dtype=BF16)
+    q, k = torch.randn(B, 1, 128, 576, device="cuda", dtype=BF16), torch.randn(B * T // page, page, 1, 576,
+                                                                               device="cuda", dtype=BF16)
     table, lengths = torch.randperm(B * T // page, device="cuda").int().view(B, -1), torch.full((B,), T, device="cuda")
     run = lambda config=None: pd.paged_attention(q, k, None, table, lengths, value_dim=512, config=config)
     others = [cut(32, 8, 3), cut(64, 8, 2), cut(32, 8, 3, 4)]
-    return Case(f"latent, B{B} x {T}, page {page}", {"ours": run} | {name(c): (lambda c=c: run(c)) for c in others}, k.nbytes + 2 * q.nbytes, 2 * B * T * 128 * (576 + 512), "read")
+    return Case(f"latent, B{B} x {T}, page {page}", {"ours": run} | {name(c): (lambda c=c: run(c)) for c in others},
+                k.nbytes + 2 * q.nbytes, 2 * B * T * 128 * (576 + 512), "read")
 
 
 def append(kv):
@@ -112,7 +118,8 @@ def append(kv):
     table, at = torch.randperm(N // page, device="cuda").int().view(1, -1), torch.arange(N, device="cuda")
     rows, angles = torch.zeros_like(at), torch.rand(N, D, device="cuda")
     pages = [torch.zeros(N // page, page, K, D, device="cuda", dtype=kv or BF16) for _ in range(2)]
-    scales = {n: torch.zeros(N // page, page, K, device="cuda", dtype=torch.float16) for n in ("k_scale", "v_scale")} if kv else {}
+    scales = {n: torch.zeros(N // page, page, K, device="cuda", dtype=torch.float16)
+              for n in ("k_scale", "v_scale")} if kv else {}
     args = (k, v, angles.cos(), angles.sin(), *pages, table, rows, at)
     nbytes = sum(t.nbytes for t in (k, v, *args[2:6], *scales.values()))
     def op_by_op():
@@ -124,18 +131,25 @@ def append(kv):
                 codes, scale[where] = pd.quantize_heads(x, kv)
                 to.view(torch.uint8)[where] = codes.view(torch.uint8)
     peers = {"ours": lambda: pd.append(*args, **scales), "op by op": op_by_op}
-    peers |= {f"{b} lines, {w} warps": (lambda b=b, w=w: pd.append(*args, **scales, block=b, warps=w)) for b, w in ((16, 4), (64, 8), (64, 4))}
+    peers |= {f"{b} lines, {w} warps": (lambda b=b, w=w: pd.append(*args, **scales, block=b, warps=w)) for b,
+              w in ((16, 4), (64, 8), (64, 4))}
     return Case(f"append 16384 tokens as {str(kv or BF16)[6:]}", peers, nbytes, 0, "copy", {"copy": 0.85})
 
 
 def cases():
     early = replace(pd.config_for(D, D, 2, H // K), pdl=True)
-    several = [cut(64, 4, 3, s) for s in (1, 2, 6)] + [cut(64, 4, 2, 3), cut(64, 4, 4, 3), cut(128, 8, 3), cut(32, 4, 4), early]
-    yield attention("B32 x 4096, page 16", 32, 4096, 16, None, several, {"read": 0.9, "gather, SDPA": 1.3, "flex_attention without pages": 1.1}, True, True)
-    yield attention("B32 x 4096, page 64", 32, 4096, 64, goals={"read": 0.9}, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 2)])
-    yield attention("B1 x 1024, page 16", 1, 1024, 16, gather=True, others=[cut(64, 4, 3, s) for s in (4, 16)] + [cut(32, 4, 3, 16), early])
-    yield attention("B1 x 4096, page 16", 1, 4096, 16, gather=True, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 16), cut(64, 4, 3, 48), early])
-    yield attention("B1 x 131072, page 16", 1, 131072, 16, goals={"read": 0.7}, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 32), cut(64, 4, 3, 128), early])
+    several = [cut(64, 4, 3, s) for s in (1, 2, 6)] + [cut(64, 4, 2, 3), cut(64, 4, 4, 3), cut(128, 8, 3),
+                                                       cut(32, 4, 4), early]
+    yield attention("B32 x 4096, page 16", 32, 4096, 16, None, several, {"read": 0.9, "gather, SDPA": 1.3,
+        "flex_attention without pages": 1.1}, True, True)
+    yield attention("B32 x 4096, page 64", 32, 4096, 64, goals={"read": 0.9}, others=[cut(64, 4, 3, 1), cut(64, 4, 3,
+                                                                                                            2)])
+    yield attention("B1 x 1024, page 16", 1, 1024, 16, gather=True, others=[cut(64, 4, 3, s) for s in (4,
+        16)] + [cut(32, 4, 3, 16), early])
+    yield attention("B1 x 4096, page 16", 1, 4096, 16, gather=True, others=[cut(64, 4, 3, 1), cut(64, 4, 3, 16),
+                                                                            cut(64, 4, 3, 48), early])
+    yield attention("B1 x 131072, page 16", 1, 131072, 16, goals={"read": 0.7}, others=[cut(64, 4, 3, 1), cut(64, 4, 3,
+        32), cut(64, 4, 3, 128), early])
     for kv in (torch.int8, torch.float8_e4m3fn):
         others = [cut(64, 4, 3), cut(64, 4, 4), cut(128, 8, 3), cut(64, 4, 3, words=False)]
         yield attention(f"B32 x 4096, page 16, KV {str(kv)[6:]}", 32, 4096, 16, kv, others)
