@@ -24,13 +24,13 @@ from ..architecture.attention import attention as plain_attention
 from ..architecture.ops import fused_attention
 from ..architecture.rope import rotate
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #33c086e6
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #9e11c1c8
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}   # the largest code of each narrow type
 
 def quantize_heads(x: Tensor,               # (..., D)
                    dtype: torch.dtype,      # int8 or float8_e4m3fn
                   ) -> tuple[Tensor, Tensor]:   # codes (..., D), scales (...) in float16
-    "One scale for each token and head, as `quantized_cache` keeps its floats: the largest number becomes the largest code."
+    "One scale for each token and head: the largest number becomes the largest code."
     x = x.float()
     scale = (x.abs().amax(-1) * (1 / LARGEST[dtype])).clamp_min(6e-8).half()
     codes = (x / scale.float()[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype])
@@ -58,7 +58,7 @@ def plain_paged(q, k_pages, v_pages, table, lengths, *, k_scale=None, v_scale=No
     v = k[..., :value_dim] if v_pages is None else gathered(v_pages, v_scale, table, lengths, q.dtype)
     return plain_attention(q, k, v, lengths=lengths.clamp_max(k.shape[1]), **options)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #73ca389e
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #b69a2804
 @dataclass(frozen=True)
 class Config:
     "How the work is cut."
@@ -88,7 +88,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 def head_blocks(D: int, Dv: int, latent: bool) -> tuple[int, int]:
-    "A key in one or two powers of two: 128, 64 + 32 (96), 512 + 64 (a latent and its turned part); the second is 1 if there is none."
+    "A key in one or two powers of two: 64 + 32 (96), 512 + 64 (latent and turned part); the second is 1 if none."
     first = Dv if latent else power(D, 16) if power(D, 16) - D < D // 8 or D < 32 else power(D) // 2
     return first, power(D - first, 16) if D > first else 1
 
@@ -102,7 +102,7 @@ def n_splits(programs: int,     # without a split: rows times groups of heads
              sms: int = 132,    # multiprocessors
              heavy: bool = False,   # a program fills a multiprocessor, and what it hands on to the merge is large
             ) -> int:
-    "Parts of a row so that a multiprocessor has about four programs (one, if heavy), of at least 128 keys of a full row."
+    "Parts of a row: about four programs a multiprocessor (one, if heavy), at least 128 keys of a full row each."
     wanted = sms // programs if heavy else -(-4 * sms // programs)
     return max(1, min(wanted, slots // 128, 128))
 
@@ -495,7 +495,7 @@ def append_kernel(k_ptr, v_ptr, cos_ptr, sin_ptr, k_pages_ptr, v_pages_ptr, k_sc
         tl.store(to + e[None, :], _code(v, scale.to(tl.float32), LARGEST, ROUND).to(v_pages_ptr.dtype.element_ty),
                  mask=inside)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #6d04008c
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #69f35e2a
 def append(k: Tensor,                      # (N, K, D) keys of N new tokens, of any texts
            v: Tensor | None,               # (N, K, Dv); None: they are part of the keys
            cos: Tensor | None,             # (N, R) as `rotate` takes them, R <= D; None: the keys are turned already
@@ -524,9 +524,9 @@ def append(k: Tensor,                      # (N, K, D) keys of N new tokens, of 
         takes((scales is not None) == (narrow and x is not None),
               f"{what}_scale with int8 and float8 and only with them")
         if x is None: continue
-        takes(pages.ndim == 4 and x.shape == (N, *pages.shape[2:]) and pages.shape[1] == page
-              and pages.dtype == k_pages.dtype,
-              f"{what} ({N}, K, D) and pages (P, {page}, K, D) of {k_pages.dtype}, not {tuple(x.shape)} and {tuple(pages.shape)}")
+        belong = pages.ndim == 4 and x.shape == (N, *pages.shape[2:]) and pages.shape[1] == page
+        takes(belong and pages.dtype == k_pages.dtype, f"{what} ({N}, K, D) and pages (P, {page}, K, D) of "
+              f"{k_pages.dtype}, not {tuple(x.shape)} and {tuple(pages.shape)}")
         takes(pages.stride(3) == 1, "pages whose last dimension is contiguous")
         takes(scales is None or scales.shape == pages.shape[:3] and scales.dtype is torch.float16,
               f"{what}_scale {tuple(pages.shape[:3])} of float16")
@@ -551,12 +551,12 @@ def append(k: Tensor,                      # (N, K, D) keys of N new tokens, of 
         BLOCK=block, BLOCK_H=power(R // 2), BLOCK_R=power(D - R), BLOCK_V=power(DV), num_warps=warps,
                                                                       enable_fp_fusion=False)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #3f959233
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #fb1c2207
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
               softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None,
               lengths: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
-    """`architecture.attention.attention` of one query per row. More queries, gradients, spans, numbers of other types and
-    heads that the kernel does not take go to torch's attention."""
+    """`architecture.attention.attention` of one query per row. More queries, gradients, spans, other numbers and larger
+    heads go to torch's attention."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
     fits = (q.shape[1] == 1 and spans is None and not wanted and q.dtype in FLOATS and q.dtype == k.dtype == v.dtype
             and q.shape[3] <= 576 and v.shape[3] <= 512 and k.stride(3) == v.stride(3) == 1
