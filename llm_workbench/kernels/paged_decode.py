@@ -329,12 +329,12 @@ def _checked(name, q, k, v, k_scale, v_scale, sinks, window, lengths):
         takes(torch.cuda.get_device_capability(q.device) >= (8, 9),
               "float8 on a GPU of compute capability 8.9 or later")
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #615cd347
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #f2c0731c
 def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, window, softcap, sinks, scale) -> Tensor:
     "Both kernels. k and v: (P, S, K, D) with a table, (B, slots, K, D) without."
     (B, _, H, D), (K, Dv) = q.shape, (k.shape[2], v.shape[3])
-    # the key's first part
-    latent = v.data_ptr() == k.data_ptr() and v.stride()[:3] == k.stride()[:3] and Dv <= D and Dv == power(Dv, 16)
+    same = v.data_ptr() == k.data_ptr() and v.stride()[:3] == k.stride()[:3]
+    latent = same and Dv <= D <= 2 * Dv and Dv == power(Dv, 16)                # the values are the keys' first part
     config = config or config_for(D, 0 if latent else Dv, k.element_size(), H // K)
     out = torch.empty((B, 1, H, Dv), dtype=q.dtype, device=q.device)
     if not out.numel(): return out
