@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUCKETS', 'ON_A_CPU', 'Recorded', 'why_not_recorded', 'why_not_fused', 'RecordedStep', 'tables_of', 'places',
-           'take_step', 'give_back', 'recorded']
+           'take_step', 'give_back', 'later', 'recorded']
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #8f8ee8df
+# %% ../../nbs/09_kernels/13_graphs.ipynb #7de77e1e
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary, finalize
 
@@ -19,7 +19,7 @@ from ..architecture.kv_cache import Cache, ContiguousCache
 from ..architecture.matrices import Linear
 from ..architecture.norms_and_mlps import RMSNorm
 from ..errors import InputError
-from .decode_step import MOST, FusedBlocks, Work, few_rows, greedy, plan
+from .decode_step import MOST, FusedBlocks, Orders, Work, few_rows, greedy, plan
 
 # %% ../../nbs/09_kernels/13_graphs.ipynb #5d3c3738
 class Recorded:
@@ -68,13 +68,14 @@ def why_not_fused(decoder: Decoder) -> str | None:
     if c.logit_multiplier != 1 or c.logit_softcap: return "a factor or a bound on the logits"
     return why_not_recorded(decoder)
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #b4838c2a
+# %% ../../nbs/09_kernels/13_graphs.ipynb #cd7fb9f5
 class RecordedStep:
     "One new token for each text of a batch, the choice of the largest logit included; on a GPU one CUDA graph."
     def __init__(self, decoder: Decoder,
                  batch: int = 1,        # texts, B
                  slots: int = 1024,     # tokens that each can have
                  *, graph: bool = True, # False: called from Python on a GPU, too
+                 early: bool | None = None, # kernels start before those in front of them end; None: where the GPU can
                 ):
         if reason := why_not_recorded(decoder): raise InputError(f"this step cannot be recorded: {reason}")
         if batch < 1 or slots < 1: raise InputError(f"a step needs texts and slots, not {batch} and {slots}")
@@ -83,7 +84,8 @@ class RecordedStep:
         self.chosen = torch.zeros(batch, dtype=torch.int64, device=device)       # the same; -1: no finite best
         self.logits: Tensor | None = None                                        # (B, V) that they were chosen from
         self.why_not_fused = why_not_fused(decoder) if batch <= MOST else f"more than {MOST} texts"
-        self.plan, self.work, self.placed = None, Work(device), places(decoder)
+        if early is None: early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.plan, self.work, self.placed = None, Work(device, early=early), places(decoder)
         if self.why_not_fused is None: self.plan, self.tables = plan(decoder.layers), tables_of(decoder, slots)
         self.cache = decoder.new_cache("static", batch=batch, slots=slots)
         with torch.inference_mode():
@@ -123,7 +125,7 @@ def run(self: RecordedStep) -> Tensor:            # (B,) int64, -1 for a text wi
     self.cache._most = held + 1
     return self.chosen
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #9a3c7f8f
+# %% ../../nbs/09_kernels/13_graphs.ipynb #f1912447
 @patch
 def reset(self: RecordedStep, lengths: Sequence[int] = ()) -> None:
     "Texts of these lengths from now on; those that are not named are empty."
@@ -137,7 +139,8 @@ def load(self: RecordedStep, cache: Cache) -> None:
     "Take over the past of texts that were read with another cache. Raises InputError where it does not fit."
     rows = cache._lengths.per_row(cache._batch)
     if len(rows) > self.batch or max(rows) > self.slots:
-        raise InputError(f"{len(rows)} texts of up to {max(rows)} tokens: there is room for {self.batch} of {self.slots}")
+        raise InputError(f"{len(rows)} texts of up to {max(rows)} tokens: there is room for {self.batch} "
+                         f"of {self.slots}")
     for mine, theirs in zip(self.cache.store, cache.store, strict=True):
         for name, kept in theirs.items():                                        # (rows, at least max(rows), K, D)
             n = min(kept.shape[1], self.slots)
@@ -165,7 +168,19 @@ def give_back(step: RecordedStep) -> None:
     _idle.setdefault(step.decoder, {}).setdefault((step.batch, step.slots), []).append(step)
     step.decoder = step.plan = None
 
-# %% ../../nbs/09_kernels/13_graphs.ipynb #00eff6de
+# %% ../../nbs/09_kernels/13_graphs.ipynb #496f0805
+def later(tokens: Tensor) -> Callable:   # () -> the same on the host
+    "Send tokens to the host; what is returned waits for them."
+    if tokens.device.type == "cpu": return lambda kept=tokens.clone(): kept
+    kept, there = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True), torch.cuda.Event()
+    kept.copy_(tokens, non_blocking=True)
+    there.record()
+    def wait():
+        there.synchronize()
+        return kept
+    return wait
+
+# %% ../../nbs/09_kernels/13_graphs.ipynb #41c433d1
 ON_A_CPU = False      # steps without a graph, to try them
 
 def recorded(batch: type) -> type:     # `inference.generation.Batch`, or a subclass
@@ -174,31 +189,49 @@ def recorded(batch: type) -> type:     # `inference.generation.Batch`, or a subc
         played: RecordedStep | None = None
         def __init__(self, decoder, prompts, *, cache=None, **settings):
             super().__init__(decoder, prompts, cache=cache, **settings)
-            self.why_not, self.sampling = why_not_recorded(decoder), None
+            self.why_not = why_not_recorded(decoder)
             if decoder.device.type != "cuda" and not ON_A_CPU: self.why_not = "no GPU: nothing can be recorded"
             if type(self.cache) is not ContiguousCache: self.why_not = f"a {type(self.cache).__name__}"
-            if len(self.rows) > BUCKETS[-1]: self.why_not = f"{len(self.rows)} texts: at most {BUCKETS[-1]} are recorded"
+            if len(self.rows) > BUCKETS[-1]:
+                self.why_not = f"{len(self.rows)} texts: at most {BUCKETS[-1]} are recorded"
 
         @torch.inference_mode()
         def advance(self):
             if self.played is None:
                 if self.why_not is not None or not self.cache._lengths.longest: return super().advance()   # the prompt
                 self.record()
-            step, n = self.played, len(self.standing)
-            step.tokens[:n].copy_(self.waiting)
-            tokens, self.logits = step.run()[:n], step.logits[:n]
-            return (tokens if self.sampling is None else self.sampling())[:, None]
+            if self.ahead is None:                                   # the host has a say in every token
+                self.played.tokens[:self.n].copy_(self.waiting)
+                self.played.run()
+                return self.choose_next()[:, None]
+            tokens, self.ahead = self.ahead or self.order(), self.order()
+            return tokens()
 
         def record(self):
             "From now on the past is that of a recorded step."
-            self.played = step = take_step(self.decoder, len(self.standing), max(len(r.prompt) + r.limit for r in self.standing))
+            self.n, longest = len(self.standing), max(len(row.prompt) + row.limit for row in self.standing)
+            self.played = step = take_step(self.decoder, self.n, longest)
             step.load(self.cache)
-            self.cache, n = step.cache, len(self.standing)
+            self.cache = step.cache
             self.end = finalize(self, give_back, step)               # when nobody wants more of this batch
-            if self.sampler.greedy and not self.sampler.looks_back and self.mask is None: return
-            choose = lambda: self.choose(step.logits[:n])
-            if step.logits is None or self.mask is not None: self.sampling = choose       # a mask is Python
-            else: self.sampling = Recorded(choose, self.decoder.device, self.generators or ())
+            greedily = self.sampler.greedy and self.mask is None and self.said is None
+            self.choose_next = (lambda: step.chosen[:self.n]) if greedily else self.sample
+            self.ahead = None if self.said is not None or self.mask is not None else ()
+            if self.mask is None and not greedily:                   # a mask is Python
+                self.choose_next = Recorded(self.sample, self.decoder.device, self.generators or ())
+            step.tokens[:self.n].copy_(self.waiting)
+
+        def sample(self):
+            "Tokens from the logits of the step, also put where the next step looks for them."
+            tokens = self.choose(self.played.logits[:self.n])
+            self.played.tokens[:self.n, 0] = tokens.clamp(min=0)
+            return tokens
+
+        def order(self):
+            "One more step, before anybody has read the one in front of it: the GPU does not wait for the host."
+            self.played.run()
+            self.logits = self.played.logits[:self.n]
+            return later(self.choose_next()[:, None])
 
         def take(self, tokens):
             super().take(tokens)
