@@ -1,10 +1,11 @@
 "The lobby: it knows every room, opens a model from anywhere and picks the fastest functions for the machine."
+import warnings
 from pathlib import Path
 
 import torch
 
 from llm_workbench.architecture.ops import TORCH, Ops
-from llm_workbench.errors import InputError
+from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.inference.generation import LM
@@ -51,9 +52,23 @@ def keeping(weights: str | Format | None,  # "stored", "dense", a format or its 
 
 
 def fastest_ops(device: str | torch.device = "cpu") -> Ops:
-    "C kernels on a CPU (TORCH and a warning where there is no compiler), TORCH elsewhere."
-    if torch.device(device).type != "cpu": return TORCH
-    return fused_cpu.CPU if cpu.fastest() is cpu.CPU else TORCH
+    "C kernels on a CPU, Triton's on CUDA; TORCH and a warning where they cannot be compiled, and on other devices."
+    kind = torch.device(device).type
+    if kind == "cpu": return fused_cpu.CPU if cpu.fastest() is cpu.CPU else TORCH
+    return compiled_triton() if kind == "cuda" and torch.cuda.is_available() else TORCH
+
+
+def compiled_triton() -> Ops:
+    "`TRITON` where Triton compiles for the GPU in this process, else TORCH and a warning that says why."
+    try:
+        from llm_workbench.kernels.launching import interpreting    # brings Triton in: only now
+        from llm_workbench.kernels.triton_ops import TRITON
+    except UnsupportedError as e: why = str(e)
+    else:
+        if not interpreting(): return TRITON
+        why = "TRITON_INTERPRET is set, so kernels run on the CPU only."
+    warnings.warn(f"{why} This run goes on with TORCH.")
+    return TORCH
 
 
 def usable(device: str | torch.device) -> torch.device:

@@ -140,11 +140,17 @@ def example_inputs(
         raise InputError(f"there is no op {op!r}; there are {', '.join(inputs)}.{did_you_mean(op, inputs)}")
     return inputs[op]()
 
-# %% ../../nbs/05_architecture/06_ops.ipynb #a376b44b
+# %% ../../nbs/05_architecture/06_ops.ipynb #d2cabcb9
 def _error(got, want) -> float:
     "The largest difference, in units of the largest value."
     if isinstance(want, list): return max(_error(g, w) for g, w in zip(got, want, strict=True))
     return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
+
+def _nbytes(x) -> int:
+    "Bytes of all tensors in x."
+    if torch.is_tensor(x): return x.nbytes
+    if isinstance(x, torch.nn.Module): return sum(p.nbytes for p in x.parameters())
+    return sum(map(_nbytes, x)) if isinstance(x, (list, tuple)) else 0
 
 @torch.inference_mode()
 def compare_ops(candidate: Ops | dict,  # a whole set, or replacements by name: dict(rms_norm=mine)
@@ -154,18 +160,21 @@ def compare_ops(candidate: Ops | dict,  # a whole set, or replacements by name: 
                 dtype: torch.dtype = torch.float32,
                 device: str = "cpu",
                ):                       # pandas DataFrame: a row per op and phase
-    "Relative error and time of a candidate's functions against REFERENCE, for a prompt and a decode step."
+    "Relative error and speed of a candidate's functions, beside REFERENCE and a copy, for a prompt and a decode step."
     import pandas as pd
     from llm_workbench.hardware.machine import best_seconds
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     candidate = candidate if isinstance(candidate, Ops) else REFERENCE.but(**candidate)
-    rows = []
+    one, two = torch.zeros(2, 2**26 if torch.device(device).type == "cuda" else 2**24, device=device)   # beyond caches
+    copied, rows = 2 * one.nbytes / best_seconds(lambda: one.copy_(two), 0.05, sync), []                # bytes a second
     for f in fields(Ops):
         mine, plain = getattr(candidate, f.name), getattr(REFERENCE, f.name)
         if mine is plain: continue
         for phase, (T, before) in {"prompt": (n_tokens, 0), "decode": (1, past)}.items():
             args = example_inputs(f.name, config, T, before, dtype, device)
-            error = _error(mine(*args), plain(*args))
+            out = mine(*args)
+            error, nbytes = _error(out, plain(*args)), _nbytes(args) + _nbytes(out)
             times = [best_seconds(lambda: function(*args), 0.05, sync) for function in (plain, mine)]
-            rows.append((f.name, phase, error, times[0] / times[1]))
-    return pd.DataFrame(rows, columns=["op", "phase", "relative error", "times faster"]).set_index(["op", "phase"])
+            rows.append((f.name, phase, error, times[0] / times[1], nbytes / times[1] / copied))
+    columns = ["op", "phase", "relative error", "times faster", "share of a copy"]
+    return pd.DataFrame(rows, columns=columns).set_index(["op", "phase"])
