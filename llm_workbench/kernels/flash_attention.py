@@ -198,7 +198,7 @@ def flash_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, sinks_ptr,
     tl.store(lse_ptr + (pid % (B * H)).to(tl.int64) * Tq + rows, m + tl.log2(l), mask=rows < Tq)
     put(out_ptr, acc / l[:, None], b, h, start_m, Tq, stride_ob, stride_ot, stride_oh, D, BLOCK_M, BLOCK_D, TMA)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #3b7ea4c4
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #bd36f542
 @gluon.jit
 def sees_by_hand(position, key, length, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     seen = key < length
@@ -209,12 +209,12 @@ def sees_by_hand(position, key, length, window, CAUSAL: gl.constexpr, WINDOW: gl
 @gluon.jit
 def job(turn, lengths_ptr, B, H, Tq, Tk, window,
         BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    """What this program does in its turn: (row and head, first query, its position, keys of the row, first key of the last
-    tile, number of tiles, of these masked, masked and full). Tiles count from the last backwards."""
+    """What this program does in its turn: (row and head, first query, its position, keys of the row, first key of the
+    last tile, number of tiles, of these masked, masked and full). Tiles count from the last backwards."""
     P, pid = gl.num_programs(0), gl.program_id(0)
     blocks = gl.cdiv(Tq, BLOCK_M)
     whole_turns = blocks * B * H // P
-    back = (turn % 2 == 1) & (turn < whole_turns)                # there and back again, so that nobody gets all long ones
+    back = (turn % 2 == 1) & (turn < whole_turns)                # there and back: nobody gets all the long ones
     t = turn * P + gl.where(back, P - 1 - pid, pid)
     line, start_m = t % (B * H), (blocks - 1 - t // (B * H)) * BLOCK_M
     length = Tk
@@ -307,7 +307,7 @@ def step(c, at, order, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_fr
     p = gl.convert_layout(p_new.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
     return acc, l, m, p
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #8b3d01ed
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #2dab5afb
 @gluon.jit
 def consume(half: gl.constexpr, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
             q_ready, q_free, k_ready, v_ready, k_free, v_free, started, B, H, Tq, Tk, window, scale,
@@ -342,13 +342,13 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_til
         p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
         order = c - turn - 1                                     # steps so far, less one: a job of n tiles has n - 1
         for i in range(1, masked):
-            acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready,
-                                k_free, v_free, started, position, length, window, scale, half, layout, out_layout,
-                                BLOCK_N, STAGES, True, CAUSAL, WINDOW, ORDER)
+            acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready,
+                                v_ready, k_free, v_free, started, position, length, window, scale, half, layout,
+                                out_layout, BLOCK_N, STAGES, True, CAUSAL, WINDOW, ORDER)
         for i in range(masked, full):
-            acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready,
-                                k_free, v_free, started, position, length, window, scale, half, layout, out_layout,
-                                BLOCK_N, STAGES, False, CAUSAL, WINDOW, ORDER)
+            acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready,
+                                v_ready, k_free, v_free, started, position, length, window, scale, half, layout,
+                                out_layout, BLOCK_N, STAGES, False, CAUSAL, WINDOW, ORDER)
         if WINDOW:
             for i in range(full, count):
                 acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready,
