@@ -367,7 +367,8 @@ def test_real_sizes(D, dtype, options):
 def gluon_at_real_sizes():
     everything = dict(window=300, sinks=True, lengths=[0, 60, 1111])
     for D, dtype, options in ((128, torch.bfloat16, {}), (128, torch.bfloat16, everything),
-                              (128, torch.float16, dict(window=20)), (80, torch.float16, dict(causal=False)), (256, torch.bfloat16, {})):
+                              (128, torch.float16, dict(window=20)), (80, torch.float16, dict(causal=False)),
+                              (256, torch.bfloat16, {})):
         B = len(options.get("lengths", "ab"))
         case = inputs((B, 500 if B == 3 else 1111, 1111, 8, 2, D), dtype, **options)
         for more in GLUON:
