@@ -434,7 +434,7 @@ def launches():
                     "fp32"]
     for t, size, widths in (("*bf16", 2, (8192, 32768, 65536, 131072)), ("*fp32", 4, (131072,))):
         for n in widths:
-            if size == 2 and n > 8192: yield row("softmax_kernel", [t, t, "i32:16", "i32:16", "i32:16", "i32:16"], n, size)
+            if size == 2 and n > 8192: yield row("softmax_kernel", [t, t] + 4 * ["i32:16"], n, size)
             yield row("cross_entropy_kernel", ce(t), n, size, GRAD=True, SMOOTH=False)
     yield row("cross_entropy_kernel", ce("*bf16"), 131072, 2, GRAD=False, SMOOTH=False)
     for t, vec in (("*bf16", 8), ("*fp32", 4)):
