@@ -420,7 +420,8 @@ def old_fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_read
     HALF: gl.constexpr = BLOCK_M // 2
     for half in gl.static_range(2):
         mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, start_m + half * HALF, 0], q_ready.index(half), q_tiles.index(half))
+        tma.async_copy_global_to_shared(q_desc, [b, h, start_m + half * HALF, 0], q_ready.index(half),
+                                        q_tiles.index(half))
     for i in range(count):
         place, turn, at = i % STAGES, i // STAGES & 1, last - i * BLOCK_N
         mbarrier.wait(k_free.index(place), turn ^ 1)
@@ -431,7 +432,8 @@ def old_fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_read
         tma.async_copy_global_to_shared(v_desc, [b, kh, at, 0], v_ready.index(place), v_tiles.index(place))
 
 @gluon.jit
-def old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window, scale,
+def old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window,
+             scale,
          layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
          STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     "Scores of tile i and values of tile i - 1 at the same time; the softmax of i while the values are multiplied."
@@ -462,7 +464,7 @@ def old_consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_til
     "Four warps: half of the queries of the program."
     ROWS: gl.constexpr = BLOCK_M // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])           # of s (ROWS, BLOCK_N)
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])       # of acc (ROWS, BLOCK_D)
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])  # of acc (ROWS, BLOCK_D)
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     row = half * ROWS + gl.arange(0, ROWS, by_row)
     position = first + row
@@ -481,15 +483,19 @@ def old_consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_til
     p, l, m, alpha = weigh(s, l, m, last, position, length, window, scale, layout, BLOCK_N, True, CAUSAL, WINDOW)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
     for i in range(1, masked):
-        acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length,
+        acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position,
+                                length,
                             window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
     for i in range(masked, full):
-        acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length,
+        acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position,
+                                length,
                             window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, False, CAUSAL, WINDOW)
     if WINDOW:
         for i in range(full, count):
-            acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position,
-                                length, window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
+            acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last,
+                                    position,
+                                length, window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL,
+                                    WINDOW)
     end = (count - 1) % STAGES
     mbarrier.wait(v_ready.index(end), (count - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(end).reshape((BLOCK_N, BLOCK_D)), acc)
@@ -515,7 +521,7 @@ def old_gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sin
     first = length - Tq + start_m
     stop, part = length, length
     if CAUSAL: stop, part = gl.minimum(length, first + BLOCK_M), gl.minimum(length, first + 1)
-    stop, part = gl.cdiv(gl.maximum(stop, 1), BLOCK_N), gl.maximum(part, 0) // BLOCK_N    # in tiles of keys, one at least
+    stop, part = gl.cdiv(gl.maximum(stop, 1), BLOCK_N), gl.maximum(part, 0) // BLOCK_N  # in tiles of keys, one at least
     start, whole = 0, 0
     if WINDOW:
         start = gl.minimum(gl.maximum(first - window + 1, 0) // BLOCK_N, stop - 1)
@@ -539,10 +545,12 @@ def old_gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sin
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
     gl.warp_specialize([
-        (old_consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
+        (old_consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free,
+                       v_free,
                    b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
                    BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
-        (old_consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
+        (old_consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free,
+                       v_free,
                    b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
                    BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
         (old_fetch, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
