@@ -33,7 +33,7 @@ def test_logits_equal_the_reference(decoder):
 
 def test_a_cache_changes_nothing(decoder):
     tokens = some_tokens(T=5 if DEVICE == "cpu" else 14).to(DEVICE)
-    cached_is_uncached(decoder.with_ops(TRITON), lambda d: d.new_cache(), tokens)
+    cached_is_uncached(decoder.with_ops(TRITON), lambda d: d.new_cache(context=tokens.shape[1]), tokens)
 
 
 @pytest.mark.parametrize("decoder", FEW, indirect=True)     # without experts: a rounding may send a token elsewhere

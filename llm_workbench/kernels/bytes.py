@@ -538,7 +538,7 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tens
                                   ACC=wide(g), num_warps=8 if BLOCK == BLOCK_GLU else 4)
     return dgate, dup
 
-# %% ../../nbs/09_kernels/05_bytes.ipynb #162498f8
+# %% ../../nbs/09_kernels/05_bytes.ipynb #9a892879
 @torch.library.custom_op("llm_workbench::glu", mutates_args=())
 def glu_op(gate: Tensor, up: Tensor, gelu: bool) -> Tensor: return glu(gate, up, gelu)
 
@@ -557,9 +557,10 @@ def glu_backward_op(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[T
 @glu_backward_op.register_kernel("cpu")
 def _(dy, gate, up, gelu):
     if interpreting(): return glu_backward(dy, gate, up, gelu)
-    with torch.enable_grad():
-        both = [t.detach().contiguous().requires_grad_() for t in (gate, up)]
-        return torch.autograd.grad((plain.geglu if gelu else plain.swiglu)(*both), both, dy.contiguous())
+    dy, g, u = (t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in (dy, gate, up))
+    z, slope = (1.5957691216057308 * (g + 0.044715 * g**3), 1.5957691216057308 * (1 + 0.134145 * g * g)) if gelu else (g, 1)
+    sigma = z.sigmoid()
+    return (dy * u * (sigma + g * sigma * (1 - sigma) * slope)).to(gate.dtype), (dy * g * sigma).to(up.dtype)
 
 @glu_backward_op.register_fake
 def _(dy, gate, up, gelu): return gate.new_empty(gate.shape), up.new_empty(up.shape)
