@@ -558,7 +558,8 @@ def glu_backward_op(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[T
 def _(dy, gate, up, gelu):
     if interpreting(): return glu_backward(dy, gate, up, gelu)
     dy, g, u = (t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in (dy, gate, up))
-    z, slope = (1.5957691216057308 * (g + 0.044715 * g**3), 1.5957691216057308 * (1 + 0.134145 * g * g)) if gelu else (g, 1)
+    root = 1.5957691216057308                                                    # twice the root of 2 / pi
+    z, slope = (root * (g + 0.044715 * g**3), root * (1 + 0.134145 * g * g)) if gelu else (g, 1)
     sigma = z.sigmoid()
     return (dy * u * (sigma + g * sigma * (1 - sigma) * slope)).to(gate.dtype), (dy * g * sigma).to(up.dtype)
 
