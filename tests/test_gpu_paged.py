@@ -200,7 +200,8 @@ def test_hopper_code_spills_nothing():
     launches = [pd.decode_launch(d) for d in DTYPES] + [pd.decode_launch(kv=kv) for kv in NARROW]
     launches += [pd.decode_launch(page=None), pd.decode_launch(D=64, Dv=64, group=3)]
     launches += [pd.decode_launch(D=576, Dv=512, group=g, latent=True) for g in (16, 128)]
-    launches += [pd.append_launch(kv=kv) for kv in (None, *NARROW)] + [pd.merge_launch(4, pdl=True),
+    launches += [pd.append_launch(kv=kv) for kv in (None, *NARROW)] + [pd.append_launch(values=False, R=64)]
+    launches += [pd.merge_launch(4, pdl=True),
                                                                        pd.merge_launch(128)]
     table = resources(*launches)
     assert (table[["stack", "spills"]] == 0).all().all(), table

@@ -58,7 +58,7 @@ def plain_paged(q, k_pages, v_pages, table, lengths, *, k_scale=None, v_scale=No
     v = k[..., :value_dim] if v_pages is None else gathered(v_pages, v_scale, table, lengths, q.dtype)
     return plain_attention(q, k, v, lengths=lengths.clamp_max(k.shape[1]), **options)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #b69a2804
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #02ea43c6
 @dataclass(frozen=True)
 class Config:
     "How the work is cut."
@@ -80,7 +80,7 @@ def config_for(D: int,          # of a key
               ) -> Config:
     "About 32 KB a tile and stage, and two programs on a multiprocessor; less where a thread's registers would not do."
     if itemsize == 4: return Config(16, warps=8, stages=2)
-    if D > 256: return Config(32, warps=8, stages=2)
+    if D > 256: return Config(64 if group > 32 and not Dv else 32, warps=8, stages=2)
     return Config(min(128, max(16, power(32768 // ((D + Dv) * itemsize) + 1) // 2)))
 
 @cache
@@ -101,9 +101,11 @@ def n_splits(programs: int,     # without a split: rows times groups of heads
              slots: int,        # keys that a row can have
              sms: int = 132,    # multiprocessors
              heavy: bool = False,   # a program fills a multiprocessor, and what it hands on to the merge is large
+             rows: int = 2,
             ) -> int:
-    "Parts of a row: about four programs a multiprocessor (one, if heavy), at least 128 keys of a full row each."
+    "Parts of a row, of at least 128 keys if it is full: for one row as many as run at a time, for several more."
     wanted = sms // programs if heavy else -(-4 * sms // programs)
+    if rows == 1 and not heavy: wanted = power(2 * sms // programs + 1) // 2   # a power of two: nothing is uneven
     return max(1, min(wanted, slots // 128, 128))
 
 # %% ../../nbs/09_kernels/09_paged_decode.ipynb #ba35fe05
@@ -329,7 +331,7 @@ def _checked(name, q, k, v, k_scale, v_scale, sinks, window, lengths):
         takes(torch.cuda.get_device_capability(q.device) >= (8, 9),
               "float8 on a GPU of compute capability 8.9 or later")
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #f2c0731c
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #907edb8f
 def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, window, softcap, sinks, scale) -> Tensor:
     "Both kernels. k and v: (P, S, K, D) with a table, (B, slots, K, D) without."
     (B, _, H, D), (K, Dv) = q.shape, (k.shape[2], v.shape[3])
@@ -342,7 +344,7 @@ def _launch(q, k, v, k_scale, v_scale, table, lengths, slots, page, config, wind
     q = q if q.stride(3) == 1 else q.contiguous()
     M = min(64, power(H // K, 16))
     blocks = -(-(H // K) // M)
-    splits = config.splits or n_splits(B * K * blocks, slots, multiprocessors(q.device), M * Dv > 2**14)
+    splits = config.splits or n_splits(B * K * blocks, slots, multiprocessors(q.device), M * Dv > 2**14, B)
     BLOCK_D, BLOCK_R = head_blocks(D, Dv, latent)
     part, lse = out, None
     if splits > 1:
@@ -428,7 +430,7 @@ def plain_append(k, v, cos, sin, k_pages, v_pages, table, rows, positions, *, k_
             pages.view(torch.uint8)[page, slot] = codes.view(torch.uint8)
             scales[page, slot] = scale
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #88a83ef6
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #c2ba02f1
 @triton.jit
 def _code(x, scale, LARGEST: tl.constexpr, ROUND: tl.constexpr):
     "(BLOCK, n) numbers as codes of the scale of their line, still in float32."
@@ -483,7 +485,7 @@ def append_kernel(k_ptr, v_ptr, cos_ptr, sin_ptr, k_pages_ptr, v_pages_ptr, k_sc
                      mask=turning)
         if R < D: tl.store(to + c[None, :], _code(z, wide, LARGEST, ROUND).to(k_pages_ptr.dtype.element_ty),
                            mask=staying)
-    else:                                                                      # values
+    elif v_ptr is not None:                                                    # values
         e = tl.arange(0, BLOCK_V)
         inside = there[:, None] & (e < DV)[None, :]
         v = tl.load(v_ptr + (token * stride_vn + head * stride_vh)[:, None] + e[None, :], mask=inside,
@@ -495,7 +497,7 @@ def append_kernel(k_ptr, v_ptr, cos_ptr, sin_ptr, k_pages_ptr, v_pages_ptr, k_sc
         tl.store(to + e[None, :], _code(v, scale.to(tl.float32), LARGEST, ROUND).to(v_pages_ptr.dtype.element_ty),
                  mask=inside)
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #69f35e2a
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #a5056725
 def append(k: Tensor,                      # (N, K, D) keys of N new tokens, of any texts
            v: Tensor | None,               # (N, K, Dv); None: they are part of the keys
            cos: Tensor | None,             # (N, R) as `rotate` takes them, R <= D; None: the keys are turned already
@@ -506,7 +508,7 @@ def append(k: Tensor,                      # (N, K, D) keys of N new tokens, of 
            rows: Tensor,                   # (N,) int32 or int64: the row of each token
            positions: Tensor,              # (N,) int32 or int64: its place in the row's text; below 0: it is left out
            *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,   # (P, S, K) float16, changed
-           block: int = 32,                # heads of tokens that a program handles
+           block: int = 16,                # heads of tokens that a program handles
            warps: int = 4) -> None:
     "Turn, quantize and write in one launch. Raises InputError for what the kernel does not take."
     name, (N, K, D), page = "append", k.shape, k_pages.shape[1]
@@ -619,7 +621,7 @@ def _(k, v, cos, sin, k_pages, v_pages, table, rows, positions, k_scale, v_scale
 @append_op.register_fake
 def _(k, v, cos, sin, k_pages, v_pages, table, rows, positions, k_scale, v_scale): pass
 
-# %% ../../nbs/09_kernels/09_paged_decode.ipynb #dadffbb9
+# %% ../../nbs/09_kernels/09_paged_decode.ipynb #0f243204
 MODULE = "llm_workbench.kernels.paged_decode"
 TYPE = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8",
         torch.float8_e4m3fn: "*fp8e4nv"}
@@ -652,13 +654,14 @@ def decode_launch(dtype: torch.dtype = torch.bfloat16, kv: torch.dtype | None = 
 
 def append_launch(dtype: torch.dtype = torch.bfloat16, kv: torch.dtype | None = None, D: int = 128, R: int = 128,
                   page: int = 16,
-                  tables: str = "*fp32", block: int = 32, label: str = "") -> Launch:
+                  tables: str = "*fp32", block: int = 16, values: bool = True, label: str = "") -> Launch:
     "The same for `append_kernel`."
     kv, scale = kv or dtype, "*fp16" if kv in LARGEST else None
-    pointers = dict(k_ptr=TYPE[dtype], v_ptr=TYPE[dtype], cos_ptr=tables if R else None, sin_ptr=tables if R else None,
+    v, v_pages = (TYPE[dtype], TYPE[kv]) if values else (None, None)
+    pointers = dict(k_ptr=TYPE[dtype], v_ptr=v, cos_ptr=tables if R else None, sin_ptr=tables if R else None,
                     k_pages_ptr=TYPE[kv],
-                    v_pages_ptr=TYPE[kv], k_scale_ptr=scale, v_scale_ptr=scale, table_ptr="*i32", rows_ptr="*i64",
-                    positions_ptr="*i64")
+                    v_pages_ptr=v_pages, k_scale_ptr=scale, v_scale_ptr=scale if values else None, table_ptr="*i32",
+                    rows_ptr="*i64", positions_ptr="*i64")
     types = [t for t in pointers.values() if t] + ["i32:16", "i32"] + ["i32:16"] * 12 + ["i32"] * 7
     constants = dict(PAGE=page, D=D, DV=D, R=R, LARGEST=LARGEST.get(kv, 0.0), ROUND=kv is torch.int8, BLOCK=block,
                      BLOCK_H=power(R // 2),
