@@ -105,7 +105,7 @@ def few_kernel(x_ptr, w_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn, s
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
-# %% ../../nbs/09_kernels/07_matmul.ipynb #ab616f68
+# %% ../../nbs/09_kernels/07_matmul.ipynb #9c7e9185
 @dataclass(frozen=True)
 class Config:
     "How a product is cut into tiles."
@@ -121,8 +121,8 @@ class Config:
     exact: bool = False        # float8: add up in float32 after every step
 
 CONFIGS = dict(                # by bytes of a number
-    one=Config(1, 8, 512, warps=4, how="few"), few=Config(16, 32, 256, warps=4, how="few"),
-    large={1: Config(128, 256, 128, stages=4, split=2), 2: Config(128, 256, 64, stages=4, split=2),
+    one=Config(1, 4, 1024, warps=4, how="few"), few=Config(16, 16, 256, warps=4, stages=4, how="few"),
+    large={1: Config(128, 256, 128, stages=4, split=2, group=16), 2: Config(128, 256, 64, stages=4, split=2),
            4: Config(128, 128, 32, split=2)},
     small={1: Config(64, 128, 128, warps=4, stages=4), 2: Config(64, 128, 64, warps=4, stages=4),
            4: Config(64, 128, 32, warps=4)},
