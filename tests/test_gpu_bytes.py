@@ -66,8 +66,7 @@ def test_rows_longer_than_the_registers(dtype):
 def test_norms_of_extreme_rows(scale):
     x, w = randn(4, 130, scale=scale), randn(130)
     checked(kb.rms_norm, plain.rms_norm, x, w, 1e-6)
-    if scale: checked(kb.layer_norm, plain.layer_norm, x + 1, w, None, 1e-6, floor=8)    # a mean above the deviation
-    else: assert kb.layer_norm(x + 1, w, None, 1e-6).abs().max() <= 1e-3         # a GPU's quotient: 1 within 2 units
+    checked(kb.layer_norm, plain.layer_norm, x + 1, w, None, 1e-6, floor=8)      # a mean far above the deviation
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,7 +128,7 @@ def test_rotate(B, T, H, D, R, dtype):
     x = randn(B, T, H, D, dtype=dtype)
     for cos_sin in (tables(T, R, dtype=dtype), tables(T, R, B, dtype=dtype)):
         checked(kb.rotate, plain_rotate, x, *cos_sin)
-        if dtype != torch.float32 and DEVICE == "cpu":       # rounded where torch rounds; a GPU fuses product and sum
+        if dtype != torch.float32:                                               # rounded where torch rounds
             assert torch.equal(kb.rotate(x, *cos_sin), plain_rotate(x, *cos_sin))
     with guarded(kb): back = kb.rotated(kb.rotated(x, *cos_sin), *cos_sin, transpose=True)
     assert (back - x).abs().max() <= 8 * torch.finfo(dtype).eps * x.abs().max()
