@@ -8,7 +8,7 @@ from llm_workbench.architecture.ops import TORCH, Ops
 from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
-from llm_workbench.inference.generation import LM
+from llm_workbench.inference.generation import LM, Batch
 from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
 from llm_workbench.quantization.checkpoints import as_wrapped, unwrapped
 from llm_workbench.quantization.formats import Keep, as_format, as_stored, format_of
@@ -34,7 +34,7 @@ def load(source: str | Path | None = None,  # None: the embedded model; a folder
     checkpoint = open_checkpoint(source, unwrapped)
     if checkpoint.packed_by and weights in (None, "stored"): keep = as_wrapped(dtype, device)
     decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, device, ops, keep)
-    return LM(decoder, checkpoint.tokenizer, checkpoint.card)
+    return LM(decoder, checkpoint.tokenizer, checkpoint.card, batches_for(device))
 
 
 def keeping(weights: str | Format | None,  # "stored", "dense", a format or its name; None: the fastest that there is
@@ -69,6 +69,14 @@ def compiled_triton() -> Ops:
         why = "TRITON_INTERPRET is set, so kernels run on the CPU only."
     warnings.warn(f"{why} This run goes on with TORCH.")
     return TORCH
+
+
+def batches_for(device: torch.device) -> type[Batch]:
+    "Who decides the tokens: on CUDA steps that are recorded as one graph where Triton is (`batch.why_not`), else `Batch`."
+    if device.type != "cuda": return Batch
+    try: from llm_workbench.kernels.graphs import recorded
+    except UnsupportedError: return Batch          # no Triton: `compiled_triton` has said so
+    return recorded(Batch)
 
 
 def usable(device: str | torch.device) -> torch.device:

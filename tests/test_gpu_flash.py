@@ -23,7 +23,7 @@ import triton.language as tl
 
 SMALL = Config(16, 16, 4, 2, "pointers")     # several tiles in a short text
 SMALL_TMA = Config(16, 32, 4, 2)
-GLUON = {}, *(dict(new=True, lasting=lasting, order=order) for lasting in (False, True) for order in (False, True))
+GLUON = dict(lasting=False), dict(lasting=True)
 CHIP = 2.0 if DEVICE == "cuda" else 0.0     # its exp2 and log2 are off by some units
 OPTIONS = {   # B, Tq, Tk, H, K, D and what is asked for; sizes that share compiled kernels where they can
     "causal": ((1, 37, 37, 2, 1, 16), {}),
@@ -154,8 +154,9 @@ def test_strides():
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
 def test_extreme_scores(scale):
-    "Scores near zero, a softmax that is one key, and scores whose exponential no float holds."
-    check_forward(*inputs((1, 33, 33, 2, 1, 16), scale=scale), floor=4.0)
+    """Scores near zero, a softmax that is one key, and scores whose exponential no float holds. Large scores are lost
+    to rounding wherever two keys nearly tie: enough texts that the largest error of both sides is one of many."""
+    check_forward(*inputs((8, 64, 64, 4, 1, 16), scale=scale), floor=4.0)
 
 
 def test_empty():

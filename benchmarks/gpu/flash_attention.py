@@ -21,10 +21,8 @@ BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.C
 GLUON = flash.HOPPER[128]
 FORWARD = {
     "pointers": Config(64, 64, 4, 3, "pointers"), "descriptors": Config(64, 64, 4, 3),
-    "128x128, 8 warps": Config(128, 128, 8, 3), "gluon": GLUON, "gluon, new": GLUON._replace(new=True),
-    "gluon, lasting": GLUON._replace(new=True, lasting=True),
-    "gluon, in order": GLUON._replace(new=True, order=True),
-    "gluon, lasting, in order": GLUON._replace(new=True, lasting=True, order=True)}
+    "128x128, 8 warps": Config(128, 128, 8, 3), "gluon, one job": GLUON._replace(lasting=False),
+    "gluon, lasting": GLUON}
 RISKY = ("gluon",)                               # warps that wait for each other: a mistake there never ends
 BACKWARD = {   # for dk and dv, for dq
     "32x128 8w 3s, 64x64 4w 3s": (Config(32, 128, 8, 3), Config(64, 64, 4, 3)),

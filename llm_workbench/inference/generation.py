@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'next_logits', 'Row', 'whole', 'wholes', 'token_ids', 'check_prompts', 'check_room', 'Batch', 'padded',
-           'seeded', 'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LM', 'is_list_of_prompts']
+           'seeded', 'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LogLikelihood', 'LM',
+           'is_list_of_prompts']
 
 # %% ../../nbs/07_inference/02_generation.ipynb #6cbe8ccb
 from collections.abc import Callable, Iterator, Sequence
@@ -307,6 +308,15 @@ class Completion:
 
     def __str__(self) -> str: return self.text
 
+
+@dataclass
+class LogLikelihood:
+    "How likely a model holds a continuation: what scoring returns, whichever program computes it."
+    total: float             # natural logarithm of the continuation's probability: the sum of `logprobs`
+    greedy: bool             # each token was the most likely one
+    tokens: list[int]        # of the continuation
+    logprobs: list[float]    # of each token
+
 # %% ../../nbs/07_inference/02_generation.ipynb #8e040b46
 @dataclass
 class LM:
@@ -314,6 +324,7 @@ class LM:
     decoder: Decoder = field(repr=False)
     tokenizer: Tokenizer
     card: ModelCard
+    batches: type[Batch] = field(default=Batch, repr=False)    # who decides the tokens: `Batch`, or a subclass
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         "The ids of a prompt as it stands, special tokens in it included; ids stay what they are."
@@ -333,8 +344,8 @@ def batch(self: LM,
           ) -> Batch:
     "Rows to be written by this model, up to its end tokens. Bad input raises here, before the first step."
     sampler = Sampler(**{"temperature": 0.0, **sampling})
-    return Batch(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, mask=mask,
-                 eos_ids=self.tokenizer.eos_ids if stop_at_eos else ())
+    return self.batches(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, mask=mask,
+                        eos_ids=self.tokenizer.eos_ids if stop_at_eos else ())
 
 @patch
 def texts(self: LM,

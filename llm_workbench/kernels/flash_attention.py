@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HALF', 'HOPPER', 'FULL', 'LOG2E', 'HALF_BACKWARD', 'FULL_BACKWARD', 'KERNELS', 'tiled_kernel', 'tiled_attention',
            'sees', 'key_ranges', 'tile', 'put', 'tanh', 'attend', 'flash_kernel', 'sees_by_hand', 'job', 'turns_of',
-           'fetch', 'weigh', 'step', 'consume', 'gluon_kernel', 'old_fetch', 'old_step', 'old_consume',
-           'old_gluon_kernel', 'Config', 'forward_config', 'describable', 'describe', 'flash_forward', 'delta_kernel',
-           'query_ranges', 'gather', 'dkdv_kernel', 'spread', 'dq_kernel', 'backward_configs', 'flash_backward',
-           'plain_forward', 'plain_backward', 'flash_op', 'flash_backward_op', 'flash_attention', 'launch']
+           'fetch', 'weigh', 'step', 'consume', 'gluon_kernel', 'Config', 'forward_config', 'describable', 'describe',
+           'flash_forward', 'delta_kernel', 'query_ranges', 'gather', 'dkdv_kernel', 'spread', 'dq_kernel',
+           'backward_configs', 'flash_backward', 'plain_forward', 'plain_backward', 'flash_op', 'flash_backward_op',
+           'flash_attention', 'launch']
 
 # %% ../../nbs/09_kernels/08_flash_attention.ipynb #ca9e222a
 import math
@@ -265,7 +265,7 @@ def fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, q_free, k_
             tma.async_copy_global_to_shared(v_desc, at, v_ready.index(place), v_tiles.index(place))
             c += 1
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #e0b53029
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #34b8c18a
 @gluon.jit
 def weigh(s, l, m, at, position, length, window, scale, layout: gl.constexpr, BLOCK_N: gl.constexpr,
           MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
@@ -283,21 +283,19 @@ def weigh(s, l, m, at, position, length, window, scale, layout: gl.constexpr, BL
     return p, l * alpha + gl.sum(p, 1), m_new, alpha
 
 @gluon.jit
-def step(c, at, order, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, started, position, length,
-         window, scale, half: gl.constexpr, layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_N: gl.constexpr,
-         STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ORDER: gl.constexpr):
+def step(c, at, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, position, length, window, scale,
+         layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+         MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     "Scores of tile c and values of tile c - 1 at the same time; the softmax of c while the values are multiplied."
     here, before = c % STAGES, (c - 1) % STAGES
     ROWS: gl.constexpr = q.shape[0]
     BLOCK_D: gl.constexpr = q.shape[1]
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
     mbarrier.wait(k_ready.index(here), c // STAGES & 1)
-    if ORDER: mbarrier.wait(started.index(half), order & 1)
     k = k_tiles.index(here).reshape((BLOCK_N, BLOCK_D)).permute((1, 0))
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(before), (c - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(before).reshape((BLOCK_N, BLOCK_D)), acc, is_async=True)
-    if ORDER: mbarrier.arrive(started.index(1 - half), count=1)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_free.index(here), count=1)
     p_new, l, m, alpha = weigh(s, l, m, at, position, length, window, scale, layout, BLOCK_N, MASKED, CAUSAL, WINDOW)
@@ -307,12 +305,12 @@ def step(c, at, order, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_fr
     p = gl.convert_layout(p_new.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
     return acc, l, m, p
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #2dab5afb
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #f73edc2e
 @gluon.jit
 def consume(half: gl.constexpr, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-            q_ready, q_free, k_ready, v_ready, k_free, v_free, started, B, H, Tq, Tk, window, scale,
+            q_ready, q_free, k_ready, v_ready, k_free, v_free, B, H, Tq, Tk, window, scale,
             BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-            CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ORDER: gl.constexpr, SHARED: gl.constexpr):
+            CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr):
     "Four warps: half of the queries of every job."
     ROWS: gl.constexpr = BLOCK_M // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])           # of s
@@ -322,7 +320,6 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_til
     q = q_tiles.index(half).reshape((ROWS, BLOCK_D))
     out_place = out_tiles.index(half).reshape((ROWS, BLOCK_D))
     c = 0
-    if ORDER and half == 1: mbarrier.arrive(started.index(0), count=1)
     for turn in range(turns_of(B, H, Tq, BLOCK_M)):
         line, start_m, first, length, last, count, masked, full = job(turn, lengths_ptr, B, H, Tq, Tk, window, BLOCK_M,
                                                                       BLOCK_N, CAUSAL, WINDOW)
@@ -340,20 +337,19 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_til
         mbarrier.arrive(k_free.index(c % STAGES), count=1)
         p, l, m, _ = weigh(s, l, m, last, position, length, window, scale, layout, BLOCK_N, True, CAUSAL, WINDOW)
         p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
-        order = c - turn - 1                                     # steps so far, less one: a job of n tiles has n - 1
         for i in range(1, masked):
-            acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready,
-                                v_ready, k_free, v_free, started, position, length, window, scale, half, layout,
-                                out_layout, BLOCK_N, STAGES, True, CAUSAL, WINDOW, ORDER)
+            acc, l, m, p = step(c + i, last - i * BLOCK_N, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready,
+                                k_free, v_free, position, length, window, scale, layout, out_layout, BLOCK_N, STAGES,
+                                True, CAUSAL, WINDOW)
         for i in range(masked, full):
-            acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready,
-                                v_ready, k_free, v_free, started, position, length, window, scale, half, layout,
-                                out_layout, BLOCK_N, STAGES, False, CAUSAL, WINDOW, ORDER)
+            acc, l, m, p = step(c + i, last - i * BLOCK_N, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready,
+                                k_free, v_free, position, length, window, scale, layout, out_layout, BLOCK_N, STAGES,
+                                False, CAUSAL, WINDOW)
         if WINDOW:
             for i in range(full, count):
-                acc, l, m, p = step(c + i, last - i * BLOCK_N, order + i, acc, l, m, p, q, k_tiles, v_tiles, k_ready,
-                                    v_ready, k_free, v_free, started, position, length, window, scale, half, layout,
-                                    out_layout, BLOCK_N, STAGES, True, CAUSAL, WINDOW, ORDER)
+                acc, l, m, p = step(c + i, last - i * BLOCK_N, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready,
+                                    k_free, v_free, position, length, window, scale, layout, out_layout, BLOCK_N,
+                                    STAGES, True, CAUSAL, WINDOW)
         c += count
         if not SHARED: mbarrier.arrive(q_free.index(half), count=1)
         end = (c - 1) % STAGES
@@ -374,11 +370,11 @@ def consume(half: gl.constexpr, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_til
             mbarrier.arrive(q_free.index(half), count=1)
     tma.store_wait(0)
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #94b53a43
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #003b5245
 @gluon.jit
 def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_ptr, B, H, G, Tq, Tk, window, scale,
                  BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-                 CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ORDER: gl.constexpr):
+                 CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     SHARED: gl.constexpr = BLOCK_D > 128
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -387,7 +383,6 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
     if not SHARED: out_tiles = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    started = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -395,7 +390,6 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
     for i in gl.static_range(2):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
-        mbarrier.init(started.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
@@ -403,161 +397,16 @@ def gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_p
         mbarrier.init(v_free.index(i), count=2)
     gl.warp_specialize([
         (consume, (0, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-                   q_ready, q_free, k_ready, v_ready, k_free, v_free, started, B, H, Tq, Tk, window, scale,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, ORDER, SHARED)),
+                   q_ready, q_free, k_ready, v_ready, k_free, v_free, B, H, Tq, Tk, window, scale,
+                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, SHARED)),
         (consume, (1, out_desc, lse_ptr, lengths_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-                   q_ready, q_free, k_ready, v_ready, k_free, v_free, started, B, H, Tq, Tk, window, scale,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, ORDER, SHARED)),
+                   q_ready, q_free, k_ready, v_ready, k_free, v_free, B, H, Tq, Tk, window, scale,
+                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, SHARED)),
         (fetch, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, v_ready, k_free, v_free,
                  lengths_ptr, B, H, G, Tq, Tk, window, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
     ], [4, 1], [240, 24])
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #23daa2a1
-@gluon.jit
-def old_fetch(q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
-          b, h, kh, start_m, last, count, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    "One warp asks the copy engine for tiles, as long as there is a free place."
-    HALF: gl.constexpr = BLOCK_M // 2
-    for half in gl.static_range(2):
-        mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, start_m + half * HALF, 0], q_ready.index(half),
-                                        q_tiles.index(half))
-    for i in range(count):
-        place, turn, at = i % STAGES, i // STAGES & 1, last - i * BLOCK_N
-        mbarrier.wait(k_free.index(place), turn ^ 1)
-        mbarrier.expect(k_ready.index(place), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, kh, at, 0], k_ready.index(place), k_tiles.index(place))
-        mbarrier.wait(v_free.index(place), turn ^ 1)
-        mbarrier.expect(v_ready.index(place), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [b, kh, at, 0], v_ready.index(place), v_tiles.index(place))
-
-@gluon.jit
-def old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position, length, window,
-             scale,
-         layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-         STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    "Scores of tile i and values of tile i - 1 at the same time; the softmax of i while the values are multiplied."
-    here, before = i % STAGES, (i - 1) % STAGES
-    BLOCK_D: gl.constexpr = q.shape[1]
-    mbarrier.wait(k_ready.index(here), i // STAGES & 1)
-    zeros = gl.zeros([BLOCK_M // 2, BLOCK_N], gl.float32, layout)
-    k = k_tiles.index(here).reshape((BLOCK_N, BLOCK_D)).permute((1, 0))
-    s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, v_tiles.index(before).reshape((BLOCK_N, BLOCK_D)), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_free.index(here), count=1)
-    at = last - i * BLOCK_N
-    p_new, l, m, alpha = weigh(s, l, m, at, position, length, window, scale, layout, BLOCK_N, MASKED, CAUSAL, WINDOW)
-    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-    mbarrier.arrive(v_free.index(before), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))[:, None]
-    p = gl.convert_layout(p_new.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    return acc, l, m, p
-
-@gluon.jit
-def old_consume(half: gl.constexpr, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles,
-            q_ready, k_ready, v_ready, k_free, v_free,
-            b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
-            BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-            CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    "Four warps: half of the queries of the program."
-    ROWS: gl.constexpr = BLOCK_M // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])           # of s (ROWS, BLOCK_N)
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])  # of acc (ROWS, BLOCK_D)
-    by_row: gl.constexpr = gl.SliceLayout(1, layout)
-    row = half * ROWS + gl.arange(0, ROWS, by_row)
-    position = first + row
-    if sinks_ptr is None:
-        m, l = gl.full([ROWS], -3.0e38, gl.float32, by_row), gl.full([ROWS], 0.0, gl.float32, by_row)
-    else:
-        sink = gl.load(sinks_ptr + h).to(gl.float32) * 1.4426950408889634
-        m, l = gl.full([ROWS], 0.0, gl.float32, by_row) + sink, gl.full([ROWS], 1.0, gl.float32, by_row)
-    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, out_layout)
-    q = q_tiles.index(half).reshape((ROWS, BLOCK_D))
-    mbarrier.wait(q_ready.index(half), 0)
-    mbarrier.wait(k_ready.index(0), 0)
-    k = k_tiles.index(0).reshape((BLOCK_N, BLOCK_D)).permute((1, 0))
-    s = warpgroup_mma(q, k, gl.zeros([ROWS, BLOCK_N], gl.float32, layout), use_acc=False)
-    mbarrier.arrive(k_free.index(0), count=1)
-    p, l, m, alpha = weigh(s, l, m, last, position, length, window, scale, layout, BLOCK_N, True, CAUSAL, WINDOW)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    for i in range(1, masked):
-        acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position,
-                                length,
-                            window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL, WINDOW)
-    for i in range(masked, full):
-        acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last, position,
-                                length,
-                            window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, False, CAUSAL, WINDOW)
-    if WINDOW:
-        for i in range(full, count):
-            acc, l, m, p = old_step(i, acc, l, m, p, q, k_tiles, v_tiles, k_ready, v_ready, k_free, v_free, last,
-                                    position,
-                                length, window, scale, layout, out_layout, BLOCK_M, BLOCK_N, STAGES, True, CAUSAL,
-                                    WINDOW)
-    end = (count - 1) % STAGES
-    mbarrier.wait(v_ready.index(end), (count - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, v_tiles.index(end).reshape((BLOCK_N, BLOCK_D)), acc)
-    l = gl.where(l == 0.0, 1.0, l)
-    rows = start_m + row
-    gl.store(lse_ptr + line.to(gl.int64) * Tq + rows, m + gl.log2(l), mask=rows < Tq)
-    out = acc / gl.convert_layout(l, gl.SliceLayout(1, out_layout))[:, None]
-    q.store(out.to(q.dtype))                                     # the place of q is free now
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [b, h, start_m + half * ROWS, 0], q_tiles.index(half))
-    tma.store_wait(0)
-
-@gluon.jit
-def old_gluon_kernel(q_desc, k_desc, v_desc, out_desc, lse_ptr, lengths_ptr, sinks_ptr, B, H, G, Tq, Tk, window, scale,
-                 BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-                 CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    pid = gl.program_id(0)
-    start_m = (gl.cdiv(Tq, BLOCK_M) - 1 - pid // (B * H)) * BLOCK_M
-    line = pid % (B * H)
-    b, h = line // H, line % H
-    length = Tk
-    if lengths_ptr is not None: length = gl.load(lengths_ptr + b).to(gl.int32)
-    first = length - Tq + start_m
-    stop, part = length, length
-    if CAUSAL: stop, part = gl.minimum(length, first + BLOCK_M), gl.minimum(length, first + 1)
-    stop, part = gl.cdiv(gl.maximum(stop, 1), BLOCK_N), gl.maximum(part, 0) // BLOCK_N  # in tiles of keys, one at least
-    start, whole = 0, 0
-    if WINDOW:
-        start = gl.minimum(gl.maximum(first - window + 1, 0) // BLOCK_N, stop - 1)
-        whole = gl.cdiv(gl.maximum(first + BLOCK_M - window, 0), BLOCK_N)
-    count, last = stop - start, (stop - 1) * BLOCK_N
-    masked = gl.minimum(gl.maximum(stop - part, 1), count)       # from the last tile backwards: seen in part,
-    full = gl.maximum(gl.minimum(stop - whole, count), masked)   # seen by all, and again in part
-
-    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2): mbarrier.init(q_ready.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
-    gl.warp_specialize([
-        (old_consume, (0, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free,
-                       v_free,
-                   b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
-        (old_consume, (1, out_desc, lse_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free,
-                       v_free,
-                   b, h, line, start_m, first, length, Tq, window, scale, last, count, masked, full,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW)),
-        (old_fetch, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, k_free, v_free,
-                 b, h, h // G, start_m, last, count, BLOCK_M, BLOCK_N, STAGES)),
-    ], [4, 1], [240, 24])
-
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #b01cae84
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #d4cad554
 class Config(NamedTuple):
     "How a kernel is cut: queries and keys of a tile, warps of a program, tiles on the way, and how tiles are fetched."
     BLOCK_M: int
@@ -566,8 +415,6 @@ class Config(NamedTuple):
     num_stages: int
     how: str = "tma"       # "pointers", "tma" (descriptors), "gluon" (roles for warps)
     lasting: bool = False  # Gluon: a program a processor instead of one a job
-    new: bool = False
-    order: bool = False    # Gluon: the groups start their products by turns
 
     @property
     def TMA(self): return self.how != "pointers"
@@ -576,7 +423,7 @@ HALF = {    # by head size: 16-bit numbers go through tensor cores in large tile
     64: Config(64, 64, 4, 3),
     128: Config(64, 64, 4, 3),
     256: Config(128, 64, 8, 2)}
-HOPPER = {128: Config(128, 128, 4, 2, "gluon"), 256: Config(128, 64, 4, 2, "gluon")}
+HOPPER = {128: Config(128, 128, 4, 2, "gluon", lasting=True), 256: Config(128, 64, 4, 2, "gluon", lasting=True)}
 FULL = {128: Config(32, 32, 8, 1, "pointers"), 256: Config(32, 16, 8, 1, "pointers")}
 
 def forward_config(D: int, dtype: torch.dtype, Tq: int, describable: bool = True, gluon: bool = False) -> Config:
@@ -642,7 +489,7 @@ def _flags(D, config, causal, window, softcap):
 
 def _rows(x): return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #035128e2
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #707f474c
 def flash_forward(
     q: Tensor,                        # (B, Tq, H, D)
     k: Tensor,                        # (B, Tk, K, D)
@@ -680,15 +527,10 @@ def _launch_gluon(q, k, v, out, lse, lengths, sinks, numbers, config, flags):
     rows, wide = (config.BLOCK_M // 2, config.BLOCK_N, config.BLOCK_N, config.BLOCK_M // 2), flags["BLOCK_D"]
     tensors = [describe(x, n, wide, _layout(n, wide)) for x, n in zip((q, k, v, out), rows)]
     jobs = triton.cdiv(q.shape[1], config.BLOCK_M) * q.shape[0] * q.shape[2]
-    if not config.new:
-        old_gluon_kernel[(jobs,)](*tensors, lse, lengths, sinks, *numbers[:7], BLOCK_D=wide, BLOCK_M=config.BLOCK_M,
-                                  BLOCK_N=config.BLOCK_N, STAGES=config.num_stages, CAUSAL=flags["CAUSAL"],
-                                  WINDOW=flags["WINDOW"], num_warps=4, maxnreg=168)
-        return
     if config.lasting: jobs = min(jobs, torch.cuda.get_device_properties(q.device).multi_processor_count)
     gluon_kernel[(jobs,)](*tensors, lse, lengths, sinks, *numbers[:7], BLOCK_D=wide, BLOCK_M=config.BLOCK_M,
                        BLOCK_N=config.BLOCK_N, STAGES=config.num_stages, CAUSAL=flags["CAUSAL"], WINDOW=flags["WINDOW"],
-                       ORDER=config.order, num_warps=4, maxnreg=168)
+                       num_warps=4, maxnreg=168)
 
 def _layout(rows, columns): return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16)
 
@@ -1020,7 +862,7 @@ def flash_attention(
         return flash_op(q, k, v, causal, window, softcap, sinks, scale, lengths)[0]
     return flash_forward(q, k, v, **options)[0]
 
-# %% ../../nbs/09_kernels/08_flash_attention.ipynb #024a18f3
+# %% ../../nbs/09_kernels/08_flash_attention.ipynb #228f6049
 KERNELS = dict(flash_kernel="MNNM", dkdv_kernel="MNNMNN", dq_kernel="MNNMM", delta_kernel="")   # rows of the tiles
 
 def launch(kernel: str,             # a key of KERNELS
@@ -1041,7 +883,7 @@ def launch(kernel: str,             # a key of KERNELS
     if config.how == "gluon":
         tiles = [f"tensordesc<{dtype}[1,1,{n},{wide}],{_layout(n, wide)!r}>" for n in (M // 2, N, N, M // 2)]
         return Launch(f"{module}:gluon_kernel", tiles + ["*fp32", "*i64", "*fp32"] + ["i32"] * 6 + ["fp32"],
-                      constants | dict(STAGES=config.num_stages, ORDER=config.order), 4, 1, label, maxnreg=168)
+                      constants | dict(STAGES=config.num_stages), 4, 1, label, maxnreg=168)
     forward = kernel == "flash_kernel"
     constants |= dict(D=D, SOFTCAP=flags.get("SOFTCAP", False), TMA=config.TMA)
     rows = [dict(M=M, N=N)[r] for r in KERNELS[kernel]]
