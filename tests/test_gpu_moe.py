@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, as_accurate, guarded, randn, rejects
 
 from llm_workbench.architecture.matrices import Stack
+from llm_workbench.architecture.matrices import stack_linear as plain_stack_linear
 from llm_workbench.architecture.moe import clamped_swiglu
 from llm_workbench.architecture.moe import moe as plain_moe
 from llm_workbench.architecture.moe import route as plain_route
@@ -19,8 +20,8 @@ from llm_workbench.architecture.ops import TORCH
 from llm_workbench.errors import InputError
 from llm_workbench.kernels import moe as module
 from llm_workbench.kernels.launching import Launch, resources
-from llm_workbench.kernels.moe import (CONFIGS, MoEConfig, Tiles, compiled_as, experts, moe, moe_op, plain_experts,
-                                       route, sort_by_expert, why_plain)
+from llm_workbench.kernels.moe import (CONFIGS, MoEConfig, Tiles, compiled_as, experts, grouped, launch_route, moe,
+                                       moe_op, plain_experts, route, sort_by_expert, stack_linear, why_plain)
 
 pytestmark = pytest.mark.triton
 SMALL = {"tall": MoEConfig(Tiles(64, 16, 32, 4, 2, flatten=False), Tiles(64, 32, 32, 4, 2)),
@@ -48,7 +49,7 @@ def agrees(args, config=None):
 def routes(logits, k, **options):
     wide = options | ({"bias": options["bias"].double()} if "bias" in options else {})
     want, weights = plain_route(logits.double(), k, **wide)
-    with guarded(module): got, mine = route(logits, k, **options)
+    with guarded(module): got, mine = launch_route(logits, k, **options)
     assert torch.equal(got, want), "other experts"
     return as_accurate(mine, weights, plain_route(logits, k, **options)[1])
 
@@ -74,7 +75,7 @@ def test_routing_at_the_edges():
     assert route(logits - 200, 2, score="sigmoid", scale=3.0)[1].eq(0).all()   # all scores underflow: zero, and no NaN
     assert route(logits[:0], 2)[0].shape == (0, 2)
     for bad in (dict(top_k=7), dict(top_k=0), dict(top_k=2, score="tanh"), dict(top_k=2, bias=randn(5))):
-        with pytest.raises(InputError): route(logits, **bad)
+        with pytest.raises(InputError): launch_route(logits, **bad)
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -336,3 +337,65 @@ def test_in_a_graph_with_another_routing():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, experts(*other))
+
+
+# --- one matrix of a stack for each row ------------------------------------------------------------------------------
+
+def grouped_agrees(N=20, S=5, O=24, C=72, dtype=torch.float32, bias=True, which=None, run=None, config=None):
+    x, w = randn(N, C, dtype=dtype), randn(S, O, C, dtype=dtype, seed=1, scale=C ** -0.5)
+    b = randn(S, O, dtype=dtype, seed=2) if bias else None
+    if which is None: which = torch.randint(S, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    double = lambda t: None if t is None else t.double()
+    want = plain_stack_linear(x.double(), w.double(), which, double(b))
+    with guarded(module): got = (run or grouped)(x, w, which, b, **({"config": config} if config else {}))
+    return as_accurate(got, want, plain_stack_linear(x, w, which, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N,S,O,C", [(1, 1, 1, 8), (20, 5, 24, 72), (33, 3, 70, 40), (7, 60, 17, 16)])
+def test_grouped(N, S, O, C, dtype):
+    grouped_agrees(N, S, O, C, dtype)
+    grouped_agrees(N, S, O, C, dtype, bias=False)
+
+
+@pytest.mark.parametrize("config", [SMALL["tall"].up, SMALL["low"].up])
+def test_grouped_tiles(config):
+    grouped_agrees(150, 3, 40, 72, torch.bfloat16, config=config)
+    grouped_agrees(67, 4, 40, 72, which=torch.full((67,), 2, device=DEVICE), config=config)      # all to one matrix
+
+
+def test_grouped_refuses_what_it_does_not_take():
+    x, w, which = randn(6, 16), randn(3, 8, 16), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    wrong = {"throughout": (x.half(), w, which), "1024 matrices": (x[:, :8], w, which),
+             "integers": (x, w, which.float()), "a bias": (x, w, which, x),
+             "16 bytes": (x[:, :15].contiguous(), w[:, :, :15].contiguous(), which)}
+    for said, args in wrong.items():
+        with pytest.raises(InputError, match=said): grouped(*args)
+
+
+def test_stack_linear_hands_on_what_has_no_kernel():
+    x, w, which = randn(4, 3, 16), randn(3, 8, 16), torch.tensor([2, 0, 1, 1], device=DEVICE)
+    assert torch.equal(stack_linear(x, w), plain_stack_linear(x, w))                               # a matrix a place
+    rows = randn(4, 16).double()
+    assert torch.equal(stack_linear(rows, w.double(), which), plain_stack_linear(rows, w.double(), which))
+    w.requires_grad_(True)
+    stack_linear(rows.float(), w, which).sum().backward()
+    assert w.grad is not None and not w.grad[0].equal(w.grad[1])
+
+
+def test_wrong_grouped_products_are_rejected():
+    wrong = {"bias of the first": lambda x, w, which, b: grouped(x, w, which, b[:1].expand_as(b)),
+             "order of the sorted rows": lambda x, w, which, b: grouped(x, w, which, b)[which.argsort(stable=True)],
+             "the next matrix": lambda x, w, which, b: grouped(x, w, (which + 1) % len(w), b)}
+    for name, run in wrong.items(): assert rejects(grouped_agrees, run=run), name
+
+
+def test_routers_that_have_no_kernel_are_handed_on():
+    logits = randn(5, 8)
+    for options in (dict(score="sigmoid", n_groups=4, top_groups=2), dict(score="sparsemixer")):
+        for got, want in zip(route(logits, 2, **options), plain_route(logits, 2, **options)): assert torch.equal(got, want)
+    assert route(logits.double(), 2)[1].dtype == torch.float64
+    asked = logits.clone().requires_grad_(True)
+    route(asked, 2)[1][:, 0].sum().backward()
+    assert asked.grad.any()
+    with pytest.raises(InputError): route(logits, 9)

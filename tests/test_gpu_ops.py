@@ -7,19 +7,39 @@ from models import SMALL, small_model
 
 from llm_workbench import Decoder
 from llm_workbench.architecture.ops import REFERENCE, TORCH, compare_ops
+from llm_workbench.inference.generation import Batch
 from llm_workbench.kernels.triton_ops import TRITON, who
+from llm_workbench.quantization.formats import quantize
 
 pytestmark = pytest.mark.triton
 FEW = ["llama", "gemma2", "gpt_neox"]
+EXPERTS = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 FAMILIES = FEW if DEVICE == "cpu" else list(SMALL)
 EVERY = [(family, i) for family in FAMILIES for i in range(1 if DEVICE == "cpu" else len(SMALL[family]))]
-KERNELS = {name: f for name, f in vars(TRITON).items() if f is not getattr(TORCH, name)}
 
 
 @pytest.fixture(params=EVERY, ids=[f"{family}-{i}" for family, i in EVERY])
 def decoder(request):
     torch.backends.cuda.matmul.allow_tf32 = False
     return Decoder.from_transformers(small_model(*request.param)).to(DEVICE)
+
+
+class Routing:
+    """The experts that a run chose, for runs in narrower numbers: there a router flips where two experts nearly tie,
+    and the logits of that token say nothing about kernels. (Sparsemixer chooses for itself.)"""
+    def __init__(self): self.chosen = []
+
+    def noted(self, logits, top_k, **options):
+        chosen, weights = REFERENCE.route(logits, top_k, **options)
+        self.chosen.append(chosen)
+        return chosen, weights
+
+    def again(self):
+        kept = iter(self.chosen)
+        def route(logits, top_k, *, bias=None, **options):
+            wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, next(kept), 1e4)
+            return REFERENCE.route(logits, top_k, bias=wanted, **options)
+        return route
 
 
 def scaled(got, want): return worst(got, want) / want.abs().max().item()
@@ -32,8 +52,17 @@ def test_logits_equal_the_reference(decoder):
     assert scaled(mine, plain) <= 1e-4
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the test above has all families there")
+@pytest.mark.parametrize("family", EXPERTS)
+@torch.inference_mode()
+def test_experts_equal_the_reference(family):
+    tokens, decoder = some_tokens(B=1, T=7), Decoder.from_transformers(small_model(family))
+    mine, plain = (decoder.with_ops(ops)(tokens) for ops in (TRITON, REFERENCE))
+    assert scaled(mine, plain) <= 1e-4
+
+
 def test_a_cache_changes_nothing(decoder):
-    tokens = some_tokens(T=5 if DEVICE == "cpu" else 14).to(DEVICE)
+    tokens = some_tokens(T=4 if DEVICE == "cpu" else 14).to(DEVICE)
     cached_is_uncached(decoder.with_ops(TRITON), lambda d: d.new_cache(context=tokens.shape[1]), tokens)
 
 
@@ -41,11 +70,11 @@ def test_a_cache_changes_nothing(decoder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
 def test_half_precision_is_as_accurate_as_the_reference(decoder, dtype):
-    tokens = some_tokens().to(DEVICE)
-    want = decoder.double().with_ops(REFERENCE)(tokens)
+    tokens, routing = some_tokens().to(DEVICE), Routing()
+    want = decoder.to(dtype).double().with_ops(REFERENCE.but(route=routing.noted))(tokens)
     if not want.isfinite().all(): pytest.skip("no finite logits")
     narrow = decoder.to(dtype)
-    mine, plain = narrow.with_ops(TRITON)(tokens), narrow.with_ops(REFERENCE)(tokens)
+    mine, plain = (narrow.with_ops(ops.but(route=routing.again()))(tokens) for ops in (TRITON, REFERENCE))
     if not plain.isfinite().all(): pytest.skip(f"these weights are too large for {dtype}")
     as_accurate(mine, want, plain, factor=3.0, floor=4.0)
 
@@ -72,10 +101,31 @@ def test_the_derivative_of_a_model_equals_the_reference():
         if want is not None: assert scaled(grads[0][name], want) <= 1e-3, name
 
 
-def test_each_op_on_the_shapes_of_a_model(decoder):
-    found = compare_ops(KERNELS, decoder.config, n_tokens=5 if DEVICE == "cpu" else 256, past=7, device=DEVICE)
+def test_each_op_on_the_shapes_of_a_model():
+    decoder = Decoder.from_transformers(small_model("llama")).to(DEVICE)
+    found = compare_ops(TRITON, decoder.config, n_tokens=5 if DEVICE == "cpu" else 256, past=7, device=DEVICE)
     assert found["relative error"].max() <= 1e-5, found
-    assert set(found.index.get_level_values("op")) == set(KERNELS)
+    assert set(found.index.get_level_values("op")) == set(vars(TRITON))
+
+
+@torch.inference_mode()
+def test_recorded_experts_are_taken_again():
+    logits, routing = torch.randn(4, 6), Routing()
+    options = dict(score="sigmoid", scale=2.0)
+    want = routing.noted(logits, 2, **options)
+    other = -logits                                                     # would choose otherwise
+    chosen, weights = routing.again()(other, 2, **options)
+    assert torch.equal(chosen.sort().values, want[0].sort().values)
+    kept = other.sigmoid().gather(1, chosen)
+    assert torch.allclose(weights, 2 * kept / kept.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g32"])
+@torch.inference_mode()
+def test_packed_weights(name):
+    tokens, model = some_tokens(B=1, T=3).to(DEVICE), small_model("llama", changes=dict(hidden_size=96, intermediate_size=96))
+    packed = quantize(Decoder.from_transformers(model).to(DEVICE), name)
+    assert scaled(packed.with_ops(TRITON)(tokens), packed.with_ops(REFERENCE)(tokens)) <= 1e-4
 
 
 def test_the_set_says_who_runs():
@@ -94,5 +144,6 @@ def test_what_a_model_calls_a_wrong_kernel_changes():
 
 
 def test_the_lobby_takes_them_on_a_gpu():
-    from llm_workbench.lobby import fastest_ops
+    from llm_workbench.lobby import batches_for, fastest_ops
     assert fastest_ops("cuda") is (TRITON if DEVICE == "cuda" else TORCH)
+    assert batches_for(torch.device("cuda")).__name__ == "RecordedBatch" and batches_for(torch.device("cpu")) is Batch

@@ -26,7 +26,7 @@ from llm_workbench.architecture.moe import (MoE, clamped_swiglu, expert_load, lo
 from llm_workbench.architecture.norms_and_mlps import swiglu
 from llm_workbench.errors import InputError
 
-OPS = SimpleNamespace(linear=linear, several=several, stack_linear=stack_linear, moe=moe, swiglu=swiglu)
+OPS = SimpleNamespace(linear=linear, several=several, stack_linear=stack_linear, route=route, moe=moe, swiglu=swiglu)
 C, WIDTH = 32, 24
 SHARED = dict(hidden_size=C, moe_intermediate_size=WIDTH)
 
@@ -511,13 +511,13 @@ MUTANTS = {   # the op, and the check that must notice
 
 def test_the_right_ones_pass(monkeypatch):
     for check in (check_against_transformers, check_op, check_work, check_idle): check()
-    monkeypatch.setattr(module, "route", plain_route)
+    monkeypatch.setattr(OPS, "route", plain_route)
     check_against_transformers()
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_wrong_router_is_rejected(name, monkeypatch):
-    monkeypatch.setattr(module, "route", ROUTERS[name])
+    monkeypatch.setattr(OPS, "route", ROUTERS[name])
     with pytest.raises(AssertionError): check_against_transformers()
 
 

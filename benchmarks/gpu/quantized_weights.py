@@ -42,7 +42,7 @@ def case(name, shape, rows=1, goals=None, more=()):
     packed = random_packed(name, outs, ins)
     w = qw.prepare(packed)
     dense = torch.randn(outs, ins, device="cuda", dtype=torch.bfloat16)
-    peers = {"ours": (lambda: qw.gemv_cuda(x, w)) if rows <= qw.MOST else lambda: qw.gemm(x, w),
+    peers = {"ours": lambda: qw.product(x, w),
              "cublas bf16": lambda: F.linear(x, dense)}
     if "ladder" in more:
         peers |= {"unpack in torch, cublas": lambda: F.linear(x, packed.unpack(torch.bfloat16)),

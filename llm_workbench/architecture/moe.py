@@ -139,7 +139,7 @@ def choose(self: MoE, tokens: Tensor, ops) -> tuple[Tensor, Tensor, Tensor]:   #
     "The router's logits, the chosen experts and their weights."
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) if self.fp32 else tokens
     logits = self.gate(wide, ops)
-    return logits, *route(logits, self.top_k, bias=self.e_score_correction_bias, **self.options)
+    return logits, *ops.route(logits, self.top_k, bias=self.e_score_correction_bias, **self.options)
 
 @patch
 def forward(self: MoE, x: Tensor, ops) -> Tensor:  # (B, T, C) -> (B, T, C)

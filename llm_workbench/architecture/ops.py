@@ -47,6 +47,7 @@ class Ops:
     geglu: Callable = geglu                   # (..., F), (..., F) -> (..., F)
     rotate: Callable = rotate                 # (B, T, H, D), (T, R) or (B, T, R) twice -> (B, T, H, D)
     attention: Callable = attention           # (B, Tq, H, D), (B, Tk, K, D), (B, Tk, K, Dv), options -> (B, Tq, H, Dv)
+    route: Callable = route                   # (N, E), k, options of the router -> (N, k) int64, (N, k)
     moe: Callable = moe                       # (N, C), stack (2F, C), stack (C, F), (N, k), (N, k), act, ops -> (N, C)
     blocks: Callable = blocks                 # (B, T, C), layers, step, ops -> (B, T, C)
 
@@ -134,6 +135,7 @@ def example_inputs(
         geglu=lambda: (make(1, T, mlp), make(1, T, mlp)),
         rotate=lambda: (make(1, T, H, D), *tables()),
         attention=lambda: (make(1, T, H, D), make(1, past + T, K, D), make(1, past + T, K, D)),
+        route=lambda: (make(T, E), k),
         moe=lambda: (make(T, C), stack(C, 2 * expert), stack(expert, C), *route(make(T, E), k), swiglu, REFERENCE),
         blocks=lambda: (make(1, T, C), [lambda x, step, ops: x + x.tanh()] * 2, None, REFERENCE))
     if op not in inputs:
@@ -143,7 +145,7 @@ def example_inputs(
 # %% ../../nbs/05_architecture/06_ops.ipynb #d2cabcb9
 def _error(got, want) -> float:
     "The largest difference, in units of the largest value."
-    if isinstance(want, list): return max(_error(g, w) for g, w in zip(got, want, strict=True))
+    if isinstance(want, (list, tuple)): return max(_error(g, w) for g, w in zip(got, want, strict=True))
     return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
 
 def _nbytes(x) -> int:
@@ -167,14 +169,15 @@ def compare_ops(candidate: Ops | dict,  # a whole set, or replacements by name: 
     candidate = candidate if isinstance(candidate, Ops) else REFERENCE.but(**candidate)
     one, two = torch.zeros(2, 2**26 if torch.device(device).type == "cuda" else 2**24, device=device)   # beyond caches
     copied, rows = 2 * one.nbytes / best_seconds(lambda: one.copy_(two), 0.05, sync), []                # bytes a second
-    for f in fields(Ops):
-        mine, plain = getattr(candidate, f.name), getattr(REFERENCE, f.name)
+    for op in fields(Ops):
+        mine, plain = getattr(candidate, op.name), getattr(REFERENCE, op.name)
         if mine is plain: continue
         for phase, (T, before) in {"prompt": (n_tokens, 0), "decode": (1, past)}.items():
-            args = example_inputs(f.name, config, T, before, dtype, device)
-            out = mine(*args)
+            args = example_inputs(op.name, config, T, before, dtype, device)
+            own = [candidate if a is REFERENCE else a for a in args]      # ops that call others call its own
+            out = mine(*own)
             error, nbytes = _error(out, plain(*args)), _nbytes(args) + _nbytes(out)
-            times = [best_seconds(lambda: function(*args), 0.05, sync) for function in (plain, mine)]
-            rows.append((f.name, phase, error, times[0] / times[1], nbytes / times[1] / copied))
+            times = [best_seconds(lambda: f(*given), 0.05, sync) for f, given in ((plain, args), (mine, own))]
+            rows.append((op.name, phase, error, times[0] / times[1], nbytes / times[1] / copied))
     columns = ["op", "phase", "relative error", "times faster", "share of a copy"]
     return pd.DataFrame(rows, columns=columns).set_index(["op", "phase"])

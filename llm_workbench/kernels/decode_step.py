@@ -6,7 +6,8 @@
 __all__ = ['FREE', 'MOST', 'SMS', 'FLOATS', 'LOG2E', 'MATRICES', 'USED', 'STEP', 'TYPES', 'step_bytes', 'Orders', 'rows_of',
            'ask_for', 'gemv_kernel', 'skinny_kernel', 'norm_kernel', 'Work', 'gemv_config', 'skinny_config', 'few_rows',
            'normed', 'rotated', 'share_of', 'attend_kernel', 'join', 'attend_config', 'attend', 'greedy_kernel',
-           'greedy', 'few_rows_op', 'linear', 'why_not', 'Layer', 'Plan', 'plan', 'FusedBlocks', 'fused', 'launches']
+           'greedy', 'few_rows_op', 'taken', 'linear', 'several', 'why_not', 'Layer', 'Plan', 'plan', 'FusedBlocks',
+           'fused', 'launches']
 
 # %% ../../nbs/09_kernels/14_decode_step.ipynb #50b6dc27
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from ..architecture.norms_and_mlps import GatedMLP, RMSNorm
 from ..architecture.ops import TORCH, Ops
 from ..architecture.static_cache import StaticCache
 # Triton from there: it is imported after its switch is set
-from .launching import Launch, interpreting, need, resources, runnable, tl, triton
+from .launching import Launch, interpreting, need, resources, runnable, seen_by_torch, tl, triton
+from . import matmul
 
 # %% ../../nbs/09_kernels/14_decode_step.ipynb #2eef97be
 def step_bytes(config, batch: int = 1,
@@ -280,7 +282,8 @@ def _padded(weights, gated):
 
 def _one(x, weights, norm, eps, gated, add, out, work, config):
     (three, n), K = _padded(weights, gated), x.shape[1]
-    config = config or gemv_config(sum(n), K, gated, x.element_size())
+    if config is None:                     # interpreted, every program costs milliseconds: fewer of them
+        config = gemv_config(sum(n), K, gated, x.element_size()) | (dict(BLOCK_N=64) if interpreting() else {})
     grid = (sum(triton.cdiv(rows, config["BLOCK_N"]) for rows in n),)
     gemv_kernel[grid](x, x if norm is None else norm, *three, x if add is None else add, out, *n, K, eps,
                       NORM=norm is not None, GATED=gated, ADD=add is not None, **work.launch, **config)
@@ -544,21 +547,37 @@ def _backward(ctx, grad):
 few_rows_op.register_autograd(_backward, setup_context=_keep)
 
 # %% ../../nbs/09_kernels/14_decode_step.ipynb #a3e65c0b
+def taken(x: Tensor, *weights: Tensor) -> bool:
+    "Whether the kernels take these: on one device, of one narrow type, and nobody casts behind our back."
+    here = x.device.type == ("cpu" if interpreting() else "cuda") and all(w.device == x.device for w in weights)
+    known = x.dtype in FLOATS and all(w.dtype is x.dtype and w.is_contiguous() for w in weights)
+    return here and known and x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
+
 def linear(x: Tensor,                   # (..., in)
            weight: Tensor,              # (out, in)
            bias: Tensor | None = None,  # (out,)
           ) -> Tensor:                  # (..., out)
-    "`Ops.linear`. Up to 32 rows go to `few_rows`; more, other dtypes and other layouts go to torch."
-    rows = x.numel() // max(x.shape[-1], 1)
-    here = x.device.type == ("cpu" if interpreting() else "cuda") and x.device == weight.device
-    known = x.dtype is weight.dtype and x.dtype in FLOATS and weight.is_contiguous()
-    if not (here and known and 0 < rows <= MOST) or torch.is_autocast_enabled(x.device.type):
-        return plain.linear(x, weight, bias)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    """`Ops.linear`. Up to 32 rows go to `few_rows`, more of them in 16 bits to `matmul`. More rows of float32, for which
+    exact products have no tensor cores, and other types and layouts go to torch."""
+    if not taken(x, weight): return plain.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    if rows > MOST: return (plain.linear if x.dtype is torch.float32 else matmul.linear)(x, weight, bias)
     flat = x.reshape(rows, -1)
-    if wanted or torch.compiler.is_compiling(): out = few_rows_op(flat, weight, bias)
-    else: out = few_rows(flat, [weight], add=bias)
+    out = few_rows_op(flat, weight, bias) if seen_by_torch(x, weight, bias) else few_rows(flat, [weight], add=bias)
     return out.view(*x.shape[:-1], len(weight))
+
+# %% ../../nbs/09_kernels/14_decode_step.ipynb #768be615
+def several(x: Tensor,                   # (..., in)
+            matrices: Sequence,          # of architecture.matrices
+            ops: Ops,
+           ) -> list[Tensor]:            # (..., out) of each
+    "`Ops.several`: two or three plain matrices and up to 32 rows in one launch; all else one after another."
+    weights = [m.weight for m in matrices if type(m) is Linear and m.bias is None]
+    one_by_one = len(weights) != len(matrices) or not 2 <= len(weights) <= 3 or ops.linear is not linear
+    if one_by_one or not taken(x, *weights) or x.numel() > MOST * x.shape[-1] or seen_by_torch(x, *weights):
+        return plain.several(x, matrices, ops)
+    out = few_rows(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], -1)
+    return list(out.split([len(w) for w in weights], -1))
 
 # %% ../../nbs/09_kernels/14_decode_step.ipynb #8c59fc12
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -696,7 +715,8 @@ class FusedBlocks:
         if x.device.type != ("cpu" if interpreting() else "cuda"): return f"tensors of {x.device.type}"
         if torch.is_grad_enabled() and x.requires_grad or torch.compiler.is_compiling():
             return "gradients, or a compiler"
-        if type(step) is not Step or type(step.cache) is not StaticCache: return f"a {type(step.cache).__name__}"
+        cache = getattr(step, "cache", None)
+        if type(step) is not Step or type(cache) is not StaticCache: return f"a {type(cache).__name__}"
         if step.spans is not None or step.counts is not None: return "spans or counts"
         if any(set(kept) != {"k", "v"} for kept in step.cache.store): return "a cache that is empty"
         if reason := self.why_not_layers(layers, ops): return reason
@@ -704,8 +724,8 @@ class FusedBlocks:
 
 # %% ../../nbs/09_kernels/14_decode_step.ipynb #cbb122d6
 def fused(ops: Ops = TORCH) -> Ops:
-    "These ops, with few rows and whole steps by the kernels of this chapter."
-    ops = ops.but(linear=linear)
+    "These ops, with products and whole steps by the kernels of this chapter."
+    ops = ops.but(linear=linear, several=several)
     return ops.but(blocks=FusedBlocks(ops))
 
 STEP = fused()

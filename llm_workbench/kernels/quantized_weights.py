@@ -632,17 +632,20 @@ def gemv_cuda(x: Tensor,        # (..., I) float16 or bfloat16, 8 rows at most
     return y.view(*x.shape[:-1], outs)
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #3964dc4f
-MANY = 64       # rows of x from which on it pays to unpack the matrix and to multiply by cuBLAS
+# rows of x beyond which it pays to unpack the matrix and to multiply by cuBLAS: in CUDA C++, and in Triton
+MANY = {"cuda": 3 * MOST, "triton": 64}
 
 def product(x: Tensor,          # (..., I)
             w: Prepared,        # (O, I)
            ) -> Tensor:         # (..., O)
     "x W^T by the kernel that suits the number of rows. Raises InputError for what none takes."
     rows, ins = x.numel() // max(1, w.shape[1]), w.shape[1]
-    if rows <= MOST and x.is_cuda and x.dtype != torch.float32 and ins % 32 == 0: return gemv_cuda(x, w)
-    if rows <= MOST: return gemv(x, w)
-    if rows <= MANY: return gemm(x, w)
-    return F.linear(x, unpack(w, x.dtype))
+    in_cuda = x.is_cuda and x.dtype != torch.float32 and ins % 32 == 0
+    if rows > MANY["cuda" if in_cuda else "triton"]: return F.linear(x, unpack(w, x.dtype))
+    if not in_cuda: return gemv(x, w) if rows <= MOST else gemm(x, w)
+    if rows <= MOST: return gemv_cuda(x, w)
+    parts = [gemv_cuda(part, w) for part in x.reshape(rows, ins).split(MOST)]    # the codes come from the L2 cache again
+    return torch.cat(parts).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #d0b6565c
 @torch.library.custom_op("llm_workbench::packed_product", mutates_args=())
@@ -665,7 +668,8 @@ def packed_linear(x: Tensor,                   # (..., ins)
                  ) -> Tensor:                  # (..., outs)
     """`architecture.matrices.packed_linear` by these kernels. What they do not read goes to the plain one:
     other formats, float64, and x that wants a gradient."""
-    w = prepared(packed) if x.dtype in FLOATS and not (x.requires_grad and torch.is_grad_enabled()) else None
+    known = isinstance(packed, Packed) and x.dtype in FLOATS and not (x.requires_grad and torch.is_grad_enabled())
+    w = prepared(packed) if known else None
     if w is None: return matrices.packed_linear(x, packed, bias)
     if torch.compiler.is_compiling():
         out = packed_product(x, w.data, w.scale, w.zero, w.least, w.levels, w.kind, w.shape[1], w.group, w.high)
