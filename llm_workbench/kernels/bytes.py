@@ -306,6 +306,12 @@ def add_norm(x: Tensor,              # (..., C)
     return normed(x, residual, weight, eps)[:2]
 
 # %% ../../nbs/09_kernels/05_bytes.ipynb #da370141
+@triton.jit
+def _mean(total, n):
+    "Rounded correctly: `/` is two units off on a GPU, and a row of ones would have another mean than one."
+    if total.dtype == tl.float64: return total / n
+    return tl.div_rn(total, tl.zeros_like(total) + n)
+
 @triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, n_rows, n_cols, stride_x, weight_rows, eps,
                       ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
@@ -314,7 +320,8 @@ def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, n_rows, n_cols, stri
     col = tl.arange(0, BLOCK)[None]                                              # (1, BLOCK)
     inside = (row < n_rows) & (col < n_cols)
     x = tl.load(x_ptr + row * stride_x + col, mask=inside, other=0.0).to(ACC)
-    x = tl.where(inside, x - tl.sum(x, 1, keep_dims=True) / n_cols, 0.0)         # what hangs over must stay 0
+    mean = _mean(tl.sum(x, 1, keep_dims=True), n_cols)
+    x = tl.where(inside, x - mean, 0.0)                                          # what hangs over must stay 0
     y = x * tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / n_cols + eps)
     at = row % weight_rows * n_cols + col
     if WEIGHT: y *= tl.load(weight_ptr + at, mask=inside, other=0.0).to(ACC)
@@ -405,7 +412,7 @@ def _launch_rotate(q, k, cos, sin, q_out, k_out, transpose):
     rest = triton.next_power_of_2(D - R) if D > R and q_out.data_ptr() != q.data_ptr() else 0    # in place it stays
     rotate_kernel[grid](q, k, cos, sin, q_out, k_out, T, H, Hk, *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3],
                         *k_out.stride()[:3], tables_apart, D=D, R=R, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-                        HALF=half, REST=rest, TRANSPOSE=transpose, ACC=wide(q_out),
+                        HALF=half, REST=rest, TRANSPOSE=transpose, ACC=wide(q_out), enable_fp_fusion=False,
                         num_warps=max(1, min(8, BLOCK_Q * half // PAIRS // 32)))
 
 def rotated(x: Tensor,                   # (B, T, H, D)
@@ -592,7 +599,8 @@ def launches(t: str = "*bf16", columns: int = 4096) -> list:
     acc = dict(ACC="fp32")
     norm = dict(acc, weight_rows=1, ROWS=rows, BLOCK=block, WEIGHT=True)
     def of(kernel, types, warps, label="", **constants):
-        return Launch(f"llm_workbench.kernels.bytes:{kernel}", types, constants, warps, label=label)
+        return Launch(f"llm_workbench.kernels.bytes:{kernel}", types, constants, warps, label=label,
+                      enable_fp_fusion=kernel != "rotate_kernel")
     norm_types = [t] * 5 + ["*fp32", "i32", i, i, i, "fp32"]                   # a weight for all rows: weight_rows is 1
     table = [
         of("rms_norm_kernel", norm_types, warps, RESIDUAL=False, ROUND=True, **norm),

@@ -133,6 +133,7 @@ class Launch:
     num_stages: int = 3
     label: str = ""                               # how the table calls it
     maxnreg: int | None = None                    # registers a thread, where the launcher says so
+    enable_fp_fusion: bool = True                 # a product and a sum may become one instruction, rounded once
 
 COUNTED = dict(wgmma=r"wgmma\.mma_async", tma=r"cp\.async\.bulk\.tensor", cp_async=r"cp\.async\.c[ag]",
                wide_loads=r"ld\.global[^;]*\.v(4\.b32|2\.b64|8\.b32)", atomics=r"\b(atom|red)\.")       # in PTX
@@ -160,7 +161,8 @@ def _compile(launch: Launch) -> dict:
     types = {t.name: t for t in (tl.float16, tl.bfloat16, tl.float32, tl.float64)}     # "fp32" stands for tl.float32
     constants = {name: types.get(value, value) for name, value in launch.constants.items()}
     language = GluonASTSource if kernel.is_gluon() else ASTSource       # Gluon: Triton's layer below, for Hopper only
-    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.maxnreg)
+    names = "num_warps", "num_stages", "maxnreg", "enable_fp_fusion"
+    options = {name: getattr(launch, name) for name in names}
     made = triton.compile(language(kernel, signature, constexprs=constants, attrs=divisible),
                           target=GPUTarget("cuda", 90, 32), options=options)
     counts = {what: len(re.findall(pattern, made.asm["ptx"])) for what, pattern in COUNTED.items()}
