@@ -9,6 +9,7 @@ __all__ = ['BLOCKS', 'FLOATS', 'GEMV_BLOCKS', 'GEMM_BLOCKS', 'HELPERS', 'KERNEL'
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #6bceaa48
 from .launching import interpreting, need, runnable    # before triton: see there
+from .matmul import added
 
 from dataclasses import dataclass, field
 from typing import Optional
@@ -252,10 +253,10 @@ def gemm_kernel(x_ptr, data_ptr, scale_ptr, zero_ptr, least_ptr, levels_ptr, y_p
                        HAS_ZERO, HAS_LEAST, HIGH, BLOCK_N, BLOCK_B)
         inside = (at[:, None] < row_bytes) & (m < rows)                 # (BLOCK_B, BLOCK_M)
         x = tl.load(x_ptr + m * row_bytes + at[:, None], mask=inside, other=0.0)  # numbers 0, 2, 4 ... of each row
-        total = tl.dot(a.to(x.dtype), x, total, input_precision="ieee")
+        total = added(total, a.to(x.dtype), x, "ieee")
         if KIND != "int8":
             x = tl.load(x_ptr + (rows + m) * row_bytes + at[:, None], mask=inside, other=0.0)       # and 1, 3, 5 ...
-            total = tl.dot(b.to(x.dtype), x, total, input_precision="ieee")
+            total = added(total, b.to(x.dtype), x, "ieee")
     tl.store(y_ptr + m * outs + n, total.to(y_ptr.dtype.element_ty), mask=(n < outs) & (m < rows))
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #74ec5e09
