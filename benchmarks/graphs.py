@@ -7,7 +7,8 @@
 A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that
 grows; `graph` records it once, with torch's ops, over a cache of fixed shape and plays it back; `ours` records the
 kernels of this package (`TRITON`), `ours, early` lets each start when all programs of the one before it have begun to
-work (programmatic dependent launch), `ours, int4_...` keeps the matrices in four bits. All start behind the same prompt, in
+work (programmatic dependent launch), `ours, int4_...` keeps the matrices in four bits.
+All start behind the same prompt, in
 one process, in turns; speed is tokens per second of all rows together, beside what the memory allows: the weights and
 the filled part of the cache, read once in every step, at the rate at which `benchmarks.kernels` reads memory.
 
@@ -175,7 +176,7 @@ def main():
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--eager-new", type=int, default=16, help="tokens of the eager way: it is slow")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prefill", nargs="*", type=int, default=[4096, 16384], help="lengths of prompts that are read")
+    parser.add_argument("--prefill", nargs="*", type=int, default=[4096, 16384], help="lengths of prompts to read")
     parser.add_argument("--compile", action="store_true", help="torch.compile inside the graph as well")
     args = parser.parse_args()
     if not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU: a CUDA graph needs one")
@@ -222,7 +223,8 @@ def main():
                 label = f"prefill of {T}, {name}, {shape}"
                 samples[label] = [T / s for s in seconds]
                 shares[label] = flops[T] / statistics.median(seconds) / (statistics.median(rate) * 1e12)
-                print(f"    {label}: {statistics.median(samples[label]):.0f} tok/s, {shares[label]:.3f} of the matmul rate")
+                print(f"    {label}: {statistics.median(samples[label]):.0f} tok/s, {shares[label]:.3f} of the matmul "
+                      "rate", flush=True)
         torch.cuda.empty_cache()
         out = written_down()
     print(f"written to {out.relative_to(out.parents[3])}")
