@@ -8,6 +8,7 @@ from llm_workbench.architecture.ops import TORCH, Ops
 from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
+from llm_workbench.hardware.doctor import Finding
 from llm_workbench.inference.generation import LM, Batch
 from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
 from llm_workbench.quantization.checkpoints import as_wrapped, unwrapped
@@ -56,6 +57,19 @@ def fastest_ops(device: str | torch.device = "cpu") -> Ops:
     kind = torch.device(device).type
     if kind == "cpu": return fused_cpu.CPU if cpu.fastest() is cpu.CPU else TORCH
     return compiled_triton() if kind == "cuda" and torch.cuda.is_available() else TORCH
+
+
+def chosen_ops() -> list[Finding]:
+    "For the doctor: which functions `load` takes on each device of this machine, and why not faster ones."
+    findings = []
+    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ops = fastest_ops(device)
+        rooms = sorted({f.__module__.removeprefix("llm_workbench.") for f in vars(ops).values()})
+        findings.append(Finding(f"ops on {device}", None if told else True, ", ".join(rooms),
+                                "; ".join(str(w.message) for w in told)))
+    return findings
 
 
 def compiled_triton() -> Ops:
