@@ -9,6 +9,7 @@ from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.hardware.doctor import Finding
+from llm_workbench.inference import loglikelihood  # noqa: F401  `LM` can score, too
 from llm_workbench.inference.generation import LM, Batch
 from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
 from llm_workbench.quantization.checkpoints import as_wrapped, unwrapped

@@ -325,6 +325,7 @@ class LM:
     tokenizer: Tokenizer
     card: ModelCard
     batches: type[Batch] = field(default=Batch, repr=False)    # who decides the tokens: `Batch`, or a subclass
+    name: str = field(default="llm_workbench", repr=False)     # in comparisons with other programs
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         "The ids of a prompt as it stands, special tokens in it included; ids stay what they are."
