@@ -207,11 +207,11 @@ def best_length(a: float, cost: float, most: int) -> int:
     "The number of guesses, 0 to `most`, for which `speedup` is greatest."
     return max(range(most + 1), key=lambda n: speedup(a, n, cost))
 
-# %% ../../nbs/07_inference/08_speculative.ipynb #b5e9f7d3
+# %% ../../nbs/07_inference/08_speculative.ipynb #b5dfe388
 class Pace:
     "How many guesses to make for a row, from how its last ones fared."
     FADE, REST = 0.8, 64                                     # of the past, at each account; most steps without a guess
-    def __init__(self): self.right, self.wrong, self.pause, self.rest = 1.0, 0.5, 1, 0
+    def __init__(self): self.right, self.wrong, self.pause, self.rest = 1.0, 1.0, 1, 0
 
     def length(self, cost: float, most: int) -> int:
         "Guesses for the next step."
@@ -256,12 +256,13 @@ def check_cache(cache: Cache, most: int) -> None:
         raise InputError(f"a {kind.__name__} is not the same once guesses were in it and taken back: "
                          "use the contiguous, sliding or static cache")
 
-# %% ../../nbs/07_inference/08_speculative.ipynb #5c8951a6
+# %% ../../nbs/07_inference/08_speculative.ipynb #a3045d08
 @patch
 @torch.inference_mode()
 def advance(self: Speculating) -> Tensor:   # (B, n + 1) int64, -1 behind the last
     "One forward pass over the waiting tokens and the guesses, and what it decides."
     self.passes += 1
+    self.empty_rows_that_are_over()
     n, cost = self.lengths(), self.guess_cost
     if not any(n): return super(Speculating, self).advance()
     guess = self.proposer.propose(self.standing, max(n))
@@ -277,6 +278,13 @@ def advance(self: Speculating) -> Tensor:   # (B, n + 1) int64, -1 behind the la
     return decided
 
 @patch
+def empty_rows_that_are_over(self: Speculating) -> None:
+    "A static cache cannot let them go: without a past they do not run out of slots while others are written."
+    if len(self.running) == len(self.standing): return
+    held = torch.as_tensor(self.cache.lengths).expand(len(self.standing)).tolist()
+    self.cache.truncate([n if row.reason is None else 0 for row, n in zip(self.standing, held)])
+
+@patch
 def lengths(self: Speculating) -> list[int]:
     "How many guesses each row may have: 0 while prompts are read, and for a row that is over."
     B, room = len(self.standing), min(row.limit - len(row.tokens) for row in self.running) - 1
@@ -284,17 +292,17 @@ def lengths(self: Speculating) -> list[int]:
     if self.waiting.shape[1] > 1 or most < 1: return [0] * B
     return [0 if row.reason else self.paces[row].length(self.guess_cost, most) for row in self.standing]
 
-# %% ../../nbs/07_inference/08_speculative.ipynb #32965313
+# %% ../../nbs/07_inference/08_speculative.ipynb #0a3b6972
 @patch
 def verify(self: Speculating,
            guesses: Tensor,               # (B, n) int64, -1 behind the last of a row
            probabilities: Tensor | None,  # (B, n, V)
            ) -> Tensor:                   # (B, n + 1) decided tokens, -1 behind the last
     "What the target makes of the guesses."
-    (B, n), over = guesses.shape, [row.reason is not None for row in self.standing]
+    (B, n), running = guesses.shape, [row.reason is None for row in self.standing]
     held = torch.as_tensor(self.cache.lengths, device=guesses.device).expand(B).clone()          # before this step
     logits = self.decoder(torch.cat([self.waiting, guesses.clamp(min=0)], 1), self.cache)        # (B, n + 1, V)
-    guesses, going = torch.cat([guesses, guesses.new_full((B, 1), -1)], 1), ~torch.tensor(over, device=guesses.device)
+    guesses, going = torch.cat([guesses, guesses.new_full((B, 1), -1)], 1), torch.tensor(running, device=guesses.device)
     decided, said = torch.full_like(guesses, -1), None if self.said is None else self.said.clone()
     for i in range(n + 1):
         scores = self.ruled(logits[:, i], decided[:, :i], going)
@@ -305,13 +313,12 @@ def verify(self: Speculating,
         if said is not None: counted(said, decided[:, i])
         going = going & (token == guesses[:, i]) & (token >= 0) & ~torch.isin(token, self.ends)
         if not going.any(): break
-    keep = held + (decided >= 0).sum(1)                     # the last decided token waits: it is not in the cache
-    self.cut([0 if gone else n for gone, n in zip(over, keep.tolist())])
+    self.cut((held + (decided >= 0).sum(1)).tolist())       # the last decided token waits: it is not in the cache
     return decided
 
 @patch
 def cut(self: Speculating, lengths: list[int]) -> None:
-    "Forget the refused guesses, and all of a row that is over (in a static cache it stays, and must not grow)."
+    "Forget the refused guesses: what stands behind these lengths."
     self.cache.truncate(lengths)
 
 @patch(as_prop=True)
