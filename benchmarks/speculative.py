@@ -1,7 +1,7 @@
 """What do guesses gain, and what do they cost where they are useless?
 
     python -m benchmarks.speculative               # the embedded model, as its file stores it
-    python -m benchmarks.speculative --weights dense --only drafts    # kept in float32, where a draft in four bits could pay
+    python -m benchmarks.speculative --weights dense --only drafts    # in float32, where a draft in four bits could pay
 
 Plain and speculating decoding of the same prompt take turns, step by step in one process: whoever has written less goes
 next, so that a slow moment of the machine hits both. Only the steps after the prompt are timed. A ratio is the time of
@@ -23,11 +23,12 @@ from llm_workbench.inference.sampling import Sampler
 from llm_workbench.inference.speculative import EarlyExit, PromptLookup, drafting, speculating
 from llm_workbench.lobby import load
 
-STORY = ("The old lighthouse keeper climbed the stairs every evening to light the lamp. One night in November a heavy storm "
-         "broke the windows and put the flame out. He carried a lantern up by hand and stood in the rain until morning, "
-         "and every ship came home safely.")
-ORDER = ("Invoice 20391: 12 boxes of copper wire (SKU CW-4410), 3 pallets of roof tiles (SKU RT-0078), 40 litres of primer "
-         "(SKU PR-9921). Deliver to Harbour Street 17, Gate B, before 9 March. Contact: Mira Okonkwo, +44 20 7946 0018.")
+STORY = ("The old lighthouse keeper climbed the stairs every evening to light the lamp. One night in November a heavy "
+         "storm broke the windows and put the flame out. He carried a lantern up by hand and stood in the rain until "
+         "morning, and every ship came home safely.")
+ORDER = ("Invoice 20391: 12 boxes of copper wire (SKU CW-4410), 3 pallets of roof tiles (SKU RT-0078), 40 litres of "
+         "primer (SKU PR-9921). Deliver to Harbour Street 17, Gate B, before 9 March. Contact: Mira Okonkwo, "
+         "+44 20 7946 0018.")
 CODE = """def area(width, height):
     result = width * height
     return result
@@ -41,7 +42,8 @@ def surface(width, height, depth):
 """
 COPY = {
     "repeat a story": f"Repeat the following text word for word:\n\n{STORY}",
-    "correct the spelling": f"Correct the spelling in this text, and change nothing else:\n\n{STORY.replace('keeper', 'keepr')}",
+    "correct the spelling": "Correct the spelling in this text, and change nothing else:\n\n"
+                            + STORY.replace("keeper", "keepr"),
     "copy a message": f"Copy this message exactly:\n\n{ORDER}",
     "copy a program": f"Copy this program exactly:\n\n```python\n{CODE}```",
     "edit a program": f"Rewrite this program and add a docstring to each function:\n\n```python\n{CODE}```",
@@ -101,7 +103,8 @@ def measured(lm, make, prompts, args, times, **settings):
     plain, fast = rounds[-1]
     batch, B = fast.batch, len(prompts)
     found = dict(tokens=fast.written, passes=batch.passes, plain_passes=len(plain.widths) + 1, guessed=batch.guessed,
-                 accepted=batch.accepted, identical=[r.tokens for r in plain.batch.rows] == [r.tokens for r in batch.rows])
+                 accepted=batch.accepted, refused=batch.refused,
+                 identical=[r.tokens for r in plain.batch.rows] == [r.tokens for r in batch.rows])
     if B == 1 and not batch.proposer.cost:      # a step of the width that it had; with a draft, c would be an estimate
         found["by_formula"] = len(plain.widths) * times[1] / sum(times[w] for w in fast.widths)
     return [p.seconds / f.seconds for p, f in rounds], found
