@@ -157,9 +157,9 @@ def main():
     goals = goals_of(ratios)
     for goal, (value, met) in goals.items(): print(f"{goal:36} {value:5.2f} {'met' if met else 'MISSED'}")
     units = {name: "s" if name.startswith("step") else "times faster than plain" for name in samples}
-    name = "_".join(["speculative", *[args.weights] * bool(args.weights), *[args.only] * bool(args.only)])
+    name = "_".join(["speculative", *[args.weights] * bool(args.weights), *["drafts"] * (args.only == "drafts")])
     out = record(name, samples, units, threads=args.threads, new_tokens=args.new, weights=args.weights or "as stored",
-                 weight_bytes=lm.decoder.nbytes, cases=found, goals=goals)
+                 weight_bytes=lm.decoder.nbytes, cases=found, goals=goals, load_average=os.getloadavg()[0])
     print(f"written to {out.relative_to(out.parents[3])}")
 
 
