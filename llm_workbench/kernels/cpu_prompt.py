@@ -211,7 +211,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
                                  work.data_ptr(), room)
     return out
 
-# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #5675c245
+# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #27c75ee7
 PASSES = ATTEND + VECTORS + r"""
 static void norm(const T *x, const T *w, T *y, int64_t n, float eps) {
   float sum = 0;
@@ -228,15 +228,16 @@ static void turn(const T *restrict x, const T *restrict cs, const T *restrict sn
   }
   for (int64_t d = R; d < D; d++) y[d] = x[d];
 }
-static void gates(const T *g, const T *u, T *y, int64_t n, int64_t gelu) {
-  for (int64_t at = 0; at < n; at += LANES) {
-    W a = {0}, b = {0};
-    int size = n - at < LANES ? n - at : LANES;
-    for (int i = 0; i < size; i++) a[i] = load(g[at + i]), b[i] = load(u[at + i]);
-    W z = gelu ? 1.5957691216f * (a + 0.044715f * a * a * a) : a;        // GELU in its tanh form is g sigmoid(2 z)
-    W gated = a / (1 + powers(-z));
-    for (int i = 0; i < size; i++) y[at + i] = store(load(store(gated[i])) * b[i]);
+#define PART 64
+static inline __attribute__((always_inline)) void gates(const T *g, const T *u, T *y, int size, int64_t gelu) {
+  float a[PART] = {0}, b[PART] = {0};
+  W *x = (W *)a;
+  for (int i = 0; i < size; i++) a[i] = load(g[i]), b[i] = load(u[i]);
+  for (int i = 0; i < PART / LANES; i++) {
+    W z = gelu ? 1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]) : x[i];     // GELU, tanh form: g sigmoid(2 z)
+    x[i] = x[i] / (1 + powers(-z));
   }
+  for (int i = 0; i < size; i++) y[i] = store(load(store(a[i])) * b[i]);
 }
 """
 NORMS = Kernel("norms", "pppnnf", PASSES + """
@@ -251,13 +252,15 @@ void run(const T *x, const T *cs, const T *sn, T *y, int64_t rows, int64_t heads
     for (int64_t i = t * heads; i < (t + 1) * heads; i++)
       turn(x + i * D, cs + t % tables * R, sn + t % tables * R, y + i * D, D, R);
 }""")
-GATES = Kernel("gates", "pppnnn", PASSES + """
-void run(const T *g, const T *u, T *y, int64_t rows, int64_t n, int64_t gelu) {
+GATES = Kernel("gates", "pppnn", PASSES + """
+void run(const T *g, const T *u, T *y, int64_t n, int64_t gelu) {
   #pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r++) gates(g + r * n, u + r * n, y + r * n, n, gelu);
+  for (int64_t at = 0; at < n; at += PART)
+    if (n - at >= PART) gates(g + at, u + at, y + at, PART, gelu);        // a size that is known
+    else gates(g + at, u + at, y + at, n - at, gelu);
 }""")
 
-# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #e3f07994
+# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #1548e244
 SMALL = 2**14   # numbers: with fewer, what was there before is as fast
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # (..., C), (C,) -> (..., C)
@@ -279,8 +282,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, H, D), (T, 
 
 def _gated(gate, up, gelu, otherwise):
     if gate.shape != up.shape or gate.numel() <= SMALL or not takes(gate, up): return otherwise(gate, up)
-    out, n = torch.empty_like(gate), gate.shape[-1]
-    compiled(GATES, gate.dtype)(*(t.data_ptr() for t in (gate, up, out)), gate.numel() // n, n, gelu)
+    out = torch.empty_like(gate)
+    compiled(GATES, gate.dtype)(*(t.data_ptr() for t in (gate, up, out)), gate.numel(), gelu)
     return out
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # (..., F) twice -> (..., F)
