@@ -27,7 +27,7 @@ from llm_workbench import Decoder
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.embedded import embedded_model
 from llm_workbench.hardware.machine import read_bandwidth
-from llm_workbench.kernels.fused_cpu import CPU
+from llm_workbench.kernels.cpu_prompt import CPU
 from llm_workbench.lobby import load
 
 DTYPES = ("float32", "bfloat16")

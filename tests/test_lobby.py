@@ -10,17 +10,17 @@ import llm_workbench as wb
 from llm_workbench import lobby
 from llm_workbench.architecture.ops import REFERENCE, TORCH
 from llm_workbench.errors import InputError, SourceError
-from llm_workbench.kernels import cpu, fused_cpu
+from llm_workbench.kernels import cpu, cpu_prompt
 from llm_workbench.quantization.formats import PackedMatrix
 
 ABSENT = "xpu" if torch.backends.mps.is_available() else "mps"   # a device that this machine lacks
 
 
 def test_the_fastest_ops_of_a_cpu_are_picked_and_named_ops_are_taken(lm):
-    assert lm.decoder.ops is fused_cpu.CPU and lobby.fastest_ops("cuda") is TORCH
+    assert lm.decoder.ops is cpu_prompt.CPU and lobby.fastest_ops("cuda") is TORCH
     assert wb.load(ops=REFERENCE).decoder.ops is REFERENCE
     half = wb.load(dtype=torch.bfloat16)
-    assert half.decoder.dtype is torch.bfloat16 and half.decoder.ops is fused_cpu.CPU
+    assert half.decoder.dtype is torch.bfloat16 and half.decoder.ops is cpu_prompt.CPU
     assert type(lm) is wb.LM and type(lm.decoder) is wb.Decoder
 
 
