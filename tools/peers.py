@@ -39,7 +39,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Model:
-    "The embedded model in one format. {python} is of the environment, {out} the file or folder, {folder} transformers'."
+    "The embedded model in one format. {python} is the environment's, {out} what is written, {folder} transformers'."
     environment: str                  # "" for the one that runs this script
     command: tuple[str, ...]
 
