@@ -7,7 +7,7 @@
 
 Every engine is a process of its own (benchmarks/peer_process.py, with the Python of its environment) that keeps its
 model loaded and answers one request at a time; they take turns within each round, in an order that turns, too. Texts
-are random tokens that nobody has seen before. Measured: reading 512 and 2,048 tokens (to the first new token), writing
+are random tokens that nobody has seen before. A task that would take a peer more than a minute is left out, and said. Measured: reading 512 and 2,048 tokens (to the first new token), writing
 after a short text and after 4,096 tokens (every second round), the start of a fresh process and its memory; and, as
 limits of the same minutes, the read bandwidth and the rate of torch's matrix products. Before that each engine
 continues one sentence greedily, which shows that it runs the same model.
@@ -58,7 +58,8 @@ PAIRS = (("ours bf16", "openvino fp16"), ("ours int8", "openvino int8"), ("ours 
 TASKS = {"prefill 512": (512, 1), "decode": (16, 65), "prefill 2048": (2048, 1), "decode after 4096": (4096, 33)}
 LONG = ("prefill 2048", "decode after 4096")         # asked for in every second round only
 PATIENCE = 600                                       # seconds for one answer
-START, SENTENCE = (512, 33), "The capital of France is"
+SLOW = 60                                            # seconds of reading beyond which a task is not asked for
+START, SENTENCE = (64, 33), "The capital of France is"
 NOTE = ("One machine of two cores whose other work cannot be stopped: compare what stands in the same run, by ratios, "
         "and read p20 to p80 as the unrest of that hour.")
 
@@ -126,7 +127,8 @@ class Run:
         reasons = {name: absent(name) for name in names}
         self.reasons = {name: why for name, why in reasons.items() if why}
         self.names = [name for name in names if name not in self.reasons]
-        self.hello, self.texts, self.load = {}, {}, []
+        self.hello, self.texts, self.load, self.pace = {}, {}, [], {}                          # pace: s to read a token
+        self.end = time.monotonic() + 60 * args.minutes
 
     def add(self, what, value): self.samples.setdefault(what, []).append(value)
 
@@ -139,6 +141,12 @@ class Run:
     def turns(self, i):
         "The peers in this round's order: nobody always follows the same neighbour."
         return self.names[i % len(self.names):] + self.names[:i % len(self.names)] if self.names else []
+
+    def takes(self, name, task, size):
+        "Is this task quick enough for the peer? If not, the reason is kept."
+        seconds = size[0] * self.pace[name]
+        if seconds > SLOW: self.reasons[f"{task}, {name}"] = f"reading {size[0]:,} tokens would take {seconds:.0f} s"
+        return seconds <= SLOW
 
     def ask(self, peer, size):
         "A request for a text that nobody has seen."
@@ -154,7 +162,8 @@ def measure_starts(run, tokenizer, size=START):
                 peer = Peer(name, run.args.threads, 1024)
                 run.hello[name] = peer.hello
                 if i == 0: run.texts[name] = continued(peer, tokenizer)
-                run.ask(peer, size)
+                pace = run.ask(peer, size)["first"] / size[0]
+                run.pace[name] = min(pace, run.pace.get(name, pace))
                 bytes_of = peer.ask(memory=True)
                 peer.close()
             except (RuntimeError, OSError) as e:
@@ -173,7 +182,7 @@ def continued(peer, tokenizer):
 
 
 def measure_speed(run, tasks):
-    "All processes at once, one of them at work."
+    "All processes at once, one of them at work; a task is for all peers or for none."
     longest = max(tokens + new for tokens, new in tasks.values()) + 16
     peers = {}
     for name in list(run.names):
@@ -184,12 +193,16 @@ def measure_speed(run, tasks):
     for i in range(run.args.rounds):
         measure_limits(run)
         for task, size in tasks.items():
-            if task in LONG and i % 2: continue
+            if task in LONG and i % 2 or time.monotonic() > run.end: continue
             print(f"round {i + 1} of {run.args.rounds}: {task}", flush=True)
             for name in run.turns(i):
+                if not run.takes(name, task, size): continue
                 try: answer = run.ask(peers[name], size)
                 except (RuntimeError, OSError) as e: run.drop(name, e)
                 else: keep(run, task, name, size, answer)
+    for name in list(run.names):
+        peak = peers[name].ask(memory=True)["peak"]
+        if peak: run.add(f"peak memory after all, {name}", peak / 2**20)
     for peer in peers.values(): peer.close()
 
 
@@ -264,6 +277,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=60, help="no task begins later than that")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="peers with one of these in their name")
     parser.add_argument("--dry", action="store_true", help="short texts, one round; nothing is written")
     args = parser.parse_args()
