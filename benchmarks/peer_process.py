@@ -198,6 +198,27 @@ class CTranslate2:
         return watch.seconds(), tokens
 
 
+class Mlx:
+    "MODEL: a folder of transformers or of mlx_lm.convert, computed in float32 where it is not quantized."
+    package = "mlx-lm"
+
+    def __init__(self, model, threads, context):
+        import mlx.core
+        from mlx.utils import tree_flatten
+        from mlx_lm import load
+        from mlx_lm.generate import generate_step
+        self.array, self.step, self.model = mlx.core.array, generate_step, load(model)[0]
+        self.model.set_dtype(mlx.core.float32)
+        self.weight_bytes = sum(w.nbytes for _, w in tree_flatten(self.model.parameters()))
+
+    def run(self, ids, new):
+        watch, tokens = Watch(), []
+        for token, _ in self.step(self.array(ids), self.model, max_tokens=new):
+            tokens.append(int(token))
+            watch.tick()
+        return watch.seconds(), tokens
+
+
 class Vllm:
     """MODEL: a folder of transformers, then /DTYPE. It is asked for one token, then for all: it tells no time of the
     first. Its compiler works for minutes when it starts."""
@@ -226,7 +247,7 @@ class Vllm:
 
 
 ENGINES = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp, "xllamacpp": XllamaCpp,
-           "openvino": OpenVINO, "onnxruntime": OnnxRuntime, "ctranslate2": CTranslate2, "vllm": Vllm}
+           "openvino": OpenVINO, "onnxruntime": OnnxRuntime, "ctranslate2": CTranslate2, "mlx": Mlx, "vllm": Vllm}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

