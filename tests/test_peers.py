@@ -98,12 +98,13 @@ def test_a_full_disk_is_one_sentence_and_the_others_go_on(tool, monkeypatch):
 
 
 def test_an_unknown_peer_is_named(tool):
-    with pytest.raises(tool.Failed, match="there is no peer 'three'; there are one, two"): tool.make(["three"], tool.home)
+    with pytest.raises(tool.Failed, match="there is no peer 'three'; there are one, two"):
+        tool.make(["three"], tool.home)
 
 
 @pytest.mark.parametrize("said, words", [
     ("Collecting x\nERROR: No matching distribution found for x\nhint: none", "ERROR: No matching distribution"),
-    ("Traceback\n  File\nnncf.errors.InvalidGroupSizeError: group size 128\n(channel size: 576)", "InvalidGroupSizeError"),
+    ("Traceback\n  File\nnncf.errors.InvalidGroupSizeError: group 128\n(channel size: 576)", "InvalidGroupSizeError"),
     ("something\nthe end", "the end"), ("", "it said nothing")])
 def test_the_line_that_matters_is_found(tmp_path, said, words):
     log = tmp_path / "log"
