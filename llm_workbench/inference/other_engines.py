@@ -68,7 +68,8 @@ config = Config.from_directory("{model}")
 model = Model.from_config(config)
 cache = Cache(model, max_num_tokens=2048)                    # before the weights: it is allocated with them
 model.load()
-print(Generator(model, cache, Tokenizer.from_config(config)).generate(prompt="{prompt}", max_new_tokens=12))"""
+generator = Generator(model=model, cache=cache, tokenizer=Tokenizer.from_config(config))
+print(generator.generate(prompt="{prompt}", max_new_tokens=12, completion_only=True))"""
 MLC = """from mlc_llm import MLCEngine
 engine = MLCEngine("{model}")
 answer = engine.chat.completions.create(messages=[dict(role="user", content="{prompt}")], max_tokens=12)
@@ -108,15 +109,18 @@ ENGINES = {e.name: e for e in (
            source="https://github.com/turboderp-org/exllamav2"),
     Engine("MLC LLM", "one compiler (TVM) for browsers, telephones and every GPU",
            "its own folder (q4f16_1 and others)", ("nvidia", "amd", "apple"),
-           "pip install --pre -f https://mlc.ai/wheels mlc-llm-nightly-cpu mlc-ai-nightly-cpu", "mlc_llm", convert="mlc_llm convert_weight FOLDER --quantization q4f16_1 -o OUT", recipe=MLC,
+           "pip install --pre -f https://mlc.ai/wheels mlc-llm-nightly-cpu mlc-ai-nightly-cpu", "mlc_llm",
+           convert="mlc_llm convert_weight FOLDER --quantization q4f16_1 -o OUT", recipe=MLC,
            source="https://llm.mlc.ai/docs/"),
     Engine("GPT4All", "a window and a small Python package around llama.cpp", "GGUF", ("cpu", "nvidia", "apple"),
            "pip install gpt4all", "gpt4all", recipe=GPT4ALL, source="https://docs.gpt4all.io/"),
     Engine("llamafile", "llama.cpp and a model in one file that runs on six systems", "GGUF",
-           ("cpu", "nvidia", "apple"), "one download", program="llamafile", recipe='llamafile -m {model} --temp 0 -n 12 -p "{prompt}"',
+           ("cpu", "nvidia", "apple"), "one download", program="llamafile",
+           recipe='llamafile -m {model} --temp 0 -n 12 -p "{prompt}"',
            source="https://github.com/Mozilla-Ocho/llamafile"),
     Engine("LM Studio", "a window and a server around llama.cpp and MLX", "GGUF, MLX",
-           ("cpu", "nvidia", "amd", "apple"), "an installer", program="lms", recipe="lms load {model} && lms server start",
+           ("cpu", "nvidia", "amd", "apple"), "an installer", program="lms",
+           recipe="lms load {model} && lms server start",
            source="https://lmstudio.ai/docs"),
     Engine("Jan", "an open window and a server around llama.cpp", "GGUF", ("cpu", "nvidia", "amd", "apple"),
            "an installer", program="jan", source="https://jan.ai/docs"),
@@ -191,7 +195,7 @@ def recipe_for(engine: Engine,
     if engine.recipe: return engine.recipe.replace("{model}", str(model)).replace("{prompt}", prompt)
     raise UnsupportedError(f"{engine.name} is started from its window: see {engine.source}")
 
-def try_engine(engine: Engine, home: Path | None, seconds: float = 120) -> str:   # the text that it wrote
+def try_engine(engine: Engine, home: Path | None, seconds: float = 300) -> str:   # the text that it wrote
     "Run its recipe on the embedded model, as `make peers` wrote it. Raises UnsupportedError."
     model = home / "models" / engine.model if home and engine.model else None
     if model is None or not model.exists(): raise UnsupportedError(f"no model for {engine.name}: make peers writes it")
