@@ -130,7 +130,6 @@ class Run:
         self.reasons = {name: why for name, why in reasons.items() if why}
         self.names = [name for name in names if name not in self.reasons]
         self.hello, self.texts, self.load, self.pace = {}, {}, [], {}                          # pace: s to read a token
-        self.end = time.monotonic() + 60 * args.minutes
 
     def add(self, what, value): self.samples.setdefault(what, []).append(value)
 
@@ -192,10 +191,11 @@ def measure_speed(run, tasks):
             peers[name] = Peer(name, run.args.threads, longest)
             run.ask(peers[name], (16, 9))                                                      # warm-up
         except (RuntimeError, OSError) as e: run.drop(name, e)
+    end = time.monotonic() + 60 * run.args.minutes
     for i in range(run.args.rounds):
         measure_limits(run)
         for task, size in tasks.items():
-            if task in LONG and i % 2 or time.monotonic() > run.end: continue
+            if task in LONG and i % 2 or time.monotonic() > end: continue
             print(f"round {i + 1} of {run.args.rounds}: {task}", flush=True)
             for name in run.turns(i):
                 if not run.takes(name, task, size): continue
@@ -279,7 +279,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=60, help="no task begins later than that")
+    parser.add_argument("--minutes", type=float, default=60, help="of measuring speed: no task begins later")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="peers with one of these in their name")
     parser.add_argument("--dry", action="store_true", help="short texts, one round; nothing is written")
     args = parser.parse_args()
@@ -298,7 +298,9 @@ def main():
     shares = limits_of(medians, weight_bytes, checkpoint.config, tasks)
     ratios = ratios_of(run.samples, tasks)
     report(run.samples, shares, ratios, run.reasons)
-    if args.dry or not run.names: return
+    if args.dry: return
+    lacking = [task for task in tasks if not any(what.startswith(f"{task}, ") for what in run.samples)]
+    if lacking: sys.exit(f"nothing is kept: no sample of {', '.join(lacking)} (more --minutes, or a quieter machine)")
     out = record(
         "peers", run.samples, {what: unit_of(what) for what in run.samples}, threads=args.threads,
         tasks={t: dict(tokens=n, new=new) for t, (n, new) in tasks.items()}, note=NOTE,
