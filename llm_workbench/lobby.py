@@ -87,7 +87,7 @@ def compiled_triton() -> Ops:
 
 
 def batches_for(device: torch.device) -> type[Batch]:
-    "Who decides the tokens: on CUDA steps that are recorded as one graph where Triton is (`batch.why_not`), else `Batch`."
+    "Who decides the tokens: on CUDA, where Triton is, steps that are recorded as one graph (`batch.why_not`)."
     if device.type != "cuda": return Batch
     try: from llm_workbench.kernels.graphs import recorded
     except UnsupportedError: return Batch          # no Triton: `compiled_triton` has said so
