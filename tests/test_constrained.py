@@ -76,7 +76,7 @@ def accepts(tree, text, rules=None):
 ATOMS = st.sampled_from(["a", "b", "é", ".", r"\d", r"\w", r"\S", "[ab]", "[^a]", "[a-cé]", r"\.", "日", r"[^\w]", "[]b]"])
 PATTERNS = st.recursive(ATOMS, lambda inner: st.one_of(
     st.lists(inner, min_size=1, max_size=3).map("".join), st.tuples(inner, inner).map(lambda p: f"(?:{p[0]}|{p[1]})"),
-    st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}", "{0,2}", "{,2}", "*?"])).map(lambda p: f"({p[0]}){p[1]}")),
+    st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}", "{0,2}", "{,2}", "*?"])).map("({0[0]}){0[1]}".format)),
     max_leaves=6)
 TEXTS = st.text("abc.é日 1_\n]", max_size=7)
 
@@ -264,7 +264,7 @@ def spec(schema):
 def test_all_that_is_drawn_is_valid(name):
     mask = json_schema(BYTES, SUPPORTED[name], finish_within=200)
     kinds = set()
-    for seed in range(25):
+    for seed in range(15):
         text, reason = drawn(mask, 200, seed)
         assert reason == "stop" and valid(SUPPORTED[name], json.loads(text)), text
         kinds.add(text)
@@ -299,13 +299,13 @@ def changed(document, rng):
     return holder[0]
 
 
-def documents(name, n=30):
+def documents(name, n=12):
     "Right and wrong documents, near to each other, as compact texts and as Python writes them."
     mask, rng = json_schema(BYTES, SUPPORTED[name], finish_within=120), random.Random(name)
     for seed in range(n):
         document = json.loads(drawn(mask, 120, seed)[0])
-        for _ in range(3):
-            document = changed(document, rng)
+        for change in (False, True, True, True):
+            if change: document = changed(document, rng)
             if any(ord(c) in (127, *range(32)) for c in json.dumps(document, ensure_ascii=False)): continue
             for separators in ((",", ":"), (", ", ": ")):
                 yield document, json.dumps(document, ensure_ascii=False, separators=separators)
@@ -345,7 +345,8 @@ def out_of_order(schema, document):
     "A named property after a further one: valid, and never written."
     if isinstance(document, list): return any(out_of_order(schema, d) for d in document)
     if not isinstance(document, dict): return False
-    return any(k in ("zz", "extra") for k in list(document)[:-1]) or any(out_of_order(schema, d) for d in document.values())
+    if any(k in ("zz", "extra") for k in list(document)[:-1]): return True
+    return any(out_of_order(schema, d) for d in document.values())
 
 
 @pytest.mark.parametrize("keyword", REFUSED)
@@ -355,8 +356,8 @@ def test_what_is_not_supported_is_refused_by_name_and_path(keyword):
 
 
 @pytest.mark.parametrize("schema", [
-    3, [], {"type": "strin"}, {"type": 3}, {"enum": 3}, {"properties": []}, {"required": "a"}, {"minLength": -1}, {"minItems": "a"},
-    {"minimum": "1"}, {"$ref": "#/nowhere"}, {"anyOf": []}, {"anyOf": {}}, "{", {"pattern": "("}, {"enum": []},
+    3, [], {"type": "strin"}, {"type": 3}, {"enum": 3}, {"properties": []}, {"required": "a"}, {"minLength": -1},
+    {"minItems": "a"}, {"minimum": "1"}, {"$ref": "#/nowhere"}, {"anyOf": []}, {"anyOf": {}}, "{", {"pattern": "("}, {"enum": []},
     {"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "string", "minLength": 3, "maxLength": 2}, False])
 def test_what_is_no_schema_or_fits_nothing_is_one_input_error(schema):
     with pytest.raises(InputError): json_schema(BYTES, schema)
@@ -383,7 +384,8 @@ def test_a_further_key_is_never_a_named_one_in_another_spelling():
 NUMBERS = st.dictionaries(st.sampled_from(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"]),
                           st.one_of(st.integers(-200, 200), st.sampled_from([0.5, -0.5, 0.05, 99.95, -12.25, 1e-3])),
                           min_size=1, max_size=2)
-FLAT = st.one_of(st.sampled_from([True, {"type": "string"}, {"type": "boolean"}, {"type": "null"}, {"enum": [1, "a", None]}]),
+SIMPLE = [True, {"type": "string"}, {"type": "boolean"}, {"type": "null"}, {"enum": [1, "a", None]}]
+FLAT = st.one_of(st.sampled_from(SIMPLE),
                  NUMBERS.map(lambda b: {"type": "number", **b}), NUMBERS.map(lambda b: {"type": "integer", **b}),
                  st.tuples(st.integers(0, 3), st.integers(3, 6)).map(lambda m: {"type": "string", "minLength": m[0],
                                                                               "maxLength": m[1]}))
@@ -481,12 +483,12 @@ def test_documents_get_the_verdict_of_llguidance():
         mask, matcher = json_schema(BYTES, schema), peer.matcher(schema)
         if matcher is None: continue
         covered += 1
-        for document, text in itertools.islice(documents(name, 12), 60):
+        for document, text in itertools.islice(documents(name, 6), 40):
             if not usual(document): continue
             if mask.accepts(text) == peer.accepts(schema, text): agree += 1
             else: differ.setdefault(name, []).append((text, valid(schema, document)))
     print(f"{covered} of {len(SUPPORTED)} schemas covered by llguidance; {agree} verdicts agree; {differ}")
-    assert agree > 500 and sum(map(len, differ.values())) < 0.1 * agree
+    assert agree > 300 and sum(map(len, differ.values())) < 0.1 * agree
 
 
 class Peer:

@@ -104,14 +104,15 @@ def utf8_ranges(low: int, high: int) -> list[list[tuple[int, int]]]:
         if high & m != m: return utf8_ranges(low, (high & ~m) - 1) + utf8_ranges(high & ~m, high)
     return [list(zip(first, end))]
 
-# %% ../../nbs/07_inference/09_constrained.ipynb #d879d6cc
+# %% ../../nbs/07_inference/09_constrained.ipynb #df0d42fa
 INF = 1 << 28
 
 
 class Network:
     "Rules as graphs, whose edges read a byte, read nothing, or call a rule and go on when it returns."
     def __init__(self, root, rules: dict | None = None,
-                 usable: Sequence[int] = range(256)):         # the bytes that the vocabulary can write
+                 usable: Sequence[int] = range(256),          # the bytes that the vocabulary can write
+                 part: bool = False):                         # of another: may fit no text at all
         self.read, self.skip, self.call = [], [], []          # of each node: (low, high, to), to, (rule, to)
         self.usable, self.chains = byte_runs(usable), []      # chains: (least, nodes) of each counted repetition
         self.start, self.end, self.names = [], [], []        # of each rule
@@ -119,6 +120,9 @@ class Network:
         self.root = self.rule(root, root.name if isinstance(root, Ref) else "the whole")
         self.measure()
         self.order()
+        if self.least[self.start[self.root]] >= INF and not part:
+            raise InputError("No text fits: each way through this grammar (or schema) goes on for ever, contradicts "
+                             "itself, or needs characters that the vocabulary lacks. Give every recursion a way out.")
 
     def node(self) -> int:
         for edges in (self.read, self.skip, self.call): edges.append([])
@@ -196,7 +200,7 @@ def repeat(self: Network, item, least: int, most: int | None, at: int, to: int) 
         at = loop
     self.skip[at].append(to)
 
-# %% ../../nbs/07_inference/09_constrained.ipynb #f28e4a7d
+# %% ../../nbs/07_inference/09_constrained.ipynb #d473a0b9
 def byte_runs(values) -> list[tuple[int, int]]:
     "Sorted numbers as ranges."
     return list(char_set(*((b, b) for b in values)).ranges)
@@ -229,9 +233,6 @@ def measure(self: Network) -> None:
         self.read[n] = [e for e in self.read[n] if least[e[2]] < INF]
         self.skip[n] = [to for to in self.skip[n] if least[to] < INF]
         self.call[n] = [(r, to) for r, to in self.call[n] if least[to] < INF and least[self.start[r]] < INF]
-    if least[self.start[self.root]] >= INF:
-        raise InputError("No text fits: each way through this grammar (or schema) goes on for ever or contradicts "
-                         "itself. Give every recursion a way out.")
 
 @patch
 def used_bytes(self: Network) -> set[int]:
@@ -347,11 +348,11 @@ class Machine:
             to = self.step(state, low)
             if to: yield low, after - 1, to
 
-# %% ../../nbs/07_inference/09_constrained.ipynb #1bb70ea3
+# %% ../../nbs/07_inference/09_constrained.ipynb #bd94575d
 @patch
 def product(self: Network, tree: Product, at: int, to: int) -> None:
     "Both sides read the same bytes; the pairs of their states become nodes."
-    left, right = (Machine(Network(side, self.rules)) for side in (tree.left, tree.right))
+    left, right = (Machine(Network(side, self.rules, part=True)) for side in (tree.left, tree.right))
     places, todo = {(left.first, right.first): at}, [(left.first, right.first)]
     while todo:
         a, b = pair = todo.pop()
@@ -430,7 +431,7 @@ def trie_of(tokenizer: Tokenizer) -> tuple[Trie, list[bytes]]:
         TRIES[tokenizer] = Trie(strings), strings
     return TRIES[tokenizer]
 
-# %% ../../nbs/07_inference/09_constrained.ipynb #b3e4b864
+# %% ../../nbs/07_inference/09_constrained.ipynb #e4bf8929
 class Masks:
     "Which tokens keep a state alive, and how many bytes are missing after each at least."
     def __init__(self, machine: Machine, trie: Trie):
@@ -442,7 +443,7 @@ class Masks:
         self.scratch = np.zeros(trie.size, np.int32)
         self.like = {}                                         # nodes of counted repetitions that no token tells apart
         for least, chain in machine.net.chains:
-            for node in chain[least + 1:-1 - trie.depth]: self.like[node] = chain[least]
+            for node in chain[least + 2:-1 - trie.depth]: self.like[node] = chain[least + 1]   # chain[0] has other edges
 
     def front(self, nodes) -> int:
         "The number of a set of nodes."

@@ -197,7 +197,7 @@ class SchemaReader:
             raise InputError(f"'type' at {path} is {wrong[0]!r}: it is one of {', '.join(TYPES)}, or a list of them.")
         return Alt(tuple(self.of_type(t, rest, path) for t in types))
 
-# %% ../../nbs/07_inference/12_json_schemas.ipynb #d9db0547
+# %% ../../nbs/07_inference/12_json_schemas.ipynb #d00765fe
 @patch
 def of_type(self: SchemaReader, type: str, schema: dict, path: str):
     asked = OF_TYPE.get(type, set()) & schema.keys()
@@ -221,6 +221,7 @@ def of_number(self: SchemaReader, schema, whole, path):
 @patch
 def of_string(self: SchemaReader, schema, path):
     least, most = self.counts(schema, "minLength", "maxLength", path)
+    if most is not None and most < least: return Alt(())
     tree = Repeat(CHARACTER, least, most) if least or most is not None else None
     also = []
     if "pattern" in schema: also.append(self.pattern(schema["pattern"], path))
