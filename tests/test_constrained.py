@@ -45,8 +45,8 @@ class SmallTokenizer:
         self.eos_ids = [len(tokens)]
 
 
-MORE = ['{"', '"}', '":', '": ', '",', ', "', '"]', "[]", "{}", "}}", "]}", "\n  ", "  ", "12", "00", "true", "null", "ab",
-        "é", "日", "🙂", '"name', "a-", "2024-", "\\n", "\\u00"]
+MORE = ['{"', '"}', '":', '": ', '",', ', "', '"]', "[]", "{}", "}}", "]}", "\n  ", "  ", "12", "00", "true", "null",
+        "ab", "é", "日", "🙂", '"name', "a-", "2024-", "\\n", "\\u00"]
 BYTES = SmallTokenizer([*(bytes([b]) for b in range(256)), *(m.encode() for m in MORE), "日".encode()[1:], b'\xf0\x9f"'])
 
 
@@ -73,10 +73,12 @@ def accepts(tree, text, rules=None):
 
 # --- regular expressions against Python's re --------------------------------------------------------------------------
 
-ATOMS = st.sampled_from(["a", "b", "é", ".", r"\d", r"\w", r"\S", "[ab]", "[^a]", "[a-cé]", r"\.", "日", r"[^\w]", "[]b]"])
+ATOMS = st.sampled_from(["a", "b", "é", ".", r"\d", r"\w", r"\S", "[ab]", "[^a]", "[a-cé]", r"\.", "日", r"[^\w]",
+                         "[]b]"])
+COUNTS = ["*", "+", "?", "{2}", "{1,}", "{0,2}", "{,2}", "*?"]
 PATTERNS = st.recursive(ATOMS, lambda inner: st.one_of(
     st.lists(inner, min_size=1, max_size=3).map("".join), st.tuples(inner, inner).map(lambda p: f"(?:{p[0]}|{p[1]})"),
-    st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}", "{0,2}", "{,2}", "*?"])).map("({0[0]}){0[1]}".format)),
+    st.tuples(inner, st.sampled_from(COUNTS)).map("({0[0]}){0[1]}".format)),
     max_leaves=6)
 TEXTS = st.text("abc.é日 1_\n]", max_size=7)
 
@@ -165,8 +167,8 @@ def test_what_no_vocabulary_can_spell_is_refused_before_generation():
     with pytest.raises(InputError, match="cannot spell"): regex(SmallTokenizer([b"ab"]), "aba")
     with pytest.raises(InputError, match="No text fits"): regex(SmallTokenizer([b"a"]), "b")
     with pytest.raises(InputError, match="No text fits"): grammar(BYTES, 'root ::= "a" root')
-    with pytest.raises(UnsupportedError, match="alone"): any_json(SmallTokenizer([t for t in BYTES.vocabulary.tokens[:-1]
-                                                                                  if t != b"1"]))
+    without = SmallTokenizer([t for t in BYTES.vocabulary.tokens[:-1] if t != b"1"])
+    with pytest.raises(UnsupportedError, match="alone"): any_json(without)
     assert regex(SmallTokenizer([b"ab", b"aba"]), "ababa").accepts("ababa")
     nothing = SmallTokenizer([b"a"])
     nothing.eos_ids = []
@@ -193,7 +195,8 @@ def test_rows_of_a_batch_keep_their_own_place_and_rule(real):
     prompts = ["Tea?", "The sky is", "Pi is 3"]
     together = lm.generate(prompts, mask=EachRow(masks), max_new_tokens=8, temperature=1.5, seed=3)
     for i, (prompt, mask) in enumerate(zip(prompts, masks)):
-        assert together[i].tokens == lm.generate(prompt, mask=mask, max_new_tokens=8, temperature=1.5, seed=3 + i).tokens
+        alone = lm.generate(prompt, mask=mask, max_new_tokens=8, temperature=1.5, seed=3 + i)
+        assert together[i].tokens == alone.tokens, "a rule or a place reaches a neighbour"
     shared = regex(real, "[ab]{3}")
     for done in lm.generate(prompts, mask=shared, max_new_tokens=8, temperature=2.0, seed=1):
         assert re.fullmatch("[ab]{3}", done.text) and done.reason == "stop"
@@ -291,7 +294,8 @@ def changed(document, rng):
     value, put = rng.choice(places)
     if isinstance(value, dict) and value and rng.random() < 0.5: value.pop(rng.choice(list(value)))
     elif isinstance(value, dict) and rng.random() < 0.5: value[rng.choice(["zz", "extra"])] = rng.choice([1, "x", None])
-    elif isinstance(value, list) and value and rng.random() < 0.7: rng.choice([value.pop, lambda: value.append(value[0])])()
+    elif isinstance(value, list) and value and rng.random() < 0.7:
+        rng.choice([value.pop, lambda: value.append(value[0])])()
     elif isinstance(value, str) and rng.random() < 0.7: put(rng.choice([value + "a", value[:-1], "", value * 2]))
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.7:
         put(rng.choice([value + 1, -value, 131, 0]))
@@ -336,7 +340,8 @@ def test_documents_get_the_verdict_of_jsonschema(name):
         if not usual(document): continue
         ours, theirs = mask.accepts(text), valid(SUPPORTED[name], document)
         assert ours <= theirs, f"accepted, but not valid: {text}"
-        assert ours >= theirs or has_format(SUPPORTED[name]) or out_of_order(SUPPORTED[name], document), f"refused: {text}"
+        fine = ours or not theirs or has_format(SUPPORTED[name]) or out_of_order(SUPPORTED[name], document)
+        assert fine, f"refused, but valid: {text}"
         seen.add(ours)
     assert True in seen or name in ("constant object",) or has_format(SUPPORTED[name])
 
@@ -357,8 +362,10 @@ def test_what_is_not_supported_is_refused_by_name_and_path(keyword):
 
 @pytest.mark.parametrize("schema", [
     3, [], {"type": "strin"}, {"type": 3}, {"enum": 3}, {"properties": []}, {"required": "a"}, {"minLength": -1},
-    {"minItems": "a"}, {"minimum": "1"}, {"$ref": "#/nowhere"}, {"anyOf": []}, {"anyOf": {}}, "{", {"pattern": "("}, {"enum": []},
-    {"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "string", "minLength": 3, "maxLength": 2}, False])
+    {"minItems": "a"}, {"minimum": "1"}, {"$ref": "#/nowhere"}, {"anyOf": []}, {"anyOf": {}}, "{",
+    {"pattern": "("}, {"enum": []},
+    {"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "string", "minLength": 3, "maxLength": 2},
+    False])
 def test_what_is_no_schema_or_fits_nothing_is_one_input_error(schema):
     with pytest.raises(InputError): json_schema(BYTES, schema)
 
@@ -452,7 +459,8 @@ def test_wrong_masks_are_noticed(mutant):
 
 
 def forgets_required(self, schema, path): return SchemaReader_of_object(self, {**schema, "required": []}, path)
-def forgets_closed(self, schema, path): return SchemaReader_of_object(self, {**schema, "additionalProperties": True}, path)
+def forgets_closed(self, schema, path):
+    return SchemaReader_of_object(self, {**schema, "additionalProperties": True}, path)
 def ignores_bounds(self, schema, whole, path): return parse_regex(r"-?\d")
 def any_length(self, schema, path): return Ref("string")
 def one_item_more(self, schema, path):

@@ -431,7 +431,7 @@ def trie_of(tokenizer: Tokenizer) -> tuple[Trie, list[bytes]]:
         TRIES[tokenizer] = Trie(strings), strings
     return TRIES[tokenizer]
 
-# %% ../../nbs/07_inference/09_constrained.ipynb #e4bf8929
+# %% ../../nbs/07_inference/09_constrained.ipynb #08987fb2
 class Masks:
     "Which tokens keep a state alive, and how many bytes are missing after each at least."
     def __init__(self, machine: Machine, trie: Trie):
@@ -441,9 +441,9 @@ class Masks:
         self.fronts, self.front_ids, self.walks = [], {}, {}   # sets of nodes of the trie
         self.front(np.zeros(1, np.int32))                      # 0: the root alone
         self.scratch = np.zeros(trie.size, np.int32)
-        self.like = {}                                         # nodes of counted repetitions that no token tells apart
+        self.like = {}                                         # inner nodes of counted repetitions that are alike
         for least, chain in machine.net.chains:
-            for node in chain[least + 2:-1 - trie.depth]: self.like[node] = chain[least + 1]   # chain[0] has other edges
+            for node in chain[least + 2:-1 - trie.depth]: self.like[node] = chain[least + 1]
 
     def front(self, nodes) -> int:
         "The number of a set of nodes."
