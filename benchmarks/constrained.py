@@ -94,12 +94,13 @@ class Peer:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th schema only")
     parser.add_argument("--texts", type=int, default=40, help="random texts for each schema")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lm, schemas = load(), json.loads(DATA.read_text(encoding="utf-8"))["supported"]
-    if args.quick: schemas = dict(list(schemas.items())[:4])
+    schemas = dict(list(schemas.items())[:4 if args.quick else None:args.every])
     try: peer, why = Peer(lm.tokenizer), None
     except ImportError as e: peer, why = None, str(e)
     generator = torch.Generator().manual_seed(0)
@@ -126,18 +127,21 @@ def main():
                 if found[1:]: samples["llguidance: mask"].append(statistics.mean(found[1:]) * 1e3)
         if name not in DRAFT_7:
             mask = json_schema(lm.tokenizer, schema, finish_within=100)
-            for i in range(args.texts):
+            torch.set_num_threads(1)                           # nothing is timed here
+            for _ in range(args.texts):
                 row = drawn(mask, 100, generator)
                 text = b"".join(mask.strings[t] for t in row.tokens).decode(errors="replace")
                 counts["texts"] += 1
                 counts["unfinished"] += row.reason != "stop"
                 counts["invalid"] += not valid(schema, text)
+            torch.set_num_threads(args.threads)
             hot = written(lm, json_schema(lm.tokenizer, schema, finish_within=60), schema, temperature=2.0, seed=3)[0]
             counts["texts"] += 1
             counts["invalid"] += not valid(schema, hot.text)
         print(f"{number} of {len(schemas)}: {name}", flush=True)
     units = {name: "share" if name.startswith("share") else "ms" for name in samples}
-    more = dict(threads=args.threads, counts=counts, vocabulary=lm.tokenizer.vocab_size)
+    more = dict(threads=args.threads, counts=counts, vocabulary=lm.tokenizer.vocab_size,
+                load_average=os.getloadavg())                  # above the number of cores: others disturbed
     if why: more["not measured"] = {"llguidance": why}
     elif peer: more["peer"] = f"llguidance {peer.library.get_version()}"
     for name, values in samples.items(): print(f"{name:36} {statistics.median(values):9.3f} {units[name]}")
