@@ -104,8 +104,9 @@ def main():
     try: peer, why = Peer(lm.tokenizer), None
     except ImportError as e: peer, why = None, str(e)
     generator = torch.Generator().manual_seed(0)
-    samples = {name: [] for name in ("compile", "decode step without its mask", "mask, first text", "mask, further texts",
-                                     "share of a step, first text", "share of a step, further texts")}
+    names = ["compile", "decode step without its mask", "mask, first text", "mask, further texts",
+             "share of a step, first text", "share of a step, further texts"]
+    samples = {name: [] for name in names}
     if peer: samples |= {"llguidance: until its first mask": [], "llguidance: mask": []}
     counts = dict(schemas=len(schemas), texts=0, invalid=0, unfinished=0, refused_by_peer=[])
     for number, (name, schema) in enumerate(schemas.items(), 1):
