@@ -159,6 +159,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, nargs="+", default=[512])
+    parser.add_argument("--peers", nargs="*", help="names, such as 'ours float32'; all, unless told otherwise")
     parser.add_argument("--openvino", nargs="*", default=[])
     parser.add_argument("--openvino-python", default=sys.executable)
     parser.add_argument("--slow", nargs="*", default=[], help="peers that are asked once, for 512 tokens at most")
@@ -168,7 +169,7 @@ def main():
 
     from benchmarks.record import record
     command = [sys.executable, "-m", "benchmarks.prefill", "--threads", str(args.threads), "--peer"]
-    names = [*OURS, "transformers float32", "transformers bfloat16"]
+    names = args.peers or [*OURS, "transformers float32", "transformers bfloat16"]
     peers = {name: Peer([*command, name]) for name in ("rates", *names)}
     for folder in args.openvino:
         other = [args.openvino_python, "-c", OPENVINO, folder, str(args.threads)]
@@ -181,8 +182,8 @@ def main():
             for peer in (f"before {dtype}", f"transformers {dtype}"):
                 a, b = (samples.get(f"{who}, {n} tokens") for who in (f"ours {dtype}", peer))
                 if a and b: ratios[f"ours / {peer}, {n} tokens"] = statistics.median(x / y for x, y in zip(a, b))
-    ratios["warm / cold"] = {n: middle[f"ours float32, {n} tokens"] / middle[f"warm float32, {n} tokens"]
-                             for n in args.prompt}
+        a, b = (middle.get(f"{who} float32, {n} tokens") for who in ("ours", "warm"))
+        if a and b: ratios[f"time of a warm first token / cold, {n} tokens"] = a / b
     units = {what: "GFLOP/s" if what.startswith("rate") else "tokens/s" for what in samples}
     more = dict(threads=args.threads, prompt_tokens=args.prompt, new_tokens_of_warm=NEW, slow=args.slow, ratios=ratios,
                 shares=shares(middle, args.prompt))

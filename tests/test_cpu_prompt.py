@@ -35,7 +35,8 @@ def counted(monkeypatch):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(B=st.integers(1, 3), K=st.integers(1, 3), G=st.integers(1, 5), M=st.integers(1, 140), past=st.integers(0, 90),
        D=st.integers(1, 70), Dv=st.integers(1, 70), causal=st.booleans(),
-       window=st.one_of(st.none(), st.integers(1, 150)), softcap=st.sampled_from([None, 0.5, 30.0]), sink=st.booleans(), ragged=st.booleans(),
+       window=st.one_of(st.none(), st.integers(1, 150)), softcap=st.sampled_from([None, 0.5, 30.0]),
+       sink=st.booleans(), ragged=st.booleans(),
        dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_attention_of_any_shape(B, K, G, M, past, D, Dv, causal, window, softcap, sink, ragged, dtype, seed):
     make = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
