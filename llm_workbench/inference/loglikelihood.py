@@ -25,7 +25,7 @@ def scored(decoder: Decoder,
            tokens: Tensor,        # (N,) int64 the tokens that came
            top: int = 0,          # also the likeliest ones
           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # (N,), (N,) bool, (N, top) values, (N, top) tokens
-    "Natural logarithms of the tokens' probabilities, whether each was the likeliest (the first of equals), and the best."
+    "Natural logarithms of the tokens' probabilities, whether each was the likeliest (first of equals), and the best."
     parts = []
     for h, wanted in zip(hidden.split(PIECE), tokens.split(PIECE)):
         z = decoder.logits(h)

@@ -246,7 +246,8 @@ void run(const T *x, const T *w, T *y, int64_t rows, int64_t n, float eps) {
   for (int64_t r = 0; r < rows; r++) norm(x + r * n, w, y + r * n, n, eps);
 }""")
 TURNS = Kernel("turns", "ppppnnnnn", PASSES + """
-void run(const T *x, const T *cs, const T *sn, T *y, int64_t rows, int64_t heads, int64_t D, int64_t R, int64_t tables) {
+void run(const T *x, const T *cs, const T *sn, T *y, int64_t rows, int64_t heads, int64_t D, int64_t R,
+         int64_t tables) {
   #pragma omp parallel for schedule(static)
   for (int64_t t = 0; t < rows; t++)
     for (int64_t i = t * heads; i < (t + 1) * heads; i++)
@@ -372,7 +373,8 @@ def int8_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
         out, rows = x.new_empty(*x.shape[:-1], len(weights)), torch.zeros(-(-len(codes) // 4) * 4, ins,
                                                                           dtype=torch.int16)
         rows[:len(codes)] = codes
-        compiled(WHOLE, x.dtype)(*(t.data_ptr() for t in (rows, scales, weights, steps, out)), len(codes), *weights.shape)
+        tensors = rows, scales, weights, steps, out
+        compiled(WHOLE, x.dtype)(*(t.data_ptr() for t in tensors), len(codes), *weights.shape)
     return out if bias is None else out + bias
 
 # %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #228a6bf2
