@@ -211,7 +211,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
                                  work.data_ptr(), room)
     return out
 
-# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #27c75ee7
+# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #48e33378
 PASSES = ATTEND + VECTORS + r"""
 static void norm(const T *x, const T *w, T *y, int64_t n, float eps) {
   float sum = 0;
@@ -246,7 +246,8 @@ void run(const T *x, const T *w, T *y, int64_t rows, int64_t n, float eps) {
   for (int64_t r = 0; r < rows; r++) norm(x + r * n, w, y + r * n, n, eps);
 }""")
 TURNS = Kernel("turns", "ppppnnnnn", PASSES + """
-void run(const T *x, const T *cs, const T *sn, T *y, int64_t rows, int64_t heads, int64_t D, int64_t R, int64_t tables) {
+void run(const T *x, const T *cs, const T *sn, T *y, int64_t rows, int64_t heads, int64_t D, int64_t R,
+         int64_t tables) {
   #pragma omp parallel for schedule(static)
   for (int64_t t = 0; t < rows; t++)
     for (int64_t i = t * heads; i < (t + 1) * heads; i++)
@@ -324,7 +325,7 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     if not widened(x): return packed_cpu.packed_linear(x, packed, bias)
     return packed_cpu.packed_linear(x.float(), packed, None if bias is None else bias.float()).to(x.dtype)
 
-# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #9239016c
+# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #aedf3bd2
 WHOLE = Kernel("product of whole numbers", "pppppnnn", r"""
 static void four_by_two(const int16_t *restrict x, const int16_t *restrict w, int64_t n, int32_t *restrict out) {
   const int16_t *restrict b = x + n, *restrict c = b + n, *restrict d = c + n, *restrict v = w + n;
@@ -369,10 +370,11 @@ def int8_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     if torch.cpu._is_vnni_supported():
         out = (torch._int_mm(codes, weights.T) * scales * steps.T).to(x.dtype).view(*x.shape[:-1], len(weights))
     else:
-        out, rows = x.new_empty(*x.shape[:-1], len(weights)), torch.zeros(-(-len(codes) // 4) * 4, ins,
-                                                                          dtype=torch.int16)
+        out = x.new_empty(*x.shape[:-1], len(weights))
+        rows = torch.zeros(-(-len(codes) // 4) * 4, ins, dtype=torch.int16)                # in fours
         rows[:len(codes)] = codes
-        compiled(WHOLE, x.dtype)(*(t.data_ptr() for t in (rows, scales, weights, steps, out)), len(codes), *weights.shape)
+        compiled(WHOLE, x.dtype)(*(t.data_ptr() for t in (rows, scales, weights, steps, out)), len(codes),
+                                 *weights.shape)
     return out if bias is None else out + bias
 
 # %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #228a6bf2
