@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help lab test notebooks export bench gpu decode clean
+.PHONY: help lab test notebooks export bench peers gpu decode clean
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,6 +27,9 @@ export: $(STAMP) ## write the package from the notebooks
 bench: $(STAMP)  ## measure this machine; results go to benchmarks/results/<device>/
 	@$(PY) tools/install.py wait
 	$(PY) -m benchmarks.decode $(BENCH_ARGS)
+
+peers: $(STAMP)  ## environments of their own for the engines that benchmarks/peers.py compares with (NAME=vllm for one)
+	$(PY) tools/peers.py $(NAME)
 
 # Such a machine often brings a torch of its own and cannot build the environment: then its Python does.
 GPU_PY = $(or $(and $(wildcard $(STAMP)),$(PY)),$(shell \

@@ -6,10 +6,13 @@
 
 A step is the whole decoder and the choice of the next token (greedy). `eager` calls it from Python over a cache that
 grows; `graph` records it once, with torch's ops, over a cache of fixed shape and plays it back; `ours` records the
-kernels of `kernels.decode_step`, `ours, early` lets each start when all programs of the one before it have begun to
-work (programmatic dependent launch). All start behind the same prompt, in
+kernels of this package (`TRITON`), `ours, early` lets each start when all programs of the one before it have begun to
+work (programmatic dependent launch), `ours, int4_...` keeps the matrices in four bits.
+All start behind the same prompt, in
 one process, in turns; speed is tokens per second of all rows together, beside what the memory allows: the weights and
 the filled part of the cache, read once in every step, at the rate at which `benchmarks.kernels` reads memory.
+
+Prompts are read with torch's functions and with `TRITON`, beside the rate of a large product in the same run.
 """
 import argparse
 import statistics
@@ -24,9 +27,10 @@ from benchmarks.record import record
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.layers import ModelConfig
 from llm_workbench.architecture.ops import TORCH
-from llm_workbench.inference.generation import Batch, generate_tokens
-from llm_workbench.kernels import decode_step
+from llm_workbench.inference.generation import Batch, generate_tokens, next_logits
 from llm_workbench.kernels.graphs import RecordedStep, recorded
+from llm_workbench.kernels.triton_ops import TRITON
+from llm_workbench.quantization.formats import quantize
 
 SHAPES = {  # sizes of released configurations: V, C, F, layers, H, K, D, tied
     "SmolLM2-135M": (49152, 576, 1536, 30, 9, 3, 64, True),
@@ -38,7 +42,7 @@ SHAPES = {  # sizes of released configurations: V, C, F, layers, H, K, D, tied
 def random_decoder(shape):
     "A decoder of this shape in bf16 with small random weights, made on the GPU."
     V, C, F, layers, H, K, D, tied = SHAPES[shape]
-    config = ModelConfig(V, C, F, layers, H, K, D, max_position_embeddings=8192, tie_word_embeddings=tied)
+    config = ModelConfig(V, C, F, layers, H, K, D, max_position_embeddings=32768, tie_word_embeddings=tied)
     with torch.device("cuda"): decoder = Decoder(config, TORCH)
     return decoder.to(torch.bfloat16).eval().requires_grad_(False)
 
@@ -92,10 +96,12 @@ def measure(shape, batch, args):
     "Tokens per second of both ways in every round, and the bytes that a step has to read."
     decoder = random_decoder(shape)
     prompt = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt), device="cuda")
-    fast = decoder.with_ops(decode_step.STEP)
+    fast = decoder.with_ops(TRITON)
     make = {"eager": lambda: Eager(decoder, prompt, args.slots), "graph": lambda: Graph(decoder, prompt, args.slots),
             "ours": lambda: Graph(fast, prompt, args.slots),
             "ours, early": lambda: Graph(fast, prompt, args.slots, True)}
+    packed = "int4_g32" if decoder.config.hidden_size % 128 else "int4_g128"
+    if batch == 1: make[f"ours, {packed}"] = lambda: Graph(quantize(fast, packed), prompt, args.slots)
     if args.compile: make["graph, compiled"] = lambda: Compiled(decoder, prompt, args.slots)
     peers = {}
     for name, peer in make.items():
@@ -120,6 +126,27 @@ def measure(shape, batch, args):
 
 
 @torch.inference_mode()
+def read_prompts(shape, lengths, rounds):
+    "Seconds of reading one prompt by each set of ops, and its FLOPs: products, and attention below the diagonal."
+    decoder, samples, flops = random_decoder(shape), {}, {}
+    c, products = decoder.config, sum(p.numel() for p in decoder.layers.parameters() if p.dim() == 2)
+    for T in lengths:
+        prompt = torch.randint(0, c.vocab_size, (1, T), device="cuda")
+        pairs = c.num_hidden_layers * c.num_attention_heads * T * (T + 1) / 2
+        flops[T] = 2 * T * products + 4 * pairs * c.head_dim + 2 * c.vocab_size * c.hidden_size
+        runs = {name: decoder.with_ops(ops) for name, ops in dict(TORCH=TORCH, ours=TRITON).items()}
+        samples[T] = {name: [] for name in runs}
+        for turn in range(rounds + 1):                                       # the first one compiles
+            for name, model in runs.items():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                next_logits(model, prompt, model.new_cache(capacity=T))
+                torch.cuda.synchronize()
+                if turn: samples[T][name].append(time.perf_counter() - start)
+    return samples, flops
+
+
+@torch.inference_mode()
 def written(decoder, batch, prompts, n):
     "Tokens per second of generation as a user calls it: every token is read by the host. Without prompt and recording."
     rows = generate_tokens(decoder, prompts, batch=batch, max_new_tokens=n + 2)
@@ -135,7 +162,7 @@ def generation(shape, batch, args):
     decoder = random_decoder(shape)
     prompts = torch.randint(0, decoder.config.vocab_size, (batch, args.prompt)).tolist()
     ways = {"generate, eager": (decoder, Batch, args.eager_new),
-            "generate, ours": (decoder.with_ops(decode_step.STEP), recorded(Batch), args.new)}
+            "generate, ours": (decoder.with_ops(TRITON), recorded(Batch), args.new)}
     for decoder, kind, n in ways.values(): written(decoder, kind, prompts, n)
     return {name: [written(*way[:2], prompts, way[2]) for _ in range(3)] for name, way in ways.items()}
 
@@ -149,14 +176,24 @@ def main():
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--eager-new", type=int, default=16, help="tokens of the eager way: it is slow")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill", nargs="*", type=int, default=[4096, 16384], help="lengths of prompts to read")
     parser.add_argument("--compile", action="store_true", help="torch.compile inside the graph as well")
     args = parser.parse_args()
     if not torch.cuda.is_available(): sys.exit("torch sees no NVIDIA GPU: a CUDA graph needs one")
     torch.manual_seed(0)
     timer, big = Timer(), torch.ones(2**30, device="cuda", dtype=torch.bfloat16)
     bandwidth = [big.nbytes / s / 1e9 for s in timer(lambda: read_sum(big), 8)][3:]
-    del big
-    samples, ratios, against, shares = {"read bandwidth": bandwidth}, {}, {}, {}
+    square = big[: 2**26].view(8192, 8192).clone()
+    rate = [2 * 8192**3 / s / 1e12 for s in timer(lambda: square @ square, 8)][3:]
+    del big, square
+    samples, ratios, against, shares = {"read bandwidth": bandwidth, "matmul rate": rate}, {}, {}, {}
+    units = {"read bandwidth": "GB/s", "matmul rate": "TFLOP/s"}
+
+    def written_down():
+        settings = {k: getattr(args, k) for k in ("prompt", "new", "eager_new", "slots", "rounds", "prefill")}
+        return record("graphs", samples, {what: units.get(what, "tokens/s") for what in samples}, ratios=ratios,
+                      times_the_graph=against, shares=shares, settings=settings)
+
     for shape in args.shapes:
         for batch in args.batches:
             start = time.time()
@@ -171,23 +208,25 @@ def main():
             against |= {f"{name}, {label}": m / middle.get("graph", m) for name, m in middle.items() if "ours" in name}
             shares |= {
                 f"{name}, {label}": m / batch * nbytes / (statistics.median(bandwidth) * 1e9)
-                for name, m in middle.items()
+                for name, m in middle.items() if "int4" not in name      # reads other bytes
             }
             print(f"{label} ({time.time() - start:.0f} s)", flush=True)
             for name, m in middle.items():
-                print(f"    {name:16} {m:9.0f} tok/s  {batch / m * 1e6:8.1f} us a step  "
-                      f"{shares[f'{name}, {label}']:.3f} of read", flush=True)
+                share = f"{shares[of]:.3f} of read" if (of := f"{name}, {label}") in shares else ""
+                print(f"    {name:16} {m:9.0f} tok/s  {batch / m * 1e6:8.1f} us a step  {share}", flush=True)
             torch.cuda.empty_cache()
-            units = {what: "GB/s" if what == "read bandwidth" else "tokens/s" for what in samples}
-            out = record(
-                "graphs",
-                samples,
-                units,
-                ratios=ratios,
-                times_the_graph=against,
-                shares=shares,
-                settings={k: getattr(args, k) for k in ("prompt", "new", "eager_new", "slots", "rounds")},
-            )
+            out = written_down()
+        if not args.prefill: continue
+        times, flops = read_prompts(shape, args.prefill, args.rounds)
+        for T, by_ops in times.items():
+            for name, seconds in by_ops.items():
+                label = f"prefill of {T}, {name}, {shape}"
+                samples[label] = [T / s for s in seconds]
+                shares[label] = flops[T] / statistics.median(seconds) / (statistics.median(rate) * 1e12)
+                print(f"    {label}: {statistics.median(samples[label]):.0f} tok/s, {shares[label]:.3f} of the matmul "
+                      "rate", flush=True)
+        torch.cuda.empty_cache()
+        out = written_down()
     print(f"written to {out.relative_to(out.parents[3])}")
 
 

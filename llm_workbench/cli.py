@@ -68,9 +68,10 @@ def doctor(as_json: Annotated[bool, AsJson] = False):
     try:
         from llm_workbench.hardware.doctor import diagnose
         from llm_workbench.hardware.machine import describe_machine
+        from llm_workbench.lobby import chosen_ops
     except ImportError as e:
         raise _fail(f"{e}: the installation is incomplete; run make lab") from None
-    machine, findings = describe_machine(), diagnose()
+    machine, findings = describe_machine(), [*diagnose(), *chosen_ops()]
     broken = [f.name for f in findings if f.required and not f.ok]
     if as_json:
         from dataclasses import asdict

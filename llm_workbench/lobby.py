@@ -8,6 +8,8 @@ from llm_workbench.architecture.ops import TORCH, Ops
 from llm_workbench.errors import InputError, UnsupportedError
 from llm_workbench.families.loading import Decoder
 from llm_workbench.families.opening import open_checkpoint
+from llm_workbench.hardware.doctor import Finding
+from llm_workbench.inference import loglikelihood  # noqa: F401  `LM` can score, too
 from llm_workbench.inference.generation import LM, Batch
 from llm_workbench.kernels import cpu, cpu_prompt, packed_cpu
 from llm_workbench.quantization.checkpoints import as_wrapped, unwrapped
@@ -58,6 +60,19 @@ def fastest_ops(device: str | torch.device = "cpu") -> Ops:
     return compiled_triton() if kind == "cuda" and torch.cuda.is_available() else TORCH
 
 
+def chosen_ops() -> list[Finding]:
+    "For the doctor: which functions `load` takes on each device of this machine, and why not faster ones."
+    findings = []
+    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ops = fastest_ops(device)
+        rooms = sorted({f.__module__.removeprefix("llm_workbench.") for f in vars(ops).values()})
+        findings.append(Finding(f"ops on {device}", None if told else True, ", ".join(rooms),
+                                "; ".join(str(w.message) for w in told)))
+    return findings
+
+
 def compiled_triton() -> Ops:
     "`TRITON` where Triton compiles for the GPU in this process, else TORCH and a warning that says why."
     try:
@@ -72,7 +87,7 @@ def compiled_triton() -> Ops:
 
 
 def batches_for(device: torch.device) -> type[Batch]:
-    "Who decides the tokens: on CUDA steps that are recorded as one graph where Triton is (`batch.why_not`), else `Batch`."
+    "Who decides the tokens: on CUDA, where Triton is, steps that are recorded as one graph (`batch.why_not`)."
     if device.type != "cuda": return Batch
     try: from llm_workbench.kernels.graphs import recorded
     except UnsupportedError: return Batch          # no Triton: `compiled_triton` has said so

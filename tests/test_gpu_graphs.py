@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_checks import DEVICE
+from kernel_checks import DEVICE, as_accurate
 from models import small_model
 
 from llm_workbench import Decoder
@@ -169,21 +169,20 @@ def test_recorded_on_a_gpu(texts, dtype, early):
     for step in steps:
         step.load(cache)
         step.tokens.fill_(1)
-    exact, off = copy.deepcopy(decoder).float().with_ops(REFERENCE), {"ours": [], "torch": []}
+    exact, seen = copy.deepcopy(decoder).double().with_ops(REFERENCE), []
     past = exact.new_cache()
     exact(prompt, past)
     for _ in range(16):
         asked = steps[0].tokens.clone()
         a, b = (step.run() for step in steps)
         assert torch.equal(a, b) and torch.equal(steps[0].logits, steps[1].logits)
-        want, plain = exact(asked, past)[:, -1], decoder.with_ops(REFERENCE)(asked, cache)[:, -1].float()
-        near = (1e-3 if dtype is torch.float32 else 0.1) * plain.abs().max()
-        assert (steps[0].logits - plain).abs().max() <= near
-        off["ours"].append((steps[0].logits - want).abs().mean())
-        off["torch"].append((plain - want).abs().mean())
-    # and by float32
-    ours, theirs = (torch.stack(errors).mean() for errors in off.values())
-    assert ours <= 1.5 * theirs + 1e-5 * want.abs().max(), f"{ours:.2e} off, torch {theirs:.2e}"
+        plain = decoder.with_ops(REFERENCE)(asked, cache)[:, -1].float()
+        seen.append((steps[0].logits.clone(), exact(asked, past)[:, -1], plain))
+        if dtype is torch.float32: assert (steps[0].logits - plain).abs().max() <= 1e-3 * plain.abs().max()
+    ours, want, theirs = map(torch.stack, zip(*seen))              # two narrow results are judged by float64, not by
+    as_accurate(ours, want, theirs)                                # each other
+    mean = lambda x: (x - want).abs().mean()
+    assert mean(ours) <= 1.5 * mean(theirs) + 1e-5 * want.abs().max()
 
 
 @pytest.mark.cuda

@@ -393,7 +393,8 @@ def test_wrong_grouped_products_are_rejected():
 def test_routers_that_have_no_kernel_are_handed_on():
     logits = randn(5, 8)
     for options in (dict(score="sigmoid", n_groups=4, top_groups=2), dict(score="sparsemixer")):
-        for got, want in zip(route(logits, 2, **options), plain_route(logits, 2, **options)): assert torch.equal(got, want)
+        for got, want in zip(route(logits, 2, **options), plain_route(logits, 2, **options)):
+            assert torch.equal(got, want)
     assert route(logits.double(), 2)[1].dtype == torch.float64
     asked = logits.clone().requires_grad_(True)
     route(asked, 2)[1][:, 0].sum().backward()

@@ -123,7 +123,8 @@ def test_recorded_experts_are_taken_again():
 @pytest.mark.parametrize("name", ["int8", "int4_g32"])
 @torch.inference_mode()
 def test_packed_weights(name):
-    tokens, model = some_tokens(B=1, T=3).to(DEVICE), small_model("llama", changes=dict(hidden_size=96, intermediate_size=96))
+    model = small_model("llama", changes=dict(hidden_size=96, intermediate_size=96))
+    tokens = some_tokens(B=1, T=3).to(DEVICE)
     packed = quantize(Decoder.from_transformers(model).to(DEVICE), name)
     assert scaled(packed.with_ops(TRITON)(tokens), packed.with_ops(REFERENCE)(tokens)) <= 1e-4
 

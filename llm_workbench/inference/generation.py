@@ -290,10 +290,14 @@ class _Writer:
     def write(self) -> str:
         "The text that the tokens since the last call bring."
         if self.over: return ""
-        new, self.seen = self.row.tokens[self.seen:], len(self.row.tokens)
-        text = "".join(self.stop.push(self.characters.push(t)) for t in new if t not in self.eos)
+        text = ""
+        while self.seen < len(self.row.tokens) and not self.stop.found:
+            token, self.seen = self.row.tokens[self.seen], self.seen + 1
+            if token not in self.eos: text += self.stop.push(self.characters.push(token))
         if self.row.reason is not None and not self.stop.found: text += self.stop.push(self.characters.flush())
-        if self.stop.found: self.row.reason = "stop"
+        if self.stop.found:
+            self.row.reason = "stop"
+            del self.row.tokens[self.seen:]      # a step may have decided more than the stop string needed
         self.over = self.row.reason is not None
         return text + self.stop.flush() if self.over else text
 
@@ -325,6 +329,7 @@ class LM:
     tokenizer: Tokenizer
     card: ModelCard
     batches: type[Batch] = field(default=Batch, repr=False)    # who decides the tokens: `Batch`, or a subclass
+    name: str = field(default="llm_workbench", repr=False)     # in comparisons with other programs
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         "The ids of a prompt as it stands, special tokens in it included; ids stay what they are."

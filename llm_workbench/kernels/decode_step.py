@@ -557,7 +557,7 @@ def linear(x: Tensor,                   # (..., in)
            weight: Tensor,              # (out, in)
            bias: Tensor | None = None,  # (out,)
           ) -> Tensor:                  # (..., out)
-    """`Ops.linear`. Up to 32 rows go to `few_rows`, more of them in 16 bits to `matmul`. More rows of float32, for which
+    """`Ops.linear`. Up to 32 rows go to `few_rows`, more of them in 16 bits to `matmul`. More rows of float32, whose
     exact products have no tensor cores, and other types and layouts go to torch."""
     if not taken(x, weight): return plain.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]

@@ -31,7 +31,7 @@ def tile_at(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 # %% ../../nbs/09_kernels/07_matmul.ipynb #975edaba
 @triton.jit
 def added(acc, x, w, PRECISION: tl.constexpr):
-    "acc + x w. Exact float32 has no tensor cores; there each piece of K is summed by itself, so that errors stay small."
+    "acc + x w. Exact float32 has no tensor cores; there each piece of K is summed by itself: errors stay small."
     if x.dtype == tl.float32 and PRECISION == "ieee":                    # the last argument keeps the sums apart
         acc += tl.dot(x, w, input_precision=PRECISION, max_num_imprecise_acc=1)
     else: acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -645,7 +645,7 @@ def product(x: Tensor,          # (..., I)
     if rows > MANY["cuda" if in_cuda else "triton"]: return F.linear(x, unpack(w, x.dtype))
     if not in_cuda: return gemv(x, w) if rows <= MOST else gemm(x, w)
     if rows <= MOST: return gemv_cuda(x, w)
-    parts = [gemv_cuda(part, w) for part in x.reshape(rows, ins).split(MOST)]    # the codes come from the L2 cache again
+    parts = [gemv_cuda(part, w) for part in x.reshape(rows, ins).split(MOST)]    # codes come from the L2 cache again
     return torch.cat(parts).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/09_kernels/11_quantized_weights.ipynb #d0b6565c

@@ -19,7 +19,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None,
               causal: bool = True, window: int | None = None, softcap: float | None = None,
               sinks: Tensor | None = None, scale: float | None = None) -> Tensor:
     "`architecture.attention.attention`: one query a row by split keys, more of them by tiles."
-    options = dict(lengths=lengths, spans=spans, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    options = dict(lengths=lengths, spans=spans, causal=causal, window=window, softcap=softcap, sinks=sinks,
+                   scale=scale)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
     if q.shape[1] == 1 and not wanted: return paged_decode.attention(q, k, v, **options)
     return flash_attention.flash_attention(q, k, v, **options)
