@@ -79,7 +79,7 @@ def as_bitsandbytes(kind, w, G=64, quantize=None, dequantize=None):
     wrong = differing(data.flatten(), want.flatten())
     assert not wrong, f"{wrong} of {data.numel()} bytes differ"
     with torch.compiler.set_stance("force_eager"):          # bitsandbytes compiles its way for blocks of 2048 and more
-        theirs = bnb.dequantize_4bit(want, state)
+        theirs = bnb.dequantize_4bit(want, state) + 0.0     # on some CPUs the zero of FP4 has a sign
     ours = (dequantize or Codebook.dequantize)(book, data, absmax, w.dtype).view(w.shape)
     tiny = theirs.abs().float() < 2.0**-126                 # subnormal bf16: flushed to zero by some processors
     if w.dtype == torch.bfloat16: ours, theirs = (torch.where(tiny, 0, x) for x in (ours, theirs))
