@@ -10,7 +10,6 @@ import random
 import re
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,7 @@ from llm_workbench.inference.generation import Row
 from llm_workbench.inference.json_schemas import SchemaReader, any_json, json_schema, tools
 from llm_workbench.text.vocabularies import CONTROL, NORMAL, Vocabulary
 
+jsonschema = pytest.importorskip("jsonschema")                              # comes with JupyterLab
 SCHEMAS = json.loads((Path(__file__).parent / "data" / "schemas.json").read_text(encoding="utf-8"))
 SUPPORTED, REFUSED = SCHEMAS["supported"], SCHEMAS["refused"]
 FORMATS = jsonschema.FormatChecker()

@@ -47,6 +47,11 @@ def differing(a, b):
     return (a.contiguous().view(bits) != b.contiguous().view(bits)).sum().item()
 
 
+def unsigned(x):
+    "`x` with -0 as 0: on some CPUs bitsandbytes gives the zero of FP4 a sign."
+    return x + 0.0
+
+
 def beside_middles(book, n=512, seed=0):
     "Blocks of 64 full of weights that stand midway between two levels, or one float beside, with arbitrary scales."
     g = torch.Generator().manual_seed(seed)
@@ -79,7 +84,7 @@ def as_bitsandbytes(kind, w, G=64, quantize=None, dequantize=None):
     wrong = differing(data.flatten(), want.flatten())
     assert not wrong, f"{wrong} of {data.numel()} bytes differ"
     with torch.compiler.set_stance("force_eager"):          # bitsandbytes compiles its way for blocks of 2048 and more
-        theirs = bnb.dequantize_4bit(want, state) + 0.0     # on some CPUs the zero of FP4 has a sign
+        theirs = unsigned(bnb.dequantize_4bit(want, state))
     ours = (dequantize or Codebook.dequantize)(book, data, absmax, w.dtype).view(w.shape)
     tiny = theirs.abs().float() < 2.0**-126                 # subnormal bf16: flushed to zero by some processors
     if w.dtype == torch.bfloat16: ours, theirs = (torch.where(tiny, 0, x) for x in (ours, theirs))
@@ -253,7 +258,7 @@ def test_any_state_unpacks_to_the_same_bits(kind):
         data, state = bnb.quantize_4bit(w, quant_type=kind, compress_statistics=True)
         data = torch.randint(256, data.shape, dtype=torch.uint8, generator=g)
         state.absmax = torch.randint(256, state.absmax.shape, dtype=torch.uint8, generator=g)
-        assert not differing(from_bitsandbytes(data, state).unpack(dtype), bnb.dequantize_4bit(data, state))
+        assert not differing(from_bitsandbytes(data, state).unpack(dtype), unsigned(bnb.dequantize_4bit(data, state)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -265,7 +270,7 @@ def test_double_quantization_of_weights(dtype):
             data, state = to_bitsandbytes(packed, dtype)
             want, theirs = bnb.quantize_4bit(w, quant_type=kind, blocksize=G, compress_statistics=True)
             assert not differing(data, want) and state == theirs
-            assert not differing(bnb.dequantize_4bit(data, state), packed.unpack(dtype))
+            assert not differing(unsigned(bnb.dequantize_4bit(data, state)), packed.unpack(dtype))
     assert abs(nf4_dq.bits((4096, 4096)) - 4.127) < 1e-3 and nf4.bits((4096, 4096)) == 4.5
 
 
