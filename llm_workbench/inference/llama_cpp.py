@@ -65,7 +65,7 @@ def kv_number(name: str) -> int:
     if name in KV_TYPES: return KV_TYPES[name]
     raise InputError(f"There is no cache type {name!r}; there are {', '.join(KV_TYPES)}.{did_you_mean(name, KV_TYPES)}")
 
-# %% ../../nbs/07_inference/04_llama_cpp.ipynb #004dee6a
+# %% ../../nbs/07_inference/04_llama_cpp.ipynb #92a962f6
 class _Bytes:
     "Ids in, text out: complete characters only."
     def __init__(self, vocab): self.vocab, self.utf8 = vocab, codecs.getincrementaldecoder("utf-8")("replace")
@@ -78,8 +78,8 @@ class Pieces:
     def __init__(self, llama, eos_ids: Sequence[int] | None = None):     # None: what llama.cpp takes for an end
         C = library()
         self.llama, self.vocab = llama, C.llama_model_get_vocab(llama.model)
-        ends = [i for i in range(llama.n_vocab()) if C.llama_vocab_is_eog(self.vocab, i)] if eos_ids is None else eos_ids
-        self.eos_ids, self.bos_id = wholes("an end token", ends, 0), C.llama_vocab_bos(self.vocab)
+        if eos_ids is None: eos_ids = [i for i in range(llama.n_vocab()) if C.llama_vocab_is_eog(self.vocab, i)]
+        self.eos_ids, self.bos_id = wholes("an end token", eos_ids, 0), C.llama_vocab_bos(self.vocab)
 
     def encode(self, text: str) -> list[int]:
         "The ids of a text, special tokens in it included. Raises InputError for what is no text."
@@ -148,15 +148,17 @@ def opened(path: Path, context: int, threads: int | None, kv_type: str, gpu_laye
     try: return C.Llama(str(path), **settings)
     except ValueError as e: raise CheckpointError(f"llama.cpp cannot use {path.name}: {e}") from None
 
-# %% ../../nbs/07_inference/04_llama_cpp.ipynb #d1c76556
+# %% ../../nbs/07_inference/04_llama_cpp.ipynb #2eac52b1
 @patch
 def _row(self: LlamaCppLM, ids, *, max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
-         top_p: float | None = None, min_p: float | None = None, stop: str | Sequence[str] = (), seed: int | None = None):
+         top_p: float | None = None, min_p: float | None = None, stop: str | Sequence[str] = (),
+         seed: int | None = None):
     "The checked arguments of `_write`. Raises InputError or ContextLengthError."
     sampler = Sampler(temperature, top_k, top_p, min_p)
     [ids] = check_prompts([ids], max_new_tokens, self.context, self.llama.n_vocab())
-    drawn = library().LLAMA_DEFAULT_SEED                                 # by the clock
-    return Row(ids, max_new_tokens), sampler, drawn if seed is None else whole("seed", seed, 0, drawn - 1), check_stop(stop)
+    by_chance = library().LLAMA_DEFAULT_SEED                             # the number that means "any"
+    seed = by_chance if seed is None else whole("seed", seed, 0, by_chance - 1)
+    return Row(ids, max_new_tokens), sampler, seed, check_stop(stop)
 
 
 @patch
@@ -201,7 +203,7 @@ def chat(self: LlamaCppLM, messages: str | list[dict], **settings) -> str:
     "The answer to `messages` by the file's chat template."
     return "".join(self.stream(messages, **settings))
 
-# %% ../../nbs/07_inference/04_llama_cpp.ipynb #b19ba706
+# %% ../../nbs/07_inference/04_llama_cpp.ipynb #bf6f2ed2
 @patch
 def _rows(self: LlamaCppLM, ids: list[int], held: list[int], first: int) -> Tensor:   # (len(ids) - first, V) float32
     "Scores behind each token from place `first` on; the cache holds `held`, whose common part is used."
@@ -217,15 +219,15 @@ def _rows(self: LlamaCppLM, ids: list[int], held: list[int], first: int) -> Tens
                 batch.token[i], batch.pos[i], batch.logits[i] = token, begin + i, begin + i >= first
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             batch.n_tokens = len(part)
-            if status := C.llama_decode(llama.ctx, batch): raise ContextLengthError(f"llama_decode says {status}: "
-                                                                                   "the cache is full.")
+            if status := C.llama_decode(llama.ctx, batch):
+                raise ContextLengthError(f"llama.cpp cannot read these {len(ids)} tokens: llama_decode says {status}.")
             for i in range(max(first - begin, 0), len(part)):
                 row = np.ctypeslib.as_array(C.llama_get_logits_ith(llama.ctx, i), shape=(llama.n_vocab(),))
                 out[begin + i - first] = torch.from_numpy(row)
     finally: C.llama_batch_free(batch)
     return out
 
-# %% ../../nbs/07_inference/04_llama_cpp.ipynb #144666f6
+# %% ../../nbs/07_inference/04_llama_cpp.ipynb #8104940e
 @patch
 def prefix(self: LlamaCppLM) -> list[int]:
     "What stands in front of a text that has nothing in front of it: BOS, or the token that ends texts."
@@ -241,9 +243,9 @@ def loglikelihood(self: LlamaCppLM, pairs: Sequence[tuple[str, str]],    # conte
 
     Raises InputError for what is no pair, ContextLengthError for a continuation that does not fit."""
     asked, found, held = [pair_ids(self.words.encode, self.prefix, *pair) for pair in pairs], {}, []
-    for first, rest in asked:
-        if len(rest) > self.context:
-            raise ContextLengthError(f"A continuation has {len(rest)} tokens, the context of this model {self.context}.")
+    longest = max((len(rest) for _, rest in asked), default=0)
+    if longest > self.context:
+        raise ContextLengthError(f"A continuation has {longest} tokens, the context of this model {self.context}.")
     library().llama_memory_clear(library().llama_get_memory(self.llama.ctx), True)
     try:
         for i in sorted(range(len(asked)), key=lambda i: asked[i]):      # equal beginnings follow each other
@@ -252,11 +254,12 @@ def loglikelihood(self: LlamaCppLM, pairs: Sequence[tuple[str, str]],    # conte
             ids, wanted = first + rest[:-1], torch.tensor(rest)
             z = self._rows(ids, held, len(first) - 1).log_softmax(-1)                                  # (N, V)
             values, held = z.gather(1, wanted[:, None])[:, 0], ids
-            found[i] = LogLikelihood(values.double().sum().item(), bool((z.argmax(-1) == wanted).all()), rest, values.tolist())
+            greedy = bool((z.argmax(-1) == wanted).all())
+            found[i] = LogLikelihood(values.double().sum().item(), greedy, rest, values.tolist())
     finally: self.llama.reset()                                          # its own record of the cache is empty again
     return [found[i] for i in range(len(asked))]
 
-# %% ../../nbs/07_inference/04_llama_cpp.ipynb #021e29c6
+# %% ../../nbs/07_inference/04_llama_cpp.ipynb #a15db2d9
 POOLS = dict(mean=1, last=3)                             # llama.cpp's numbers
 
 @patch
@@ -269,12 +272,14 @@ def embed(self: LlamaCppLM, texts: str | Sequence[str],
     for i, text in enumerate(texts):
         n = len(self.words.encode(text))
         if not n: raise InputError(f"Text {i} is empty: there is nothing to read.")
-        if n > self.context: raise ContextLengthError(f"Text {i} has {n} tokens, the context of this model {self.context}.")
+        if n > self.context:
+            raise ContextLengthError(f"Text {i} has {n} tokens, the context of this model {self.context}.")
     if pool not in self._embedding:
-        if not Path(self.llama.model_path).is_file(): raise SourceError(f"{self.llama.model_path} is not there any more.")
+        room, threads, path = self.context, self.llama.n_threads, Path(self.llama.model_path)
+        if not path.is_file(): raise SourceError(f"{path} is not there any more.")
         self._embedding[pool] = library().Llama(
-            self.llama.model_path, n_ctx=self.context, n_batch=self.context, n_ubatch=self.context, embedding=True,
-            pooling_type=POOLS[pool], n_threads=self.llama.n_threads, n_threads_batch=self.llama.n_threads, verbose=False)
+            str(path), n_ctx=room, n_batch=room, n_ubatch=room, embedding=True, pooling_type=POOLS[pool],
+            n_threads=threads, n_threads_batch=threads, verbose=False)
     try: vectors = torch.tensor(self._embedding[pool].embed(texts, truncate=False))
     except RuntimeError as e: raise UnsupportedError(f"llama.cpp makes no embedding of this model: {e}") from None
     return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors

@@ -85,7 +85,7 @@ def ending_ids(model, tokenizer) -> list[int]:
     ids = {*(asked if isinstance(asked, (list, tuple)) else [asked]), tokenizer.eos_token_id}
     return sorted(ids - {None})
 
-# %% ../../nbs/07_inference/03_transformers.ipynb #55b17846
+# %% ../../nbs/07_inference/03_transformers.ipynb #3e076b56
 class TransformersLM:
     "A model of transformers that can be asked as `LM` can. What its folder wishes for generation is not followed."
     name = "transformers"
@@ -98,7 +98,7 @@ class TransformersLM:
         from transformers import GenerationConfig
         if isinstance(model, (str, Path)): model, tokenizer = opened(model, tokenizer, loading)
         elif loading: raise InputError(f"{', '.join(loading)}: for a model that is loaded already, it is too late.")
-        if tokenizer is None: raise InputError("This model comes without its tokenizer: give it as the second argument.")
+        if tokenizer is None: raise InputError("This model comes without its tokenizer: give it, too.")
         self.words = Words(tokenizer, ending_ids(model, tokenizer) if eos_ids is None else eos_ids)
         self.model = copy.copy(model.eval())                # shares all tensors
         self.model.generation_config = GenerationConfig()
@@ -182,7 +182,7 @@ def chat(self: TransformersLM, messages: str | list[dict], **settings) -> str:
     "The answer to `messages` by the model's chat template."
     return self.generate(self.words.encode_chat(messages), **settings).text
 
-# %% ../../nbs/07_inference/03_transformers.ipynb #70fd4f39
+# %% ../../nbs/07_inference/03_transformers.ipynb #45f69f63
 @patch
 def prefix(self: TransformersLM) -> list[int]:
     "What stands in front of a text that has nothing in front of it: BOS, or the token that ends texts."
@@ -205,10 +205,12 @@ def loglikelihood(self: TransformersLM, pairs: Sequence[tuple[str, str]],   # co
 @patch
 def _scored(self: TransformersLM, first: list[int], rest: list[int]) -> LogLikelihood:
     room = self.context - len(rest) + 1
-    if room < 1: raise ContextLengthError(f"A continuation has {len(rest)} tokens, the context of this model {self.context}.")
+    if room < 1:
+        raise ContextLengthError(f"A continuation has {len(rest)} tokens, the context of this model {self.context}.")
     device, wanted = self.model.device, torch.tensor(rest)[:, None]
     ids = torch.tensor([first[-room:] + rest[:-1]], device=device)                           # (1, T)
     z = self.model(ids, logits_to_keep=len(rest), use_cache=False).logits[0, -len(rest):]    # (N, V)
     z = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1).cpu()
     values = z.gather(1, wanted)[:, 0]
-    return LogLikelihood(values.double().sum().item(), bool((z.argmax(-1) == wanted[:, 0]).all()), rest, values.tolist())
+    greedy = bool((z.argmax(-1) == wanted[:, 0]).all())
+    return LogLikelihood(values.double().sum().item(), greedy, rest, values.tolist())
