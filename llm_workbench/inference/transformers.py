@@ -34,7 +34,7 @@ def processors(sampler: Sampler, generators: list[torch.Generator] | None) -> li
         if value is not None: filters.append(make(value))
     return [*filters, lambda tokens, scores: scores + gumbel(scores, generators)]
 
-# %% ../../nbs/07_inference/03_transformers.ipynb #8d51e119
+# %% ../../nbs/07_inference/03_transformers.ipynb #e6c390af
 class Words:
     "A tokenizer of transformers under the names of `Tokenizer`."
     def __init__(self, tokenizer, eos_ids: Sequence[int]):
@@ -42,7 +42,7 @@ class Words:
 
     def __len__(self) -> int: return len(self.tokenizer)
 
-    def __contains__(self, id: int) -> bool: return id >= 0     # a model may have more rows than its tokenizer has words
+    def __contains__(self, id: int) -> bool: return id >= 0     # a model may have more rows than there are words
 
     def encode(self, text: str) -> list[int]:
         "The ids of a text, special tokens in it included. Raises InputError for what is no text."
