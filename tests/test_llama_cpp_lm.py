@@ -1,4 +1,6 @@
-"""`LlamaCppLM` against our `LM`: equal in float32, within the noise of 8-bit inputs on the Q4_1 file. Wrong variants are rejected."""
+"""`LlamaCppLM` against our `LM`: equal in float32, and within the noise of 8-bit inputs on the Q4_1 file.
+
+Wrong variants are rejected."""
 import math
 import subprocess
 import sys
@@ -19,8 +21,8 @@ C = pytest.importorskip("llama_cpp", reason="llama.cpp is not here (it may still
 PROMPTS = ["Hello", "One, two, three,", "안녕 👩‍🚀", "def f(x):\n    ", "<|im_start|>user\nhi<|im_end|>\n"]
 PAIRS = [("The sky is", " blue"), ("The sky is ", "blue"), ("The sky is", " full of clouds today"), ("super", "market"),
          ("", "Hello there"), ("a", " b c d e f"), ("The sky", " is green")]
-PROSE = ("The old lighthouse stood at the end of a narrow path. Every evening the keeper climbed its stairs, lit the lamp "
-         "and wrote down which ships had passed. Nobody ever read his book, but he did not mind; counting was his way "
+PROSE = ("The old lighthouse stood at the end of a narrow path. Every evening the keeper climbed its stairs, lit the "
+         "lamp and wrote down which ships had passed. Nobody ever read his book, but he did not mind; counting was his way "
          "of talking to the sea. One day in autumn a letter arrived, and it had no stamp.")
 N = 24
 
@@ -49,7 +51,8 @@ def writes_as_ours(theirs, ours):
     for prompt in PROMPTS:
         want = ours.generate(prompt, max_new_tokens=N)
         assert theirs.generate(prompt, max_new_tokens=N) == want, "another greedy text"
-        assert "".join(theirs.stream(prompt, template=False, max_new_tokens=N)) == want.text, "the stream is another text"
+        streamed = "".join(theirs.stream(prompt, template=False, max_new_tokens=N))
+        assert streamed == want.text, "the stream is another text"
         if "<|" not in prompt: assert theirs.chat(prompt, max_new_tokens=6) == ours.chat(prompt, max_new_tokens=6)
         if len(want.text) < 4: continue
         middle = len(want.text) // 2
@@ -113,10 +116,11 @@ def test_draws(cpp):
 
 def test_pieces_of_every_length(cpp, lm):
     ids = [*range(0, 49152, 97), *(i for i in range(49152) if len(lm.tokenizer.decode([i])) > 30)]
-    assert [piece_of(cpp.words.vocab, i).decode("utf-8", "replace") for i in ids] == [lm.tokenizer.decode([i]) for i in ids]
+    for i in ids: assert piece_of(cpp.words.vocab, i).decode("utf-8", "replace") == lm.tokenizer.decode([i])
     text = "안녕 👩‍🚀 naïve\n" + " " * 70 + "-" * 90 + " end<|im_end|>"
     stream, ids = cpp.words.stream(), cpp.words.encode(text)
-    assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == text and ids == lm.tokenizer.encode(text, special=True)
+    assert ids == lm.tokenizer.encode(text, special=True)
+    assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == text
 
 
 def test_conversations(cpp, lm):
@@ -131,7 +135,8 @@ def scores_as_ours(theirs, ours):
     theirs.generate("something else before", max_new_tokens=3)
     for pair, a, b in zip(PAIRS, theirs.loglikelihood(PAIRS), ours.loglikelihood(PAIRS), strict=True):
         assert (a.tokens, a.greedy) == (b.tokens, b.greedy), pair
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3) and a.total == pytest.approx(sum(b.logprobs), abs=5e-3), pair
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3), pair
+        assert a.total == pytest.approx(sum(b.logprobs), abs=5e-3), pair
     long = [("The", PROSE)]                                               # more than a batch of 8
     assert theirs.loglikelihood(long)[0].logprobs == pytest.approx(ours.loglikelihood(long)[0].logprobs, abs=1e-3)
     before = theirs.generate("Hello", max_new_tokens=4)
@@ -184,7 +189,8 @@ def test_greedy_text_of_the_quantized_file(cpp, lm, noise):
         got, want = (m.generate(prompt, max_new_tokens=12).tokens for m in (cpp, lm))
         same = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), len(want))
         if same == len(want): continue
-        with torch.inference_mode(): z = lm.decoder(torch.tensor([lm.prompt_ids(prompt) + want[:same]]))[0, -1].log_softmax(-1)
+        ids = torch.tensor([lm.prompt_ids(prompt) + want[:same]])
+        with torch.inference_mode(): z = lm.decoder(ids)[0, -1].log_softmax(-1)
         assert z[want[same]] - z[got[same]] < 6 * noise[1], "they part where our lead was large"
 
 
@@ -193,7 +199,8 @@ def test_embeddings(cpp, lm, pool):
     texts = ["A cat sleeps.", PROSE + PROSE[::2] + PROSE, "The weather changes quickly in the mountains."]
     got, want = cpp.embed(texts, pool=pool), lm.embed(texts, pool=pool)
     assert torch.cosine_similarity(got, want, dim=-1).min() > 0.99 and got.norm(dim=-1) == pytest.approx(1, abs=1e-4)
-    assert torch.cosine_similarity(got[1], cpp.embed(texts[1][:-80], pool=pool)[0], dim=-1) < 0.9999, "its end is not read"
+    shorter = cpp.embed(texts[1][:-80], pool=pool)[0]
+    assert torch.cosine_similarity(got[1], shorter, dim=-1) < 0.9999, "the end of a long text is not read"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class LlamaCppLM:
         "Free the model; it cannot be asked any more."
         for llama in (self.llama, *self._embedding.values()): llama.close()
 
-# %% ../../nbs/07_inference/04_llama_cpp.ipynb #55a1cacb
+# %% ../../nbs/07_inference/04_llama_cpp.ipynb #16cdf66d
 def opened(path: Path, context: int, threads: int | None, kv_type: str, gpu_layers: int, loading: dict):
     "A `llama_cpp.Llama`, everything checked that would end in a crash or in silence."
     C, number = library(), kv_number(kv_type)
@@ -146,7 +146,8 @@ def opened(path: Path, context: int, threads: int | None, kv_type: str, gpu_laye
     settings = dict(n_ctx=context, n_threads=threads, n_threads_batch=threads, type_k=number, type_v=number,
                     n_gpu_layers=gpu_layers, flash_attn=kv_type not in ("f32", "f16", "bf16"), verbose=False) | loading
     try: return C.Llama(str(path), **settings)
-    except ValueError as e: raise CheckpointError(f"llama.cpp cannot use {path.name}: {e}") from None
+    except ValueError as e:
+        raise CheckpointError(f"llama.cpp cannot use {path.name}: {str(e).replace(str(path), path.name)}") from None
 
 # %% ../../nbs/07_inference/04_llama_cpp.ipynb #2eac52b1
 @patch
