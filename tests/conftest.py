@@ -57,6 +57,24 @@ def hf_model(gguf_path):
 
 
 @pytest.fixture(scope="session")
+def hf_tokenizer(gguf_path):
+    "The embedded model's tokenizer as transformers reads it from the file."
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+
+
+@pytest.fixture(scope="session")
+def random_llama():
+    "A small Llama of the embedded model's vocabulary: random weights, so that scores lie close together."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1,
+                 eos_token_id=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
 def lm():
     "The embedded model in our decoder, all of it in float32."
     import llm_workbench

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'next_logits', 'Row', 'whole', 'wholes', 'token_ids', 'check_prompts', 'check_room', 'Batch', 'padded',
-           'seeded', 'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LogLikelihood', 'LM',
-           'is_list_of_prompts']
+           'seeded', 'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LogLikelihood',
+           'pair_ids', 'LM', 'is_list_of_prompts']
 
 # %% ../../nbs/07_inference/02_generation.ipynb #6cbe8ccb
 from collections.abc import Callable, Iterator, Sequence
@@ -320,6 +320,21 @@ class LogLikelihood:
     greedy: bool             # each token was the most likely one
     tokens: list[int]        # of the continuation
     logprobs: list[float]    # of each token
+
+
+def pair_ids(encode: Callable[[str], list[int]],   # of a tokenizer, special tokens read as such
+             prefix: Callable[[], list[int]],      # what stands in front of a text that has nothing in front of it
+             context: str,                         # may be empty
+             continuation: str,
+             ) -> tuple[list[int], list[int]]:
+    "The token ids of a text and of what follows it: see chapter `loglikelihood`. Raises InputError."
+    if not isinstance(context, str) or not isinstance(continuation, str) or not continuation:
+        raise InputError(f"A pair is a text and a text that follows it, not {context!r:.40} and {continuation!r:.40}.")
+    bare = context.rstrip(" ")
+    context, continuation = bare, context[len(bare):] + continuation
+    first, both = encode(context) if context else [], encode(context + continuation)
+    rest = both[len(first):] if both[:len(first)] == first and len(both) > len(first) else encode(continuation)
+    return first or prefix(), rest
 
 # %% ../../nbs/07_inference/02_generation.ipynb #8e040b46
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..architecture.decoder import Decoder
 from ..errors import ContextLengthError, InputError, UnsupportedError
-from .generation import LM, LogLikelihood, padded, whole
+from .generation import LM, LogLikelihood, pair_ids, padded, whole
 
 # %% ../../nbs/07_inference/06_loglikelihood.ipynb #9d47015d
 PIECE = 128     # tokens whose scores exist at a time
@@ -87,15 +87,7 @@ def pair_ids(self: LM,
              continuation: str,
             ) -> tuple[list[int], list[int]]:
     "The token ids of both. Raises InputError for an empty continuation."
-    if not isinstance(context, str) or not isinstance(continuation, str) or not continuation:
-        raise InputError(f"A pair is a text and a text that follows it, not {context!r:.40} and {continuation!r:.40}.")
-    bare = context.rstrip(" ")
-    context, continuation = bare, context[len(bare):] + continuation
-    encode = lambda text: self.tokenizer.encode(text, special=True)
-    first, both = encode(context) if context else [], encode(context + continuation)
-    if both[:len(first)] == first and len(both) > len(first): rest = both[len(first):]
-    else: rest = encode(continuation)
-    return first or self.prefix(), rest
+    return pair_ids(self.prompt_ids, self.prefix, context, continuation)
 
 # %% ../../nbs/07_inference/06_loglikelihood.ipynb #e6836bc8
 @patch
