@@ -10,7 +10,7 @@ __all__ = ['ROLES', 'PARAMETERS', 'INSTRUCTIONS', 'THEIRS', 'KNOWN', 'DEFAULTS',
            'OllamaApp', 'taken', 'checked_messages', 'refuse_unknown', 'modelfile_from', 'status_of', 'folded', 'serve',
            'Interrupted', 'OllamaCompletion', 'options_of', 'OllamaLM']
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #910bf44f
+# %% ../../nbs/07_inference/08_ollama.ipynb #8b7eab5a
 import hashlib
 import json
 import math
@@ -19,6 +19,7 @@ import re
 import select
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -294,10 +295,10 @@ def modelfile_of(path: str | Path) -> Modelfile:
     if licence := gguf_claims(Fields(file.metadata, Path(path).name))["licence"]: made.licenses.append(licence)
     return made
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #bff54126
+# %% ../../nbs/07_inference/08_ollama.ipynb #9dd07485
 DEFAULTS = dict(num_predict=-1, temperature=0.8, top_k=40, top_p=0.9, min_p=0.0, repeat_penalty=1.1,
                 presence_penalty=0.0, frequency_penalty=0.0, seed=-1, stop=[])
-OFF = dict(mirostat=0, tfs_z=1.0, typical_p=1.0, repeat_last_n=-1)      # samplers that we have not: the value of no effect
+OFF = dict(mirostat=0, tfs_z=1.0, typical_p=1.0, repeat_last_n=-1)     # what is not here: values without effect
 
 
 def checked_option(name: str, value):
@@ -483,7 +484,7 @@ def create(self: ModelStore, name: str | ModelName, modelfile: Modelfile,
         with replace_file(target) as f: f.write(json.dumps(manifest).encode())
     return name
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #055c49d0
+# %% ../../nbs/07_inference/08_ollama.ipynb #fa3f254a
 @patch
 def manifest(self: ModelStore, name: str | ModelName) -> tuple[dict, Path]:
     "A model's manifest and its file. Raises SourceError for a name that is not here, CheckpointError for a broken one."
@@ -506,10 +507,14 @@ def modelfile(self: ModelStore, name: str | ModelName) -> Modelfile:
         blob, kind = self.blob(layer["digest"]), layer["mediaType"].removeprefix(MEDIA)
         if not blob.is_file(): raise CheckpointError(f"{name} has lost its file {blob.name[:19]}...: create it again.")
         if kind == "model": made.base = str(blob)
-        elif kind == "license": made.licenses.append(blob.read_text())
-        elif kind in ("template", "system"): setattr(made, kind, blob.read_text())
+        elif kind == "license": made.licenses.append(blob.read_text("utf-8", "replace"))
+        elif kind in ("template", "system"): setattr(made, kind, blob.read_text("utf-8", "replace"))
         elif kind in ("params", "messages"):
-            setattr(made, "parameters" if kind == "params" else kind, json.loads(blob.read_bytes()))
+            try: value = json.loads(blob.read_bytes())
+            except ValueError: value = None
+            if not isinstance(value, dict if kind == "params" else list):
+                raise CheckpointError(f"{name} has damaged {kind}: create it again.")
+            setattr(made, "parameters" if kind == "params" else kind, value)
         else: raise UnsupportedError(f"{name} has a layer {kind!r:.40}, which is not implemented here.")
     return made
 
@@ -522,23 +527,34 @@ def names(self: ModelStore) -> list[ModelName]:
         found.append(ModelName(rest[1], rest[2], rest[0], host))
     return found
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #b0ebe0c8
+# %% ../../nbs/07_inference/08_ollama.ipynb #52d2e11d
 @patch
-def delete(self: ModelStore, name: str | ModelName) -> None:
-    "Remove a model, and the blobs that no other one needs. Raises SourceError for a name that is not here."
-    with self.lock:
-        path = self.manifest(name)[1]
-        path.unlink()
-        for parent in list(path.parents)[:3]:
-            if not any(parent.iterdir()): parent.rmdir()
-        self.prune()
+def _blobs(self: ModelStore, name: ModelName) -> set[Path]:
+    "The files of a model."
+    found = self.manifest(name)[0]
+    return {self.blob(layer["digest"]) for layer in (found["config"], *found["layers"])}
 
 @patch
-def prune(self: ModelStore) -> list[str]:   # digests of what was removed
-    "Remove blobs that no manifest names, and what an interrupted call has left."
+def delete(self: ModelStore, name: str | ModelName) -> None:
+    "Remove a model, and its blobs that no other one needs. Raises SourceError for a name that is not here."
+    name = ModelName.parse(name) if isinstance(name, str) else name
     with self.lock:
-        found = [self.manifest(name)[0] for name in self.names()]
-        kept = {self.blob(layer["digest"]) for m in found for layer in (m["config"], *m["layers"])}
+        path = self._manifest_path(name)
+        if not path.is_file(): raise SourceError(f"model '{name}' not found")
+        try:
+            others = [n for n in self.names() if self._manifest_path(n) != path]
+            gone = self._blobs(name).difference(*map(self._blobs, others))
+        except CheckpointError: gone = set()            # a manifest cannot be read: who knows what it needs
+        path.unlink()
+        for blob in gone: blob.unlink(missing_ok=True)
+        for parent in list(path.parents)[:3]:
+            if not any(parent.iterdir()): parent.rmdir()
+
+@patch
+def prune(self: ModelStore) -> list[str]:   # names of the files that were removed
+    "Remove blobs that no manifest names, such as an interrupted call leaves. Raises CheckpointError."
+    with self.lock:
+        kept = set().union(*map(self._blobs, self.names()))
         gone = [p for p in self.root.glob("blobs/*") if p not in kept]
         for path in gone: path.unlink()
         return [path.name for path in gone]
@@ -650,7 +666,7 @@ def stored(self: OllamaApp, name) -> dict:
                 size=sum(layer["size"] for layer in (found["config"], *found["layers"])),
                 modified=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc))
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #c195dde0
+# %% ../../nbs/07_inference/08_ollama.ipynb #58b57e60
 _KINDS = {str: "a string", bool: "true or false", list: "a list", dict: "an object", int: "a whole number"}
 
 def taken(body: dict, name: str, kind: type, default=None):
@@ -664,7 +680,7 @@ def taken(body: dict, name: str, kind: type, default=None):
 def checked_messages(messages: list) -> list[dict]:
     "Messages with a role and a text. Raises InputError; UnsupportedError for images and calls of tools."
     for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content", ""), str):
+        if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content") or "", str):
             raise InputError(f"messages[{i}] is {m!r:.60}: it needs a role ({', '.join(ROLES)}) and a content.")
         if m.get("images"): raise UnsupportedError(f"messages[{i}] has images: this model reads text only.")
         if m.get("tool_calls"): raise UnsupportedError(f"messages[{i}] has tool_calls: tools are not implemented here.")
@@ -802,7 +818,7 @@ def embedding(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
     found = next(self.embeddings(body | dict(input=taken(body, "prompt", str, "")), gone))
     yield dict(embedding=found["embeddings"][0])
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #cd4a4fb3
+# %% ../../nbs/07_inference/08_ollama.ipynb #6b6352fb
 @patch
 def listed(self: OllamaApp) -> dict[str, dict]:
     "All models, by their short names."
@@ -817,6 +833,17 @@ def tags(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
     "GET /api/tags"
     yield dict(models=[dict(name=n, model=n, modified_at=stamp(m["modified"]), size=m["size"], digest=m["digest"],
                             details=m["details"]) for n, m in self.listed().items()])
+
+@patch
+def openai_models(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
+    "GET /v1/models"
+    yield dict(object="list", data=[dict(id=n, object="model", created=int(m["modified"].timestamp()),
+                                         owned_by="library") for n, m in self.listed().items()])
+
+@patch
+def about(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
+    "GET /api/version"
+    yield dict(version=self.version)
 
 @patch
 def ps(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
@@ -909,34 +936,26 @@ def delete(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
             self.loaded.pop(str(name).lower(), None)
     yield {}
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #ec39f83f
+# %% ../../nbs/07_inference/08_ollama.ipynb #9e37c781
 ROUTES = {("POST", "/api/generate"): OllamaApp.generate, ("POST", "/api/chat"): OllamaApp.chat,
           ("POST", "/api/embed"): OllamaApp.embeddings, ("POST", "/api/embeddings"): OllamaApp.embedding,
           ("GET", "/api/tags"): OllamaApp.tags, ("GET", "/api/ps"): OllamaApp.ps, ("POST", "/api/show"): OllamaApp.show,
           ("POST", "/api/create"): OllamaApp.create, ("POST", "/api/copy"): OllamaApp.copy,
-          ("DELETE", "/api/delete"): OllamaApp.delete}
+          ("DELETE", "/api/delete"): OllamaApp.delete, ("GET", "/api/version"): OllamaApp.about,
+          ("GET", "/v1/models"): OllamaApp.openai_models}
 STREAMS = ("/api/generate", "/api/chat", "/api/create")
 ELSEWHERE = {"/api/pull": "there is no registry behind this server: create a model from a GGUF.",
              "/api/push": "there is no registry behind this server.",
              "/v1/": "the OpenAI API is what the serving part brings; this is Ollama's native one, under /api."}
 
-@patch(as_prop=True)
-def _simple(self: OllamaApp) -> dict:
-    "Answers that need no request body."
-    data = [dict(id=n, object="model", created=int(m["modified"].timestamp()), owned_by="library")
-            for n, m in self.listed().items()]
-    return {("GET", "/api/version"): dict(version=self.version), ("GET", "/v1/models"): dict(object="list", data=data)}
-
-
 @patch
 def pieces(self: OllamaApp, method: str, path: str, body, gone) -> tuple[Iterator[dict], bool]:
     "The answer as it comes, and whether it is to be sent so. Raises for a request without a handler."
     if path.startswith("/api/blobs/"): return self.blob(method, path.removeprefix("/api/blobs/"), body), False
-    if (method, path) in (("GET", "/api/version"), ("GET", "/v1/models")):
-        return iter([self._simple[method, path]]), False
-    for begin, why in ELSEWHERE.items():
-        if path.startswith(begin): raise UnsupportedError(f"{path}: {why}")
-    if (method, path) not in ROUTES: raise NotFound(f"{method} {path} is not part of this API")
+    if (method, path) not in ROUTES:
+        for begin, why in ELSEWHERE.items():
+            if path.startswith(begin): raise UnsupportedError(f"{path}: {why}")
+        raise NotFound(f"{method} {path} is not part of this API")
     if isinstance(body, (bytes, bytearray)):
         try: body = json.loads(body) if body else {}
         except (ValueError, RecursionError) as e: raise InputError(f"the request is no JSON: {e}") from None
@@ -1002,7 +1021,7 @@ def blob(self: OllamaApp, method: str, digest: str, chunks) -> Iterator[dict]:
         self.store.add_stream(chunks or [], digest)
     yield dict(_status=200 if method == "HEAD" else 201)
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #7b2cbbc2
+# %% ../../nbs/07_inference/08_ollama.ipynb #6b85c3d9
 MAX_BODY = 64 * 2**20     # bytes of a request that is not a blob
 
 class _Handler(BaseHTTPRequestHandler):
@@ -1011,16 +1030,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def body(self) -> Iterator[bytes]:
         "The request's body in pieces, by its length or in chunks."
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while n := int(self.rfile.readline(100).split(b";")[0], 16):
-                yield self.rfile.read(n)
-                self.rfile.readline(3)
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return (yield from self.bytes(int(self.headers.get("Content-Length") or 0)))
+        while n := int(self.rfile.readline(100).split(b";")[0], 16):
+            yield from self.bytes(n)
             self.rfile.readline(3)
-        else:
-            left = int(self.headers.get("Content-Length") or 0)
-            while left > 0 and (piece := self.rfile.read(min(left, 2**20))):
-                left -= len(piece)
-                yield piece
+        self.rfile.readline(3)
+
+    def bytes(self, n: int) -> Iterator[bytes]:
+        while n > 0:
+            piece = self.rfile.read(min(n, 2**20))
+            if not piece: raise ConnectionError("the request ends too early")
+            n -= len(piece)
+            yield piece
 
     def gone(self) -> bool:
         "Whether nobody is there to read an answer."
@@ -1051,7 +1073,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_DELETE = do_HEAD = do_PUT = answer
 
-# %% ../../nbs/07_inference/08_ollama.ipynb #62820606
+# %% ../../nbs/07_inference/08_ollama.ipynb #0d874e5a
 @patch
 def send(self: _Handler, status: int, headers: dict, pieces) -> None:
     "One answer; a client that is gone ends it."
@@ -1077,10 +1099,13 @@ def send(self: _Handler, status: int, headers: dict, pieces) -> None:
 
 
 class _Server(ThreadingHTTPServer):
-    closing = False
+    closing, request_queue_size = False, 64
     def __init__(self, address, app):
         self.app = app
         super().__init__(address, _Handler)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError): super().handle_error(request, client_address)
 
     @property
     def url(self) -> str: return f"http://{self.server_address[0]}:{self.server_address[1]}"
