@@ -1,4 +1,4 @@
-"Ollama's files and protocol: fuzzed, interrupted, by two clients at once, and by the real client where it is installed."
+"Ollama's files and protocol: fuzzed, interrupted, two clients at once, and the real client where it is installed."
 import asyncio
 import contextlib
 import http.client
@@ -26,7 +26,8 @@ from llm_workbench.inference.ollama import (
     KNOWN, PARAMETERS, Interrupted, Modelfile, ModelName, ModelStore, OllamaApp, OllamaLM, checked_option, encode_go,
     go_to_jinja, go_turns, modelfile_of, overlaid, parse_modelfile, quote, seconds_of, serve, settings_of)
 
-ROUTES = sorted({path for _, path in chapter.ROUTES} | {"/api/pull", "/v1/chat/completions", "/nothing", "/api/blobs/x"})
+ROUTES = sorted({path for _, path in chapter.ROUTES} | {"/api/pull", "/v1/chat/completions", "/nothing",
+                                                        "/api/blobs/x"})
 GREEDY = dict(temperature=0, repeat_penalty=1, num_predict=12)
 TALK = [dict(role="user", content="What is a river?")]
 
@@ -52,13 +53,13 @@ def asked(app, path, body, method="POST"):
     return status, list(pieces)
 
 
-def text_of(lines): return "".join(line.get("response", "") or line.get("message", {}).get("content", "") for line in lines)
+def text_of(lines): return "".join(p["message"]["content"] if "message" in p else p["response"] for p in lines)
 
 
 # Modelfiles
 
-WORDS = st.one_of(st.sampled_from(['"', '"""', "\n", "\r\n", " ", "FROM", "from x", "PARAMETER", "stop", "temperature", "1",
-                                   "MESSAGE user", "SYSTEM", "TEMPLATE", "{{ .Prompt }}", "#", "\t", "\0", "é"]),
+WORDS = st.one_of(st.sampled_from(['"', '"""', "\n", "\r\n", " ", "FROM", "from x", "PARAMETER", "stop", "temperature",
+                                   "1", "MESSAGE user", "SYSTEM", "TEMPLATE", "{{ .Prompt }}", "#", "\t", "\0", "é"]),
                   st.text(max_size=6))
 
 
@@ -94,7 +95,8 @@ def test_quotes_and_their_mutants():
 
 @pytest.mark.parametrize("text, word", [
     ("", "no FROM"), ("FROM", "one FROM"), ("FROM a\nFROM b", "one FROM"), ("x", "'X' is no instruction"),
-    ("FROM a\nPARAMETER", "parameter ''"), ("FROM a\nPARAMETER heat 1", "heat"), ("FROM a\nPARAMETER top_k 1.5", "type int"),
+    ("FROM a\nPARAMETER", "parameter ''"), ("FROM a\nPARAMETER heat 1", "heat"),
+    ("FROM a\nPARAMETER top_k 1.5", "type int"),
     ("FROM a\nPARAMETER temperature nan", "type float"), ("FROM a\nPARAMETER use_mmap 1", "type bool"),
     ("FROM a\nMESSAGE tool x", "role 'tool'"), ('FROM a\n\n# c\nSYSTEM "b', "Line 4"), (5, "text, not int")])
 def test_a_bad_modelfile_is_named(text, word):
@@ -102,7 +104,7 @@ def test_a_bad_modelfile_is_named(text, word):
 
 
 def test_what_a_modelfile_may_look_like():
-    made = parse_modelfile('\ufeff# c\r\n  from  ./a b.gguf \r\nparameter STOP "x"\r\n' .replace("STOP", "stop") +
+    made = parse_modelfile('\ufeff# c\r\n  from  ./a b.gguf \r\nparameter stop "x"\r\n'
                            'SYSTEM """\r\n two\r\nlines"""\r\nmessage user\thi: there\r\nLICENSE a\nLICENSE b\nADAPTER ./l')
     assert made == Modelfile("./a b.gguf", dict(stop=["x"]), None, "\n two\nlines", ["./l"],
                              [dict(role="user", content="hi: there")], ["a", "b"])
@@ -114,14 +116,15 @@ def test_what_a_modelfile_may_look_like():
 def test_laying_over_another():
     base = Modelfile("f", dict(seed=1, top_k=2), "t", "s", messages=[dict(role="user", content="a")], licenses=["x"])
     over = overlaid(base, Modelfile("name", dict(top_k=3), system=""))
-    assert over == replace(base, parameters=dict(seed=1, top_k=3), system=""), "an empty system message is a system message"
+    assert over == replace(base, parameters=dict(seed=1, top_k=3), system=""), "an empty one is a system message"
 
 
 # Go templates
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["{{", "}}", "{{-", "-}}", " ", "if", "else", "end", "range", ".Messages", ".Role", "eq", "(",
-                                 ")", '"u"', '"', "not", "len", "$x", "and", ".", "{%", "a\n", "{{ end }}", "{{ if .A }}"]),
+@given(st.lists(st.sampled_from(["{{", "}}", "{{-", "-}}", " ", "if", "else", "end", "range", ".Messages", ".Role",
+                                 "eq", "(", ")", '"u"', '"', "not", "len", "$x", "and", ".", "{%", "a\n", "{{ end }}",
+                                 "{{ if .A }}"]),
                 max_size=16).map(" ".join))
 def test_any_go_template_is_translated_or_refused(template):
     try: jinja = go_to_jinja(template)
@@ -134,7 +137,8 @@ def rendered(template, **values): return chapter.render_chat(go_to_jinja(templat
 
 
 @pytest.mark.parametrize("template, want", [
-    ("a {{- .A -}} b", "a1b"), ("{{ if .A }}x{{ else }}y{{ end }}", "x"), ("{{ if .No }}x{{ else if .A }}z{{ end }}", "z"),
+    ("a {{- .A -}} b", "a1b"), ("{{ if .A }}x{{ else }}y{{ end }}", "x"),
+    ("{{ if .No }}x{{ else if .A }}z{{ end }}", "z"),
     ('{{ if and (eq .A "1") (not .No) }}t{{ end }}', "t"), ("{{ range .L }}<{{ .R }}>{{ end }}", "<p><q>"),
     ("{{ range .L }}{{ $.A }}{{ end }}", "11"), ("{{/* c */}}{% raw %}{{ .A }}{# x #}", "{% raw %}1{# x #}"),
     ("{{ if gt (len .L) 1 }}many{{ end }}", "many"), ("\n{{ .A }}\n", "\n1\n"), ('"\\ {{ .A }} é😀', '"\\ 1 é😀'),
@@ -144,7 +148,8 @@ def test_go_means_what_it_means_in_go(template, want):
 
 
 def test_turns_as_ollama_joins_them():
-    said = [("system", "a"), ("system", "b"), ("user", "c"), ("user", "d"), ("assistant", "e"), ("user", "f"), ("system", "g")]
+    said = [("system", "a"), ("system", "b"), ("user", "c"), ("user", "d"), ("assistant", "e"), ("user", "f"),
+            ("system", "g")]
     turns = go_turns([dict(role=r, content=c) for r, c in said])
     assert [tuple(t.values()) for t in turns] == [("a\n\nb", "c\n\nd", "e"), ("", "f", ""), ("g", "", "")]
 
@@ -195,14 +200,15 @@ def test_any_options_become_settings_or_one_of_our_errors(options):
 
 
 def test_off_is_off():
-    made, most, context = settings_of(dict(top_k=0, top_p=1, min_p=0, seed=-1, num_predict=-1, repeat_penalty=1, stop=""))
+    made, most, _ = settings_of(dict(top_k=0, top_p=1, min_p=0, seed=-1, num_predict=-1, repeat_penalty=1, stop=""))
     assert (made["top_k"], made["top_p"], made["min_p"], made["seed"], most, made["stop"]) == (None,) * 5 + ([],)
     assert settings_of(dict(seed=0))[0]["seed"] == 0, "0 is a seed"
     assert settings_of(dict(num_thread=8, use_mmap=True, num_gpu=99))[0] == settings_of({})[0]
     assert type(checked_option("top_k", 5.0)) is int
 
 
-@pytest.mark.parametrize("text, seconds", [("5m", 300), ("1h30m", 5400), ("250ms", 0.25), ("0", 0), (0, 0), (7, 7), (1.5, 1.5),
+@pytest.mark.parametrize("text, seconds", [
+    ("5m", 300), ("1h30m", 5400), ("250ms", 0.25), ("0", 0), (0, 0), (7, 7), (1.5, 1.5),
                                            (-1, float("inf")), ("-1s", float("inf"))])
 def test_keep_alive(text, seconds): assert seconds_of(text) == pytest.approx(seconds)
 
@@ -215,7 +221,8 @@ def test_bad_keep_alive(text):
 # Names and the folder
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["a", "B", "1", "_", "-", ".", "..", "/", ":", "é", " ", "\\", "\0", "http://", "~", "x" * 90]),
+@given(st.lists(st.sampled_from(["a", "B", "1", "_", "-", ".", "..", "/", ":", "é", " ", "\\", "\0", "http://", "~",
+                                 "x" * 90]),
                 max_size=9).map("".join))
 def test_no_name_leaves_the_folder(text):
     try: name = ModelName.parse(text)
@@ -241,27 +248,30 @@ def files(store): return sorted(str(p.relative_to(store.root)) for p in store.ro
 
 def test_a_store_keeps_what_it_was_given(store, tmp_path):
     gguf = small_gguf(tmp_path / "a.gguf")
-    made = Modelfile("a.gguf", dict(stop=["x"], seed=3), "{{ .Prompt }}", "s", [], [dict(role="user", content="é")], ["l", "m"])
+    made = Modelfile("a.gguf", dict(stop=["x"], seed=3), "{{ .Prompt }}", "s", [], [dict(role="user", content="é")],
+                     ["l", "m"])
     store.create("me/A:1", made, tmp_path)
     back = store.modelfile("ME/a:1")
     assert replace(back, base="a.gguf") == made and os.path.samefile(back.base, gguf)
     manifest = json.loads((store.root / "manifests/registry.ollama.ai/me/A/1").read_text())
     assert manifest["schemaVersion"] == 2 and manifest["layers"][0]["mediaType"] == "application/vnd.ollama.image.model"
-    assert all((store.root / "blobs" / la["digest"].replace(":", "-")).stat().st_size == la["size"] for la in manifest["layers"])
+    sizes = [(store.root / "blobs" / la["digest"].replace(":", "-")).stat().st_size for la in manifest["layers"]]
+    assert sizes == [la["size"] for la in manifest["layers"]]
     store.create("ME/A:1", Modelfile("me/a:1", system="t"))
-    assert [str(n) for n in store.names()] == ["me/A:1"] and store.modelfile("me/a:1").system == "t", "one model, two spellings"
+    assert [str(n) for n in store.names()] == ["me/A:1"], "one model, two spellings"
+    assert store.modelfile("me/a:1").system == "t"
 
 
-@pytest.mark.parametrize("step", range(12))
+@pytest.mark.parametrize("step", range(1, 12))
 def test_nothing_is_half_made_wherever_it_is_interrupted(store, tmp_path, monkeypatch, step):
     store.create("old", Modelfile(str(small_gguf(tmp_path / "a.gguf")), system="old"))
+    made = Modelfile(str(small_gguf(tmp_path / "b.gguf", "b")), dict(seed=1), "{{ .Prompt }}", "new", licenses=["l"])
     before, calls, real = files(store), [0], os.replace
     def interrupted(*args):
         calls[0] += 1
         if calls[0] == step: raise KeyboardInterrupt
         return real(*args)
     monkeypatch.setattr(os, "replace", interrupted)
-    made = Modelfile(str(small_gguf(tmp_path / "b.gguf", "b")), dict(seed=1), "{{ .Prompt }}", "new", licenses=["l"])
     try: store.create("old", made)
     except KeyboardInterrupt: pass
     monkeypatch.undo()
@@ -295,7 +305,8 @@ def test_damage_in_the_folder_is_named(store, tmp_path):
     store.create("a", Modelfile(str(small_gguf(tmp_path / "a.gguf")), system="s"), link=False)
     path = store.root / "manifests/registry.ollama.ai/library/a/latest"
     good = path.read_bytes()
-    for bad in (b"", b"{}", b"[]", b"null", good.replace(b"sha256:", b"md5:"), good[:-9], good.replace(b'"size"', b'"sise"')):
+    for bad in (b"", b"{}", b"[]", b"null", good.replace(b"sha256:", b"md5:"), good[:-9],
+                good.replace(b'"size"', b'"sise"')):
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match="manifest of a"): store.modelfile("a")
     path.write_bytes(good)
@@ -319,12 +330,12 @@ def test_a_copy_where_links_are_refused(store, tmp_path, monkeypatch):
 
 # Requests
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.sampled_from(["", "a", "tiny", "json", "5m"]),
-                      lambda v: st.lists(v, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "stop"]), v,
-                                                                         max_size=2), max_leaves=4)
-FIELDS = ["model", "prompt", "messages", "options", "stream", "raw", "system", "template", "images", "format", "think", "input",
-          "context", "keep_alive", "from", "files", "source", "destination", "parameters", "license", "name", "dimensions",
-          "truncate", "suffix", "tools", "verbose", "quantize", "adapters"]
+SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.sampled_from(["", "a", "tiny", "json", "5m"])
+KEYS = st.sampled_from(["role", "content", "stop"])
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=2) | st.dictionaries(KEYS, v, max_size=2), max_leaves=4)
+FIELDS = ["model", "prompt", "messages", "options", "stream", "raw", "system", "template", "images", "format", "think",
+          "input", "context", "keep_alive", "from", "files", "source", "destination", "parameters", "license", "name",
+          "dimensions", "truncate", "suffix", "tools", "verbose", "quantize", "adapters"]
 GOOD = st.fixed_dictionaries(dict(model=st.just("tiny"), options=st.just(dict(num_predict=2))),
                              optional={f: VALUES for f in FIELDS[1:] if f != "options"})
 
@@ -370,7 +381,8 @@ def test_streamed_whole_and_ours_are_the_same(app, lm):
     more = dict(model="tiny", prompt="More.", context=lines[-1]["context"], options=GREEDY, stream=False)
     _, (whole,) = asked(app, "/api/generate", more)
     assert whole["response"] == lm.generate(lines[-1]["context"] + lm.chat_ids("More."), max_new_tokens=12).text
-    _, (whole,) = asked(app, "/api/generate", dict(model="tiny", prompt="<|im_start|>", raw=True, options=GREEDY, stream=False))
+    as_it_is = dict(model="tiny", prompt="<|im_start|>", raw=True, options=GREEDY, stream=False)
+    _, (whole,) = asked(app, "/api/generate", as_it_is)
     assert whole["response"] == lm.generate("<|im_start|>", max_new_tokens=12).text and "context" not in whole
 
 
@@ -378,7 +390,8 @@ def test_every_option_arrives(app, lm):
     for option, ours in ((dict(temperature=1.0, top_k=0, top_p=1, seed=5), dict(temperature=1.0, seed=5)),
                          (dict(temperature=1.5, top_k=3, top_p=1, seed=5), dict(temperature=1.5, top_k=3, seed=5)),
                          (dict(temperature=2.0, top_k=0, top_p=0.5, seed=1), dict(temperature=2.0, top_p=0.5, seed=1)),
-                         (dict(temperature=2.0, top_k=0, top_p=1, min_p=0.2, seed=1), dict(temperature=2.0, min_p=0.2, seed=1)),
+                         (dict(temperature=2.0, top_k=0, top_p=1, min_p=0.2, seed=1),
+                          dict(temperature=2.0, min_p=0.2, seed=1)),
                          (dict(repeat_penalty=1.8), dict(repetition_penalty=1.8)),
                          (dict(presence_penalty=2.0), dict(presence_penalty=2.0)),
                          (dict(frequency_penalty=2.0), dict(frequency_penalty=2.0))):
@@ -397,16 +410,18 @@ def test_every_option_arrives(app, lm):
 def test_defaults_of_the_modelfile_are_under_those_of_the_request(app, lm):
     asked(app, "/api/create", {"model": "Fixed", "from": "tiny", "parameters": GREEDY, "system": "Be brief.",
                                "messages": [dict(role="user", content="a"), dict(role="assistant", content="b")]})
-    front = [dict(role="system", content="Be brief."), dict(role="user", content="a"), dict(role="assistant", content="b")]
-    for messages, want in ((TALK, front + TALK), ([dict(role="system", content="x"), *TALK], [dict(role="system", content="x"),
-                                                                                              *front[1:], *TALK])):
+    front = [dict(role="system", content="Be brief."), dict(role="user", content="a"),
+             dict(role="assistant", content="b")]
+    other = [dict(role="system", content="x"), *TALK]
+    for messages, want in ((TALK, front + TALK), (other, [other[0], *front[1:], *TALK])):
         _, (answer,) = asked(app, "/api/chat", dict(model="fixed", messages=messages, stream=False))
         assert answer["message"]["content"] == lm.chat(want, max_new_tokens=12)
-    _, (answer,) = asked(app, "/api/chat", dict(model="fixed", messages=TALK, stream=False, options=dict(num_predict=3)))
+    body = dict(model="fixed", messages=TALK, stream=False)
+    _, (answer,) = asked(app, "/api/chat", body | dict(options=dict(num_predict=3)))
     assert answer["eval_count"] == 3
     _, (answer,) = asked(app, "/api/generate", dict(model="fixed", prompt="x", template="{{ .System }}|{{ .Prompt }}|",
                                                     stream=False))
-    assert answer["response"] == lm.generate("Be brief.|x|", max_new_tokens=12).text
+    assert answer["response"] == lm.generate("Be brief.|a|b|x|", max_new_tokens=12).text
     assert asked(app, "/api/copy", dict(source="fixed", destination="twin"))[0] == 200
     assert asked(app, "/api/delete", dict(model="fixed"), "DELETE")[0] == 200
     assert {m["name"] for m in asked(app, "/api/tags", None, "GET")[1][0]["models"]} == {"tiny:latest", "twin:latest"}
@@ -428,7 +443,8 @@ def test_defaults_of_the_modelfile_are_under_those_of_the_request(app, lm):
     ("/api/embed", dict(model="tiny", input=[""]), 400, "input"), ("/api/show", dict(model="no"), 404, "not found"),
     ("/api/create", {"model": "x", "from": "no"}, 404, "not found"), ("/api/create", dict(model="x"), 400, "from"),
     ("/api/create", {"model": "x", "from": "tiny", "quantize": "q4_0"}, 501, "quantize"),
-    ("/api/pull", dict(model="x"), 501, "registry"), ("/v1/completions", {}, 501, "serving"), ("/x", {}, 404, "not part")])
+    ("/api/pull", dict(model="x"), 501, "registry"), ("/v1/completions", {}, 501, "serving"),
+    ("/x", {}, 404, "not part")])
 def test_errors_have_ollamas_form(app, path, body, status, word):
     got, (answer,) = asked(app, path, body)
     assert got == status and list(answer) == ["error"] and word in answer["error"]
@@ -448,7 +464,8 @@ def test_an_error_in_mid_stream_is_the_last_line(lm):
     with serve(fails) as server:
         pieces = []
         with pytest.raises(Interrupted, match="out of paper") as e:
-            for piece in OllamaLM(server.url, "tiny").stream("What is a river?", max_new_tokens=12): pieces.append(piece)
+            stream = OllamaLM(server.url, "tiny").stream("What is a river?", max_new_tokens=12)
+            for piece in stream: pieces.append(piece)
     assert e.value.text == "".join(pieces) and pieces, "what had come is kept"
 
 
@@ -459,8 +476,9 @@ def test_format_by_argument(lm):
         seen.append(form)
         return lambda rows, logits: logits.masked_fill(~digits, float("-inf"))
     ruled = OllamaApp({"tiny": lm}, constrain=constrain)
+    body = dict(model="tiny", messages=TALK, stream=False, options=GREEDY)
     for form in ("json", dict(type="integer")):
-        _, (answer,) = asked(ruled, "/api/chat", dict(model="tiny", messages=TALK, format=form, stream=False, options=GREEDY))
+        _, (answer,) = asked(ruled, "/api/chat", body | dict(format=form))
         assert answer["message"]["content"].isdigit()
     assert seen == ["json", dict(type="integer")]
 
@@ -475,7 +493,8 @@ def test_vectors(app, lm):
     assert status == 400 and "context" in answer["error"]
     _, (answer,) = asked(app, "/api/embed", dict(model="tiny", input="a cat", dimensions=5))
     torch.testing.assert_close(torch.tensor(answer["embeddings"]), torch.nn.functional.normalize(got[:1, :5], dim=1))
-    assert asked(app, "/api/embeddings", dict(model="tiny", prompt="a cat"))[1][0]["embedding"] == got[0].tolist()
+    _, (answer,) = asked(app, "/api/embeddings", dict(model="tiny", prompt="a cat"))
+    torch.testing.assert_close(torch.tensor(answer["embedding"]), got[0], atol=1e-5, rtol=1e-4)
     assert asked(app, "/api/embed", dict(model="tiny", input=[]))[1][0]["embeddings"] == []
     other = OllamaApp({"tiny": lm}, embed=lambda lm, rows: torch.ones(len(rows), 4))
     assert asked(other, "/api/embed", dict(model="tiny", input="x"))[1][0]["embeddings"] == [[0.5] * 4]
@@ -501,7 +520,7 @@ def test_loading_and_letting_go(lm, store, tmp_path):
     assert names() == [] and len(loads) == 2
     asked(app, "/api/generate", dict(model="a"))
     store.create("a", Modelfile("a", system="changed"))
-    assert app.served("a").modelfile.system == "changed" and len(loads) == 4, "a model that was made anew is loaded anew"
+    assert app.served("a").modelfile.system == "changed" and len(loads) == 4, "what was made anew is loaded anew"
     assert asked(app, "/api/show", dict(model="a"))[1][0]["model_info"]["general.architecture"] == "llama"
 
 
@@ -523,9 +542,11 @@ def test_http_is_kept(app):
         assert b"Ollama is running" in raw(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert raw(server, b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n").endswith(b"\r\n\r\n")
         assert b" 400 " in raw(server, post + b"Content-Length: x\r\n\r\n{}")
-        assert b" 413 " in raw(server, post + b"Content-Length: %d\r\n\r\n" % (chapter.MAX_BODY + 9), b"x" * (chapter.MAX_BODY + 9))
+        assert b" 413 " in raw(server, post + b"Content-Length: %d\r\n\r\n" % (chapter.MAX_BODY + 9),
+                               b"x" * (chapter.MAX_BODY + 9))
         assert b" 403 " in raw(server, post + b"Origin: https://evil.example\r\nContent-Length: 2\r\n\r\n{}")
-        assert b" 200 " in raw(server, post + b"Origin: http://localhost:3000\r\nContent-Length: 16\r\n\r\n" + b'{"model":"tiny"}')
+        local = post + b"Origin: http://localhost:3000\r\nContent-Length: 16\r\n\r\n"
+        assert b" 200 " in raw(server, local + b'{"model":"tiny"}')
         chunked = post + b"Transfer-Encoding: chunked\r\n\r\n4\r\n{\"mo\r\n%x\r\ndel\":\"tiny\"}\r\n0\r\n\r\n" % 12
         assert b" 200 " in raw(server, chunked)
         for bad in (b"zz\r\n", b"-5\r\nabc", b"ffffffffffffffffffff\r\nabc"):
@@ -568,7 +589,8 @@ class Deaf(Slow):          # mutant: asks nobody, and makes all before it sends
 
 def pieces_after_hang_up(app, stream):
     with serve(app) as server:
-        body = json.dumps(dict(model="tiny", messages=TALK, stream=stream, options=dict(GREEDY, num_predict=100))).encode()
+        body = json.dumps(dict(model="tiny", messages=TALK, stream=stream,
+                               options=dict(GREEDY, num_predict=100))).encode()
         s = socket.create_connection(server.server_address)
         s.sendall(b"POST /api/chat HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         while app.made < 3: time.sleep(0.005)
@@ -632,7 +654,8 @@ def test_bad_calls_of_the_client():
     for host in ("", "ftp://x", "http://", "http://a:b"):
         with pytest.raises(InputError, match="no address"): OllamaLM(host, "m")
     quiet = OllamaLM("127.0.0.1:9", "m")
-    for call in (lambda: quiet.stream("a", temperature="hot"), lambda: quiet.generate(""), lambda: quiet.stream("a", top_k=1.5)):
+    for call in (lambda: quiet.stream("a", temperature="hot"), lambda: quiet.generate(""),
+                 lambda: quiet.stream("a", top_k=1.5)):
         with pytest.raises(InputError): call()
     for call in (lambda: quiet.generate([1]), lambda: quiet.loglikelihood([("a", "b")])):
         with pytest.raises(UnsupportedError): call()
@@ -662,7 +685,8 @@ def test_the_real_client(client, lm, tmp_path):
 
         async def asynchronous():
             a = client.AsyncClient(server.url)
-            both = await asyncio.gather(a.chat("tiny", TALK, options=GREEDY), a.generate("tiny", "x", raw=True, options=GREEDY))
+            both = await asyncio.gather(a.chat("tiny", TALK, options=GREEDY),
+                                        a.generate("tiny", "x", raw=True, options=GREEDY))
             digest = await a.create_blob(embedded_model())              # sent in chunks
             await a.create("big", files={"m.gguf": digest}, system="s", parameters=GREEDY)
             return both[0].message.content, both[1].response, "".join([p.message.content async for p in await a.chat(
@@ -685,5 +709,7 @@ def test_the_real_client(client, lm, tmp_path):
 
 def test_a_modelfile_of_the_embedded_model_says_what_its_template_says(lm):
     made = modelfile_of(embedded_model())
-    assert made.template == KNOWN["chatml"] and "<|im_end|>" in made.parameters["stop"] and made.licenses == ["apache-2.0"]
-    assert encode_go(lm.tokenizer, made.template, [dict(role="system", content=made.system), *TALK]) == lm.chat_ids(TALK)
+    assert made.template == KNOWN["chatml"] and made.licenses == ["apache-2.0"]
+    assert "<|im_end|>" in made.parameters["stop"]
+    front = [dict(role="system", content=made.system)]
+    assert encode_go(lm.tokenizer, made.template, front + TALK) == lm.chat_ids(TALK)
