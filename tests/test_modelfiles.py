@@ -103,6 +103,13 @@ def test_any_go_template_is_translated_or_refused(template):
         chapter.render_chat(jinja, [], System="s", Prompt="p", Messages=[dict(Role="user", Content="c")])
 
 
+def test_templates_that_cost_time_are_refused(tokenizer):
+    for template in ("{{" * 20_000, "{{ " + "(" * 9_000 + "}}"):
+        with pytest.raises(InputError): go_to_jinja(template)
+    talk = [dict(role="user", content=f"a{chapter._ANSWER}b")]
+    assert encode_go(tokenizer, "{{ .Prompt }}!", talk) == tokenizer.encode("ab!"), "nobody types the end of a prompt"
+
+
 def rendered(template, **values): return chapter.render_chat(go_to_jinja(template), [], **values)
 
 
@@ -189,6 +196,11 @@ def test_no_name_leaves_the_folder(text):
     assert ModelName.parse(str(name)) == name
     path = Path("/root/models") / name.path
     assert Path(os.path.normpath(path)) == path and len(path.parts) == 7
+
+
+def test_a_laxer_rule_for_names_would_be_noticed(monkeypatch):
+    monkeypatch.setitem(chapter._PART, "model", r"[\w.-]{1,80}")      # mutant: may begin with a dot
+    with pytest.raises(AssertionError): test_no_name_leaves_the_folder()
 
 
 def small_gguf(path: Path, note="a") -> Path:

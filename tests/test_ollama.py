@@ -54,7 +54,7 @@ def asked(app, path, body, method="POST"):
 def text_of(lines): return "".join(p["message"]["content"] if "message" in p else p["response"] for p in lines)
 
 @pytest.mark.parametrize("text, seconds", [
-    ("5m", 300), ("1h30m", 5400), ("250ms", 0.25), ("0", 0), (0, 0), (7, 7), (1.5, 1.5),
+    ("5m", 300), ("1h30m", 5400), ("250ms", 0.25), ("0", 0), (0, 0), (7, 7), (1.5, 1.5), (10**400, 2**53),
                                            (-1, float("inf")), ("-1s", float("inf"))])
 def test_keep_alive(text, seconds): assert seconds_of(text) == pytest.approx(seconds)
 
@@ -94,13 +94,13 @@ def test_what_is_no_object_is_refused(app, body):
     assert status == 400 and list(answer) == ["error"]
 
 
-def check_answer(lines, want):
+def check_answer(lines, want, elapsed):   # elapsed: nanoseconds around it
     *pieces, last = lines
     assert text_of(lines) == want and all(not p["done"] for p in pieces) and last["done"] is True
     durations = {k: v for k, v in last.items() if k.endswith(("_duration", "_count"))}
     assert len(durations) == 6 and all(type(v) is int and v >= 0 for v in durations.values())
     assert last["prompt_eval_duration"] + last["eval_duration"] <= last["total_duration"]
-    assert 0 < last["total_duration"] / 1e9 < 600, "nanoseconds?"
+    assert elapsed / 20 < last["total_duration"] <= elapsed, "nanoseconds?"
     return durations
 
 
@@ -108,8 +108,14 @@ def test_streamed_whole_and_ours_are_the_same(app, lm):
     want = lm.generate(lm.chat_ids(TALK), max_new_tokens=12)
     for path, body in (("/api/chat", dict(messages=TALK)), ("/api/generate", dict(prompt=TALK[0]["content"]))):
         body = dict(body, model="tiny", options=GREEDY)
+        start = time.perf_counter_ns()
         status, lines = asked(app, path, body)
-        counts = check_answer(lines, want.text)
+        elapsed = time.perf_counter_ns() - start
+        counts = check_answer(lines, want.text, elapsed)
+        for wrong in (dict(total_duration=lines[-1]["total_duration"] // 1000), dict(done=1), dict(eval_duration=0.5),
+                      dict(prompt_eval_duration=-1), dict(total_duration=0), dict(eval_duration=elapsed)):   # mutants
+            with pytest.raises(AssertionError): check_answer([*lines[:-1], lines[-1] | wrong], want.text, elapsed)
+        with pytest.raises(AssertionError): check_answer(lines[1:], want.text, elapsed)
         assert (counts["eval_count"], counts["prompt_eval_count"]) == (len(want.tokens), want.prompt_tokens)
         assert lines[-1]["done_reason"] == want.reason
         status, (whole,) = asked(app, path, body | dict(stream=False))
@@ -232,6 +238,7 @@ def test_vectors(app, lm):
     torch.testing.assert_close(torch.tensor(answer["embeddings"]), torch.nn.functional.normalize(got[:1, :5], dim=1))
     _, (answer,) = asked(app, "/api/embeddings", dict(model="tiny", prompt="a cat"))
     torch.testing.assert_close(torch.tensor(answer["embedding"]), got[0], atol=1e-5, rtol=1e-4)
+    assert asked(app, "/api/embed", dict(model="tiny", input="a", dimensions=10**30))[0] == 200
     assert asked(app, "/api/embed", dict(model="tiny", input=[]))[1][0]["embeddings"] == []
     other = OllamaApp({"tiny": lm}, embed=lambda lm, rows: torch.ones(len(rows), 4))
     assert asked(other, "/api/embed", dict(model="tiny", input="x"))[1][0]["embeddings"] == [[0.5] * 4]

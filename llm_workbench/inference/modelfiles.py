@@ -180,16 +180,18 @@ def _go_call(words: list[str]) -> str:
     if name == "not": return f"(not {args[0]})"
     return f"({args[0]}|length)" if name == "len" else f"({args[0]} {_BINARY.get(name, name)} {args[1]})"
 
-# %% ../../nbs/07_inference/08_modelfiles.ipynb #faffe588
+# %% ../../nbs/07_inference/08_modelfiles.ipynb #dbe44ccf
 def _go_expression(text: str, looping: bool) -> str:
     words = re.findall(r'"(?:[^"\\]|\\.)*"|[()]|[^\s()"]+|"', text)
-    out = _go_call(words)
+    try: out = _go_call(words)
+    except RecursionError: raise InputError("the template nests brackets too deep.") from None
     if words: raise UnsupportedError(f"{words[0]!r:.30} in a Go template has no counterpart here.")
     return out if looping else re.sub(r"\bitem\.", "", out)      # outside of a range the dot is the whole conversation
 
 
 def go_to_jinja(template: str) -> str:   # Go template -> Jinja source
     "Translate what can be translated. Raises InputError for a broken template, UnsupportedError names the rest."
+    if len(template) > 20_000: raise InputError("a Go template of more than 20,000 characters: leave TEMPLATE out.")
     parts, out, blocks = re.split(r"\{\{(-(?=\s))?(.*?)((?<=\s)-)?\}\}", template, flags=re.S), [], []
     for i in range(0, len(parts), 4):                            # text, "-", action, "-", text, ...
         text = parts[i].lstrip() if i and parts[i - 1] else parts[i]
@@ -214,7 +216,7 @@ def _go_action(action: str, blocks: list[str]) -> str:
     blocks.append(word)
     return begin
 
-# %% ../../nbs/07_inference/08_modelfiles.ipynb #a39ec732
+# %% ../../nbs/07_inference/08_modelfiles.ipynb #778dc990
 _ANSWER = "\x00answer\x00"
 
 def go_turns(messages: list[dict]) -> list[dict]:
@@ -231,6 +233,7 @@ def go_turns(messages: list[dict]) -> list[dict]:
 def encode_go(tokenizer: Tokenizer, template: str, messages: list[dict]) -> list[int]:   # token ids of the prompt
     "A conversation in a Go template, up to the place of the answer; special tokens in messages stay text."
     control = [token for token, id in tokenizer.vocabulary.special.items() if tokenizer.vocabulary.is_control(id)]
+    messages = [dict(m, content=m["content"].replace(_ANSWER, "")) for m in messages]
     if not re.search(r"\.Response\b", template): template += "{{ .Response }}"
     if re.search(r"\.Messages\b", template):
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")

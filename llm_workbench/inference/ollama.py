@@ -38,7 +38,7 @@ from llm_workbench.inference.modelfiles import (
     ROLES, Modelfile, ModelName, ModelStore, checked_option, digest_of, encode_go, go_to_jinja, human, overlaid,
     settings_of)
 
-# %% ../../nbs/07_inference/09_ollama.ipynb #e14f5616
+# %% ../../nbs/07_inference/09_ollama.ipynb #097538e1
 def now() -> datetime: return datetime.now(timezone.utc)
 def stamp(when: datetime) -> str: return when.isoformat().replace("+00:00", "Z")
 
@@ -64,7 +64,8 @@ def seconds_of(keep_alive) -> float:   # a number of seconds, or Go's "5m", "1h3
     "How long a model stays after a request. Raises InputError."
     units = dict(ns=1e-9, us=1e-6, ms=1e-3, s=1.0, m=60.0, h=3600.0)
     value = None
-    if isinstance(keep_alive, (int, float)) and not isinstance(keep_alive, bool): value = float(keep_alive)
+    if isinstance(keep_alive, (int, float)) and not isinstance(keep_alive, bool):
+        value = float(max(min(keep_alive, 2**53), -1))       # JSON knows no largest number
     elif isinstance(keep_alive, str):
         if keep_alive == "0": value = 0.0
         elif m := re.fullmatch(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|ms|s|m|h))+)", keep_alive, re.ASCII):
@@ -262,7 +263,7 @@ def _answers(self: OllamaApp, body: dict, gone, asked: bool, ids_of, form) -> It
             keep = {} if "message" in form("") or body.get("raw") else dict(context=context)
             yield head("") | dict(done=True) | piece | keep
 
-# %% ../../nbs/07_inference/09_ollama.ipynb #51192c43
+# %% ../../nbs/07_inference/09_ollama.ipynb #3c9d2742
 @patch
 def embeddings(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
     "POST /api/embed: one vector of length 1 for each text"
@@ -277,7 +278,7 @@ def embeddings(self: OllamaApp, body: dict, gone) -> Iterator[dict]:
     size = taken(body, "dimensions", int, 0)
     if size < 0: raise InputError(f"dimensions is {size}: at least 1.")
     with self.turn: vectors = self.embed(served.lm, rows) if rows else torch.empty(0, 0)
-    vectors = torch.nn.functional.normalize(vectors[:, :size or None].float(), dim=-1)
+    vectors = torch.nn.functional.normalize(vectors[:, :min(size, vectors.shape[1]) or None].float(), dim=-1)
     self.stay(served, body)
     yield dict(model=body["model"], embeddings=vectors.tolist(), total_duration=time.perf_counter_ns() - start + load,
                load_duration=load, prompt_eval_count=sum(map(len, rows)))
