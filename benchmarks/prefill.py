@@ -181,7 +181,8 @@ def main():
         for dtype in ("float32", "bfloat16"):
             for peer in (f"before {dtype}", f"transformers {dtype}"):
                 a, b = (samples.get(f"{who}, {n} tokens") for who in (f"ours {dtype}", peer))
-                if a and b: ratios[f"ours / {peer}, {n} tokens"] = statistics.median(x / y for x, y in zip(a, b))
+                if a and b and peer not in args.slow:
+                    ratios[f"ours / {peer}, {n} tokens"] = statistics.median(x / y for x, y in zip(a, b))
         a, b = (middle.get(f"{who} float32, {n} tokens") for who in ("ours", "warm"))
         if a and b: ratios[f"time of a warm first token / cold, {n} tokens"] = a / b
     units = {what: "GFLOP/s" if what.startswith("rate") else "tokens/s" for what in samples}

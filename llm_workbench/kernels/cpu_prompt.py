@@ -211,7 +211,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
                                  work.data_ptr(), room)
     return out
 
-# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #27c75ee7
+# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #48e33378
 PASSES = ATTEND + VECTORS + r"""
 static void norm(const T *x, const T *w, T *y, int64_t n, float eps) {
   float sum = 0;
@@ -325,7 +325,7 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     if not widened(x): return packed_cpu.packed_linear(x, packed, bias)
     return packed_cpu.packed_linear(x.float(), packed, None if bias is None else bias.float()).to(x.dtype)
 
-# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #9239016c
+# %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #aedf3bd2
 WHOLE = Kernel("product of whole numbers", "pppppnnn", r"""
 static void four_by_two(const int16_t *restrict x, const int16_t *restrict w, int64_t n, int32_t *restrict out) {
   const int16_t *restrict b = x + n, *restrict c = b + n, *restrict d = c + n, *restrict v = w + n;
@@ -370,11 +370,11 @@ def int8_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     if torch.cpu._is_vnni_supported():
         out = (torch._int_mm(codes, weights.T) * scales * steps.T).to(x.dtype).view(*x.shape[:-1], len(weights))
     else:
-        out, rows = x.new_empty(*x.shape[:-1], len(weights)), torch.zeros(-(-len(codes) // 4) * 4, ins,
-                                                                          dtype=torch.int16)
+        out = x.new_empty(*x.shape[:-1], len(weights))
+        rows = torch.zeros(-(-len(codes) // 4) * 4, ins, dtype=torch.int16)                # in fours
         rows[:len(codes)] = codes
-        tensors = rows, scales, weights, steps, out
-        compiled(WHOLE, x.dtype)(*(t.data_ptr() for t in tensors), len(codes), *weights.shape)
+        compiled(WHOLE, x.dtype)(*(t.data_ptr() for t in (rows, scales, weights, steps, out)), len(codes),
+                                 *weights.shape)
     return out if bias is None else out + bias
 
 # %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #228a6bf2
