@@ -2,6 +2,7 @@
 
 The tests and the chapter of the endpoints use it. It is right as it stands, and can be broken in one place at a time."""
 import json
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -40,8 +41,12 @@ def serving(answer):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
             self.wfile.flush()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        def handle_error(self, request, client_address):
+            if not isinstance(sys.exc_info()[1], OSError): super().handle_error(request, client_address)   # else: gone
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
     thread.start()
     try: yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -91,7 +96,7 @@ def openai_like(lm, model="small", key=None, *, shift=0, echoes=True, usage=True
         names = dict(max_tokens="max_new_tokens", temperature="temperature", top_k="top_k", top_p="top_p", seed="seed")
         return {ours: body[theirs] for theirs, ours in names.items() if theirs in body}
 
-    def counts(done): return dict(prompt_tokens=done.prompt_tokens, completion_tokens=len(done.tokens)) if usage else None
+    def counts(prompt, written): return dict(prompt_tokens=prompt, completion_tokens=written) if usage else None
 
     def whole(body, ids, chat):
         done = lm.generate(ids, stop=body.get("stop", ()), **settings(body))
@@ -101,15 +106,15 @@ def openai_like(lm, model="small", key=None, *, shift=0, echoes=True, usage=True
         found = scores(lm, all_ids, shift if first == 0 else 0) if body.get("logprobs") is not None else None
         choice = dict(index=0, text=text, finish_reason=done.reason,
                       logprobs=found and {k: v[first:] for k, v in found.items()})
-        return 200, plain(dict(object="text_completion", choices=[choice], usage=counts(done)))
+        return 200, plain(dict(object="text_completion", choices=[choice], usage=counts(len(ids), len(done.tokens))))
 
     def streamed(body, ids, chat):
         def parts():
             batch = lm.batch([ids], **settings(body))
             for (row,), (piece,) in lm.texts(batch, body.get("stop", ())):
-                if piece: yield dict(choices=[dict(index=0, **(dict(delta=dict(content=piece)) if chat else dict(text=piece)))])
-            yield dict(choices=[dict(index=0, delta={}, text="", finish_reason=row.reason)])
-            if usage: yield dict(choices=[], usage=dict(prompt_tokens=len(ids), completion_tokens=len(row.tokens)))
+                if piece: yield dict(choices=[dict(index=0, delta=dict(content=piece)) if chat else dict(index=0, text=piece)])
+            yield dict(choices=[dict(index=0, **(dict(delta={}) if chat else dict(text="")), finish_reason=row.reason)])
+            if usage: yield dict(choices=[], usage=counts(len(ids), len(row.tokens)))
             yield b": the end\n\ndata: [DONE]\n\n"
         return 200, parts()
     return answer
