@@ -1,6 +1,6 @@
 """A small server that speaks OpenAI's protocol over a model of ours: for clients to be tried on.
 
-The tests and the chapter of the endpoints use it. It is right as it stands, and can be broken in one place at a time."""
+The tests and the chapter of the endpoints use it. It is right as it stands, and can be broken in one place."""
 import json
 import sys
 import threading
@@ -112,7 +112,8 @@ def openai_like(lm, model="small", key=None, *, shift=0, echoes=True, usage=True
         def parts():
             batch = lm.batch([ids], **settings(body))
             for (row,), (piece,) in lm.texts(batch, body.get("stop", ())):
-                if piece: yield dict(choices=[dict(index=0, delta=dict(content=piece)) if chat else dict(index=0, text=piece)])
+                said = dict(delta=dict(content=piece)) if chat else dict(text=piece)
+                if piece: yield dict(choices=[dict(index=0, **said)])
             yield dict(choices=[dict(index=0, **(dict(delta={}) if chat else dict(text="")), finish_reason=row.reason)])
             if usage: yield dict(choices=[], usage=counts(len(ids), len(row.tokens)))
             yield b": the end\n\ndata: [DONE]\n\n"

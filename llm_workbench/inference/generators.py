@@ -99,7 +99,8 @@ class EndpointLM:
         make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.connect = lambda: make(parts.hostname, parts.port, timeout=timeout)
         self.base = parts.path.rstrip("/") or "/v1"
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self.headers = {"Content-Type": "application/json"}
+        if api_key: self.headers["Authorization"] = f"Bearer {api_key}"
         self.name, self.timeout, self.prefix, self._checked = url, timeout, prefix, False
         self.model = model or self._only()
 
@@ -153,7 +154,9 @@ def _refused(self: EndpointLM, status: int, path: str, data: bytes) -> Workbench
     if status in (401, 403): return InputError(f"{self.name} refuses the key (status {status}): give api_key=...")
     if status == 404 and path != "/models": return self._missing(path)
     if status in (404, 405, 501): return UnsupportedError(f"{self.name} has no {self.base}{path} (status {status}).")
-    if "context" in f"{found.get('code')} {found.get('type')}": return ContextLengthError(f"{self.name}: {words}")
+    said = f"{found.get('code')} {found.get('type')} {words}"
+    if any(sign in said for sign in ("context_length", "context_size", "context length")):   # OpenAI, llama.cpp, vLLM
+        return ContextLengthError(f"{self.name}: {words}")
     kind = InputError if 400 <= status < 500 and status != 429 else SourceError
     return kind(f"{self.name} answers with status {status}: {words}")
 
@@ -178,7 +181,7 @@ def models(self: EndpointLM) -> list[str]:
 # %% ../../nbs/07_inference/11_generators.ipynb #5a4a82bb
 @dataclass
 class EndpointCompletion(Completion):
-    "A text from an endpoint. It names no token ids, so `tokens` is empty; `written` counts them, where the server does."
+    "A text from an endpoint. It names no token ids, so `tokens` is empty; `written` counts them where the server does."
     written: int | None = None
 
 
@@ -286,7 +289,8 @@ def _scores(self: EndpointLM, prompt: str, n: int, **more) -> dict:
         scores["tokens"][0], scores["token_logprobs"][0]
         return dict(scores, prompt=(found.get("usage") or {}).get("prompt_tokens"))
     except (KeyError, IndexError, TypeError):
-        raise UnsupportedError(f"{self.name} gives no scores in the form of /completions (tokens, token_logprobs).") from None
+        raise UnsupportedError(f"{self.name} gives no scores in the form of /completions, as `tokens` and "
+                               "`token_logprobs`.") from None
 
 
 @patch
@@ -310,14 +314,14 @@ def check_scores(self: EndpointLM) -> float:         # the largest difference, n
     text, values = "".join(written["tokens"]), written["token_logprobs"]
     echo = self.echo(PROBE + text)
     where = tail(echo, text) or slice(0, 0)
-    same = [a == b for a, b in zip(echo.tokens[where], written["tokens"])]      # two line ends may come back as one token
+    same = [a == b for a, b in zip(echo.tokens[where], written["tokens"])]    # two line ends may come back as one token
     same = same.index(False) if False in same else len(same)
     if not same: raise UnsupportedError(f"{self.name} wrote {text!r} and echoes other tokens: nothing to check it by.")
     said, echoed = values[:same], echo.logprobs[where][:same]
     apart = max(abs(a - b) for a, b in zip(said, echoed, strict=True))
     if not apart <= APART:
-        raise UnsupportedError(f"{self.name} scores {written['tokens'][:same]} by {rounded(said)} when it writes and by "
-                               f"{rounded(echoed)} when it echoes: shifted rows? Its scores cannot be used.")
+        raise UnsupportedError(f"{self.name} scores {written['tokens'][:same]} by {rounded(said)} when it writes and "
+                               f"by {rounded(echoed)} when it echoes: shifted rows? Its scores cannot be used.")
     self._checked = True
     return apart
 
@@ -329,8 +333,8 @@ def loglikelihood(self: EndpointLM, pairs: Sequence[tuple[str, str]],    # conte
                   ) -> list[LogLikelihood]:                              # without token ids, which nobody names
     """How likely each continuation is after its context.
 
-    Raises UnsupportedError where the endpoint does not tell, or tells wrongly: see `check_scores`; InputError for a pair
-    without a context (unless there is a `prefix`) and for one whose border falls inside a token."""
+    Raises UnsupportedError where the endpoint does not tell, or tells wrongly: see `check_scores`; InputError for a
+    pair without a context (unless there is a `prefix`) and for one whose border falls inside a token."""
     if not self._checked: self.check_scores()
     return [self._scored(*pair) for pair in pairs]
 
@@ -341,7 +345,7 @@ def _scored(self: EndpointLM, context: str, continuation: str) -> LogLikelihood:
         raise InputError(f"A pair is a text and a text that follows it, not {context!r:.40} and {continuation!r:.40}.")
     bare = (context or self.prefix).rstrip(" ")
     rest = (context or self.prefix)[len(bare):] + continuation           # tokens begin with a space
-    if not bare: raise InputError("An endpoint has no score for a first token: give a context, or EndpointLM(prefix=...).")
+    if not bare: raise InputError("A first token has no score here: give a context, or EndpointLM(prefix=...).")
     echo = self.echo(bare + rest)
     where = tail(echo, rest)
     if where is None or where.start == 0:
@@ -389,7 +393,10 @@ def differences(mine: list[Run], theirs: list[Run]) -> str:
 
 
 def memory_of(generator: Generator) -> float:            # MB of weights; nan: nobody says
-    "What the weights take, of a generator that holds torch tensors."
+    "What the weights take, of a generator that holds torch tensors or a `llama_cpp.Llama`."
+    if llama := getattr(generator, "llama", None):
+        from llama_cpp import llama_model_size
+        return llama_model_size(llama.model) / 1e6
     module = getattr(generator, "decoder", None) or getattr(generator, "model", None)
     if not hasattr(module, "parameters"): return math.nan
     return sum({t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}.values()) / 1e6
@@ -400,7 +407,7 @@ def compare_generators(generators: dict[str, Generator],     # by the name of a 
                        *, max_new_tokens: int = 32,
                        pair: tuple[str, str] = ("The capital of France is", " Paris."),   # scored by each
                        ) -> "pd.DataFrame":                  # a row each; `.attrs["runs"]` has all texts
-    "Ask every generator the same. Raises InputError for no prompts and for what is no Generator; engines' errors are notes."
+    "Ask all the same. Raises InputError for no prompts and for what is no Generator; engines' errors become notes."
     import pandas as pd
     if isinstance(prompts, str) or not len(prompts): raise InputError("Give a list of prompts, at least one.")
     for name, generator in generators.items():
@@ -413,7 +420,8 @@ def compare_generators(generators: dict[str, Generator],     # by the name of a 
     for prompt in prompts:
         for name, generator in generators.items(): runs[name].append(run_once(generator, prompt, max_new_tokens))
     reference = next(iter(runs.values()))
-    table = pd.DataFrame([_row(g, runs[name], reference, pair) for name, g in generators.items()], index=list(generators))
+    rows = [_row(generator, runs[name], reference, pair) for name, generator in generators.items()]
+    table = pd.DataFrame(rows, index=list(generators))
     table.attrs["runs"] = runs
     return table
 
@@ -422,7 +430,8 @@ def _row(generator: Generator, runs: list[Run], reference: list[Run], pair: tupl
     score, notes = math.nan, [run.note for run in runs if run.note][:1]
     try: score = generator.loglikelihood([pair])[0].total
     except Exception as e: notes.append(f"{type(e).__name__}: {e}")
-    different, middle = differences(reference, runs), lambda values: statistics.median(values)
+    different = differences(reference, runs)
     return {"same text": not different and not any(run.note for run in runs), "first difference": different,
-            "tokens/s": middle([run.pace for run in runs]), "first token, s": middle([run.first for run in runs]),
+            "tokens/s": statistics.median(run.pace for run in runs),
+            "first token, s": statistics.median(run.first for run in runs),
             "log-likelihood": score, "weights, MB": memory_of(generator), "note": "; ".join(notes)}
