@@ -24,6 +24,14 @@ class SourceError(WorkbenchError, OSError):
     "A model source cannot be reached: no such file or folder, or the hub without a network."
 
 
+class Interrupted(SourceError):
+    "A server went away, or gave up, in the middle of an answer; `text` is what had come."
+
+    def __init__(self, message: str, text: str = ""):
+        super().__init__(message)
+        self.text = text
+
+
 class ContextLengthError(WorkbenchError, ValueError):
     "A prompt (plus what is to be generated) is longer than the context that the model was made for."
 
