@@ -9,7 +9,7 @@ from models import SMALL, small_model
 
 from checks import some_tokens
 from llm_workbench import Decoder
-from llm_workbench.kernels import fused_cpu, packed_cpu
+from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
 from llm_workbench.quantization.formats import quantize
 
 # sizes that the kernel reads: rows of whole blocks
@@ -154,3 +154,52 @@ def test_nothing_is_kept_alive():
     del one
     gc.collect()
     assert layers() is None
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family,variant", FUSED, ids=lambda v: str(v))
+def test_bfloat16_is_nearer_to_float32_than_the_ordinary_way(family, variant, monkeypatch):
+    "The same rounded weights in float32 are the judge; ragged, several tokens at a time, biases and norms in bfloat16."
+    wide = decoder_of(family, variant).bfloat16().float()
+    half = decoder_of(family, variant).bfloat16()
+    one, calls = half.with_ops(fused_cpu.CPU), counted(monkeypatch)
+    tokens = some_tokens(2, 14)
+    def logits(decoder):
+        cache = decoder.new_cache(capacity=16)
+        decoder(tokens[:, :6], cache, counts=[6, 3])
+        return torch.cat([decoder(t, cache).float() for t in tokens[:, 6:].split([1, 1, 1, 3, 2], 1)], 1)
+    exact, ordinary, got = map(logits, (wide, half, one))
+    assert len(calls) == 5, "the ordinary loop was tested instead of the kernel"
+    error = lambda z: (z - exact).square().mean().sqrt()
+    assert error(got) < error(ordinary) < 0.1 * exact.abs().max()
+
+
+def test_copies_of_bfloat16_vectors_are_made_again_when_they_are_written_to():
+    one = decoder_of("qwen2").bfloat16().with_ops(fused_cpu.CPU)
+    def step():
+        cache = one.new_cache(capacity=16)
+        one(some_tokens(1, 7), cache)
+        return one(some_tokens(1, 1), cache).float()
+    before = step()
+    one.layers[0].attn_norm.weight.mul_(3)
+    changed = step()
+    assert not close(changed, before)
+    one.layers[0].self_attn.q_proj.bias.add_(2)
+    assert not close(step(), changed)
+
+
+@pytest.mark.parametrize("mistake,right,wrong", [
+    ("keys as they were before", "store(turned[d])", "store(k[d])"),
+    ("values of the keys", "store(k[K * D + d])", "store(k[d])"),
+    ("keys not rounded but cut", "return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "return bits >> 20 << 4")])
+def test_wrong_caches_in_bfloat16(mistake, right, wrong, monkeypatch):
+    source = fused_cpu.TOKEN if right in fused_cpu.TOKEN else cpu.PRELUDE
+    assert right in source
+    where = (fused_cpu, "TOKEN") if source is fused_cpu.TOKEN else (cpu, "PRELUDE")
+    monkeypatch.setattr(*where, source.replace(right, wrong))
+    fused_cpu.token.cache_clear(), cpu.compiled.cache_clear()
+    judge = test_bfloat16_is_nearer_to_float32_than_the_ordinary_way
+    with pytest.raises(AssertionError): judge("llama", 0, monkeypatch)
+    monkeypatch.undo()
+    fused_cpu.token.cache_clear(), cpu.compiled.cache_clear()

@@ -21,7 +21,7 @@ from ..architecture.matrices import Linear
 from ..architecture.norms_and_mlps import GatedMLP, RMSNorm
 from ..architecture.ops import Ops
 from . import packed_cpu
-from .cpu import ATTEND, Kernel, compiled, takes
+from .cpu import ATTEND, DEFINES, Kernel, compiled, takes
 from .packed_cpu import ROWS, dots, known, place
 from ..quantization.formats import PackedMatrix
 
@@ -31,7 +31,7 @@ typedef struct {
   Matrix matrices[7];                                        // q, k, v, o, gate, up, down
   const float *bias[7], *norms[6];                           // null: there is none
   const float *cosines, *sines;                              // of this step, (tokens, R); null: no positions
-  float *keys, *values;                                      // (B, slots, K, D)
+  T *keys, *values;                                          // (B, slots, K, D)
   int64_t slots, window;
 } Layer;
 enum {Q, K_, V_, O, GATE, UP, DOWN};
@@ -99,9 +99,10 @@ void run(const Layer *layers, const int64_t *sizes, const float *numbers, const 
       for (int64_t i = 0; i < rows * K; i++) {                               // new keys and values go into the cache
         int64_t r = i / K, g = i % K, slot = r / T_ * m->slots + held[r / T_] + r % T_, table = r % tables * R;
         const float *k = qkv + r * wide + (H + g) * D;
-        turn(k, m->norms[K_NORM], eps, m->cosines ? m->cosines + table : 0, m->sines + table, D, R,
-             m->keys + (slot * K + g) * D);
-        memcpy(m->values + (slot * K + g) * D, k + K * D, D * sizeof *k);
+        float turned[D];
+        T *keys = m->keys + (slot * K + g) * D, *values = m->values + (slot * K + g) * D;
+        turn(k, m->norms[K_NORM], eps, m->cosines ? m->cosines + table : 0, m->sines + table, D, R, turned);
+        for (int64_t d = 0; d < D; d++) keys[d] = store(turned[d]), values[d] = store(k[K * D + d]);
       }
       #pragma omp for schedule(static)
       for (int64_t i = 0; i < rows * H; i++) {
@@ -151,7 +152,7 @@ def _at(module: nn.Module, path: str):
     return module
 
 def _readable(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    return tensor is None or tensor.dtype in DEFINES and tensor.is_cpu and tensor.is_contiguous()
 
 def _matrix_is_known(m) -> bool:
     if type(m) is Linear: return _readable(m.weight) and m.weight.shape[1] % 64 == 0 and _readable(m.bias)
@@ -170,7 +171,7 @@ def why_not(block: nn.Module) -> str | None:
     if c.rope_interleaved: return "pairs that are neighbours"
     norms = [n for path in NORMS if (n := _at(block, path)) is not None]
     if any(type(n) is not RMSNorm or n.eps != c.norm_eps or not _readable(n.weight) for n in norms):
-        return "a norm other than RMSNorm in float32"
+        return "a norm other than RMSNorm"
     unknown = [path for path in MATRICES if not _matrix_is_known(_at(block, path))]
     return f"how {unknown[0]} is kept" if unknown else None
 
@@ -183,11 +184,11 @@ class Plan:
     def __init__(self, layers: nn.ModuleList):
         self.config, self.turns = layers[0].self_attn.config, [block.self_attn.turns for block in layers]
         self.names = tuple(sorted({_kind(_at(block, path)) for block in layers for path in MATRICES}))
-        self.kept = []                                     # of each tensor: where it is found, itself, its address
+        self.kept = []                                     # of each tensor: where it is found, itself, its state
         self.table = torch.tensor([self.layer(block) for block in layers])             # (layers, FIELDS) int64
         self.hooks = [h for m in layers.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
-def _kind(m) -> str: return m.format.name if type(m) is PackedMatrix else "float32"
+def _kind(m) -> str: return m.format.name if type(m) is PackedMatrix else str(m.weight.dtype).removeprefix("torch.")
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #d2cbb232
 @patch
@@ -195,8 +196,8 @@ def layer(self: Plan, block: nn.Module) -> list[int]:
     "The struct of a layer, without what belongs to a step."
     matrices = [_at(block, path) for path in MATRICES]
     structs = [number for m in matrices for number in self.matrix(m)]
-    biases = [0 if m.bias is None else self.keep(m._parameters, "bias") for m in matrices]
-    norms = [0 if n is None else self.keep(n._parameters, "weight", n.offset) for n in (_at(block, p) for p in NORMS)]
+    biases = [0 if m.bias is None else self.floats(m._parameters, "bias") for m in matrices]
+    norms = [0 if n is None else self.floats(n._parameters, "weight", n.offset) for n in (_at(block, p) for p in NORMS)]
     return [*structs, *biases, *norms, 0, 0, 0, 0, 0, self.config.window(block.self_attn.layer) or 0]
 
 @patch
@@ -207,20 +208,32 @@ def matrix(self: Plan, m) -> list[int]:
         for name in m.names: self.keep(m._buffers, name)
         return place(m.packed, format)
     (outs, ins), at = m.weight.shape, self.keep(m._parameters, "weight")
-    return [at, at, at, outs, 4 * ins, 0, 0, format]
+    return [at, at, at, outs, m.weight.itemsize * ins, 0, 0, format]
 
 @patch
-def keep(self: Plan, where: dict, name: str, offset: float = 0.0) -> int:
-    "Remember a tensor; the address of it, or of itself plus `offset`."
+def keep(self: Plan, where: dict, name: str) -> int:
+    "Remember a tensor, which is read in place; its address."
     tensor = where[name]
-    used = tensor.detach() + offset if offset else tensor
-    self.kept.append((where, name, tensor, tensor.data_ptr(), used))
-    return used.data_ptr()
+    self.kept.append((where, name, tensor, (tensor.data_ptr(), None), tensor))
+    return tensor.data_ptr()
+
+@patch
+def floats(self: Plan, where: dict, name: str, offset: float = 0.0) -> int:
+    "The address of a vector plus `offset` as float32: of itself, or of a copy for as long as it is not written to."
+    tensor = where[name]
+    if tensor.dtype is torch.float32 and not offset: return self.keep(where, name)
+    copy = tensor.detach().float() + offset
+    self.kept.append((where, name, tensor, (tensor.data_ptr(), _version(tensor)), copy))
+    return copy.data_ptr()
+
+def _version(tensor: Tensor) -> int | None:     # None: torch does not count the writes to inference tensors
+    return None if tensor.is_inference() else tensor._version
 
 @patch
 def holds(self: Plan) -> bool:
-    "Whether every tensor is where it was."
-    return all(where.get(name) is t and t.data_ptr() == at for where, name, t, at, _ in self.kept)
+    "Whether every tensor is where it was, and what was copied is as it was."
+    return all(where.get(name) is t and t.data_ptr() == at and (written is None or _version(t) == written)
+               for where, name, t, (at, written), _ in self.kept)
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #c7408186
 @patch
@@ -231,7 +244,7 @@ def with_step(self: Plan, step: Step, B: int, T: int) -> Tensor | None:     # (l
     if len(stores) != 2 * len(self.table) or stores[0] is None: return None
     shape = (B, stores[0].shape[1], c.num_key_value_heads, c.head_dim)
     if cache._lengths.longest + T > shape[1]: return None
-    if any(t is None or t.shape != shape or not _readable(t) for t in stores): return None
+    if any(t is None or t.shape != shape or not _readable(t) or t.dtype != stores[0].dtype for t in stores): return None
     table = self.table.clone()
     table[:, KEYS:SLOTS] = torch.tensor([t.data_ptr() for t in stores]).view(-1, 2)
     table[:, SLOTS] = shape[1]
@@ -244,18 +257,18 @@ def run(self: Plan, x: Tensor, step: Step, table: Tensor) -> Tensor:     # (B, T
     (B, T, C), c, angles = x.shape, self.config, {}
     H, K, D, F = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
     for kind, pair in step.tables.items():
-        angles[kind] = [t.contiguous() for t in pair]
+        angles[kind] = [t.float().contiguous() for t in pair]
         at = torch.tensor([turns == kind for turns in self.turns])
         table[at, COSINES:KEYS] = torch.tensor([t.data_ptr() for t in angles[kind]])
-    cosines = next(iter(angles.values()))[0] if angles else x.new_empty(1, 2)    # of one shape for all layer types
+    cosines = next(iter(angles.values()))[0] if angles else torch.empty(1, 2)    # of one shape for all layer types
     R, tokens = cosines.shape[-1], cosines.numel() // cosines.shape[-1]
     sizes = torch.tensor([len(table), C, H, K, D, F, R, B, T, tokens, c.hidden_act != "silu"])
     scale = D ** -0.5 if c.attention_scale is None else c.attention_scale
     numbers = torch.tensor([c.norm_eps, scale, c.residual_multiplier])
-    held, out = torch.tensor(step.cache._lengths.per_row(B)), x.clone()
-    work = x.new_empty(B * T * (2 * (H + K) * D + F + C))
-    compiled(token(self.names), torch.float32)(*(t.data_ptr() for t in (table, sizes, numbers, held, out, work)))
-    return out
+    held, out = torch.tensor(step.cache._lengths.per_row(B)), x.float() if x.dtype is not torch.float32 else x.clone()
+    work, kept_in = out.new_empty(B * T * (2 * (H + K) * D + F + C)), step.cache.store[0]["k"].dtype
+    compiled(token(self.names), kept_in)(*(t.data_ptr() for t in (table, sizes, numbers, held, out, work)))
+    return out.to(x.dtype)
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #149e6bb3
 USED = ("linear", "packed_linear", "several", "rms_norm", "rotate", "attention", "swiglu", "geglu")
@@ -272,7 +285,7 @@ def plan(layers) -> Plan | None:
 
 def fits(x: Tensor, step: Step, ops: Ops) -> bool:
     "Whether the kernel may take this call, as far as one sees without looking at the layers."
-    few = takes(x) and x.dtype is torch.float32 and 0 < x.shape[0] * x.shape[1] <= ROWS and x.numel() <= MOST
+    few = takes(x) and 0 < x.shape[0] * x.shape[1] <= ROWS and x.numel() <= MOST
     simple = type(step) is Step and type(step.cache) is ContiguousCache and step.spans is step.counts is None
     return few and simple and all(getattr(ops, name) is getattr(packed_cpu.CPU, name) for name in USED)
 

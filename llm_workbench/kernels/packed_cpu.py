@@ -28,7 +28,7 @@ from ..quantization.packing import Packed, check_finite, check_weight
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #df2430ac
 VECTORS = r"""
 #define UNROLL _Pragma("GCC unroll 16")
-#define SUMS (32 / LANES)     // running sums of a product: none waits for another
+#define CHAINS (32 / LANES)   // running sums of a product: none waits for another
 static inline uint32_t word(const uint8_t *p) { uint32_t w; memcpy(&w, p, 4); return w; }
 #if defined __AVX512BW__ && defined __AVX512VL__
 #include <immintrin.h>
@@ -50,6 +50,9 @@ static inline V half(const uint8_t *p) {
 static inline V bytes(const uint8_t *p) { return (V)_mm512_cvtepi32_ps(wide(p)); }
 static inline V signed_bytes(const uint8_t *p) {
   return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
+static inline V brains(const uint8_t *p) {                        // bfloat16: the upper half of a float32
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
 }
 static inline V codes(const uint8_t *p, int shift, Table t) { return pick(_mm512_srli_epi32(wide(p), shift), t); }
 static inline V levels(const uint8_t *p, int flip, Levels t) {    // 8 bytes, spread over 16 places and shifted there
@@ -80,6 +83,7 @@ typedef struct { __m256 low, high; } Levels;
 #define floats(p) eight((p) + 8 * U)
 #define bytes(p) eight_bytes((p) + 8 * U)
 #define signed_bytes(p) whole(_mm_loadl_epi64((const void *)((p) + 8 * U)))
+#define brains(p) eight_brains((p) + 16 * U)
 #define codes(p, shift, t) eight_codes((p) + 8 * U, shift, t)
 #define nibbles(p, t) whole(_mm_shuffle_epi8(t, spread((p) + 4 * U, 0)))
 #define levels(p, flip, t) eight_levels(spread((p) + 4 * U, flip), t)
@@ -94,6 +98,9 @@ static inline V half(const uint8_t *p) {
 static inline V whole(__m128i b) { return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)); }
 static inline V eight_bytes(const uint8_t *p) {
   return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)));
+}
+static inline V eight_brains(const uint8_t *p) {
+  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
 }
 static inline V eight_codes(const uint8_t *p, int shift, Table t) {
   __m128i index = _mm_srli_epi16(_mm_loadl_epi64((const void *)p), shift);
@@ -141,6 +148,13 @@ static inline V half(const uint8_t *p) {                          // by its bits
 }
 static inline V bytes(const uint8_t *p) { EACH(p[i]) }
 static inline V signed_bytes(const uint8_t *p) { EACH((int8_t)p[i]) }
+static inline V brains(const uint8_t *p) {
+  uint32_t high[16];
+  V v;
+  for (int i = 0; i < 16; i++) high[i] = (uint32_t)p[2 * i] << 16 | (uint32_t)p[2 * i + 1] << 24;
+  memcpy(&v, high, sizeof v);
+  return v;
+}
 static inline V codes(const uint8_t *p, int shift, Table t) { EACH(t[p[i] >> shift & 15]) }
 static inline V levels(const uint8_t *p, int flip, Levels t) { EACH(t[p[i / 2] >> 4 * (i % 2 ^ flip) & 15]) }
 static inline V nibbles(const uint8_t *p, Table t) { return levels(p, 0, t); }
@@ -263,16 +277,16 @@ static inline __attribute__((always_inline)) void unpack_NAME(
     const uint8_t *q, const uint8_t *s, const uint8_t *z, V *w) { SOURCE }
 static inline __attribute__((always_inline)) void few_NAME(
     const uint8_t *q, const uint8_t *s, const uint8_t *z, const float *x, int64_t ins, int rows, float *out) {
-  V sums[ROWS][SUMS] = {};
+  V sums[ROWS][CHAINS] = {};
   for (int64_t c = 0; c < ins; c += ITEMS, q += DATA, s += SCALE, z += ZERO) {
     V w[ITEMS / LANES];
     unpack_NAME(q, s, z, w);
     for (int r = 0; r < rows; r++)
       UNROLL for (int p = 0; p < ITEMS / LANES; p++)
-        sums[r][p % SUMS] += w[p] * *(const V *)(x + r * ins + c + LANES * p);
+        sums[r][p % CHAINS] += w[p] * *(const V *)(x + r * ins + c + LANES * p);
   }
   for (int r = 0; r < rows; r++) {
-    for (int p = 1; p < SUMS; p++) sums[r][0] += sums[r][p];
+    for (int p = 1; p < CHAINS; p++) sums[r][0] += sums[r][p];
     out[r] = total(sums[r][0]);
   }
 }
@@ -283,7 +297,8 @@ static void dots_NAME(const Matrix *m, int64_t o, const float *x, int64_t ins, i
 }
 """
 
-PLAIN = {"float32": Blocks(64, 256, 0, "for (int i = 0; i < 4; i++) PUT(i, floats((const float *)q + 16 * i));")}
+PLAIN = {"float32": Blocks(64, 256, 0, "for (int i = 0; i < 4; i++) PUT(i, floats((const float *)q + 16 * i));"),
+         "bfloat16": Blocks(64, 128, 0, "for (int i = 0; i < 4; i++) PUT(i, brains(q + 32 * i));")}
 
 def dots(names: tuple[str, ...]) -> str:      # keys of BLOCKS or PLAIN
     "C: a function for each format, and DOT[i], the one of names[i]."
