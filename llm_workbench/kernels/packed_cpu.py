@@ -62,7 +62,7 @@ static inline V levels(const uint8_t *p, int flip, Levels t) {    // 8 bytes, sp
   if (flip) by = _mm512_xor_si512(by, _mm512_set1_epi32(4));
   return pick(_mm512_srlv_epi32(words, by), t);
 }
-static inline V nibbles(const uint8_t *p, Table t) { return levels(p, 0, t); }
+static inline V nibbles(const uint8_t *p, Table t) { return levels(p, 0, t); }    // of a table of codes
 static inline uint32_t bits(const uint8_t *p, int n) {            // bit n of each of 16 bytes
   return _mm_test_epi8_mask(_mm_loadu_si128((const void *)p), _mm_set1_epi8((char)(1 << n)));
 }
@@ -74,9 +74,9 @@ static inline float total(V v) { return _mm512_reduce_add_ps((__m512)v); }
 #include <immintrin.h>
 #define LANES 8                                                   // a value is computed twice, for U = 0 and U = 1
 typedef float V __attribute__((vector_size(32), aligned(4)));
-typedef __m128i Table;                                            // whole numbers in bytes: one instruction picks 16
-typedef struct { __m256 low, high; } Levels;
-#define TABLE(name) _mm_loadu_si128((const void *)name##_BYTES)
+typedef struct { __m128i bytes; int plain; } Table;               // whole numbers in bytes, of which one instruction
+typedef struct { __m256 low, high; } Levels;                      // picks 16; plain: the codes themselves
+#define TABLE(name) {_mm_loadu_si128((const void *)name##_BYTES), name##_PLAIN}
 #define LEVELS(name) {_mm256_loadu_ps(name), _mm256_loadu_ps(name + 8)}
 #define PUT(i, value) \
   do { { enum {U = 0}; w[2 * (i)] = value; } { enum {U = 1}; w[2 * (i) + 1] = value; } } while (0)
@@ -85,7 +85,7 @@ typedef struct { __m256 low, high; } Levels;
 #define signed_bytes(p) whole(_mm_loadl_epi64((const void *)((p) + 8 * U)))
 #define brains(p) eight_brains((p) + 16 * U)
 #define codes(p, shift, t) eight_codes((p) + 8 * U, shift, t)
-#define nibbles(p, t) whole(_mm_shuffle_epi8(t, spread((p) + 4 * U, 0)))
+#define nibbles(p, t) eight_nibbles((p) + 4 * U)
 #define levels(p, flip, t) eight_levels(spread((p) + 4 * U, flip), t)
 #define plus(v, where, x) ((v) + chosen((where) >> 8 * U, x))
 static inline V eight(const float *p) { return *(const V *)p; }
@@ -103,8 +103,14 @@ static inline V eight_brains(const uint8_t *p) {
   return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
 }
 static inline V eight_codes(const uint8_t *p, int shift, Table t) {
-  __m128i index = _mm_srli_epi16(_mm_loadl_epi64((const void *)p), shift);
-  return whole(_mm_shuffle_epi8(t, _mm_and_si128(index, _mm_set1_epi8(15))));
+  __m128i b = _mm_loadl_epi64((const void *)p);
+  if (!t.plain) return whole(_mm_shuffle_epi8(t.bytes, _mm_and_si128(_mm_srli_epi16(b, shift), _mm_set1_epi8(15))));
+  __m256i c = _mm256_srli_epi32(_mm256_cvtepu8_epi32(b), shift);
+  return (V)_mm256_cvtepi32_ps(shift == 4 ? c : _mm256_and_si256(c, _mm256_set1_epi32(15)));
+}
+static inline V eight_nibbles(const uint8_t *p) {                 // in every place all eight, shifted to their own
+  __m256i c = _mm256_srlv_epi32(_mm256_set1_epi32(word(p)), _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+  return (V)_mm256_cvtepi32_ps(_mm256_and_si256(c, _mm256_set1_epi32(15)));
 }
 static inline __m128i spread(const uint8_t *p, int flip) {        // 4 bytes -> 8 nibbles
   __m128i b = _mm_cvtsi32_si128(word(p)), high = _mm_srli_epi16(b, 4);
@@ -187,10 +193,11 @@ class Blocks:
 def _table(name: str, levels) -> str:
     numbers = ", ".join(f"{float(v):.9g}f" if v % 1 else str(int(v)) for v in levels)
     whole = f"static const int8_t {name}_BYTES[16] = {{{numbers}}};\n" if "f" not in numbers else ""
-    return f"static const float {name}[16] = {{{numbers}}};\n{whole}"
+    plain = f"enum {{{name}_PLAIN = {int([*levels] == [*range(16)])}}};\n"
+    return f"static const float {name}[16] = {{{numbers}}};\n{whole}{plain}"
 
 TABLES = "".join(_table(name, levels) for name, levels in dict(
-    CODES=range(16), AROUND=range(-8, 8), BELOW=range(-16, 0), FAR=range(-32, -16), CRUMBS=[0, 1, 2, 3] * 4,
+    CODES=range(16), FAR=range(-32, -16), CRUMBS=[0, 1, 2, 3] * 4,
     CRUMBS_BELOW=[-4, -3, -2, -1] * 4, CRUMBS_ABOVE=[0, 16, 32, 48] * 4, IQ4_LEVELS=IQ4_VALUES,
     FP4_TWICE=[0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], NF4_LEVELS=NF4.levels,
     FP4_LEVELS=FP4.levels).items())
@@ -199,9 +206,8 @@ TABLES = "".join(_table(name, levels) for name, levels in dict(
 def _integers(bits: int, group: int, symmetric: bool) -> Blocks:
     "Whole numbers of 8 or 4 bits with a scale, and perhaps a zero point, for each group."
     one = "bytes(q + 16 * i)" if bits == 8 else "nibbles(q + 8 * i, t)"
-    zero = "128" if bits == 8 else "0"                     # in four bits the table has taken it off
-    source = (f"V d = half(s); Table t = TABLE({'AROUND' if symmetric else 'CODES'}); "
-              f"for (int i = 0; i < {group // 16}; i++) PUT(i, d * ({one} - {zero if symmetric else 'all(z[0])'}));")
+    source = (f"V d = half(s), m = -d * {f'{2 ** (bits - 1)}' if symmetric else '(float)z[0]'}; Table t = TABLE(CODES); "
+              f"for (int i = 0; i < {group // 16}; i++) PUT(i, d * {one} + m);")
     return Blocks(group, group * bits // 8, 2, source, 0 if symmetric else 1)
 
 def _levels(name: str) -> Blocks:
@@ -214,13 +220,13 @@ BLOCKS = {
     **{f"uint{b}_g{n}": _integers(b, n, False) for b in (8, 4) for n in (32, 64, 128)},
     "nf4": _levels("NF4_LEVELS"), "fp4": _levels("FP4_LEVELS"),
     "q8_0": Blocks(32, 34, 0, "V d = half(q); PUT(0, d * signed_bytes(q + 2)); PUT(1, d * signed_bytes(q + 18));"),
-    "q4_0": Blocks(32, 18, 0, """V d = half(q); Table t = TABLE(AROUND);
-                                 PUT(0, d * codes(q + 2, 0, t)); PUT(1, d * codes(q + 2, 4, t));"""),
+    "q4_0": Blocks(32, 18, 0, """V d = half(q), m = d * -8; Table t = TABLE(CODES);
+                                 PUT(0, d * codes(q + 2, 0, t) + m); PUT(1, d * codes(q + 2, 4, t) + m);"""),
     "q4_1": Blocks(32, 20, 0, """V d = half(q), m = half(q + 2); Table t = TABLE(CODES);
                                  PUT(0, d * codes(q + 4, 0, t) + m); PUT(1, d * codes(q + 4, 4, t) + m);"""),
-    "q5_0": Blocks(32, 22, 0, """V d = half(q); Table t = TABLE(BELOW); uint32_t h = word(q + 2);
-                                 PUT(0, d * plus(codes(q + 6, 0, t), h, 16));
-                                 PUT(1, d * plus(codes(q + 6, 4, t), h >> 16, 16));"""),
+    "q5_0": Blocks(32, 22, 0, """V d = half(q), m = d * -16; Table t = TABLE(CODES); uint32_t h = word(q + 2);
+                                 PUT(0, d * plus(codes(q + 6, 0, t), h, 16) + m);
+                                 PUT(1, d * plus(codes(q + 6, 4, t), h >> 16, 16) + m);"""),
     "q5_1": Blocks(32, 24, 0, """V d = half(q), m = half(q + 2); Table t = TABLE(CODES); uint32_t h = word(q + 4);
                                  PUT(0, d * plus(codes(q + 8, 0, t), h, 16) + m);
                                  PUT(1, d * plus(codes(q + 8, 4, t), h >> 16, 16) + m);"""),
