@@ -22,8 +22,8 @@ PROMPTS = ["Hello", "One, two, three,", "안녕 👩‍🚀", "def f(x):\n    ",
 PAIRS = [("The sky is", " blue"), ("The sky is ", "blue"), ("The sky is", " full of clouds today"), ("super", "market"),
          ("", "Hello there"), ("a", " b c d e f"), ("The sky", " is green")]
 PROSE = ("The old lighthouse stood at the end of a narrow path. Every evening the keeper climbed its stairs, lit the "
-         "lamp and wrote down which ships had passed. Nobody ever read his book, but he did not mind; counting was his way "
-         "of talking to the sea. One day in autumn a letter arrived, and it had no stamp.")
+         "lamp and wrote down which ships had passed. Nobody ever read his book, but he did not mind; counting was his "
+         "way of talking to the sea. One day in autumn a letter arrived, and it had no stamp.")
 N = 24
 
 

@@ -168,7 +168,8 @@ def test_errors_reach_the_reader(pair): errors_arrive(pair[0])
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
-PAIRS = [("The sky is", " blue"), ("The sky is ", "blue"), ("super", "market"), ("", "Hello there"), ("a", " b c d e f")]
+PAIRS = [("The sky is", " blue"), ("The sky is ", "blue"), ("super", "market"), ("", "Hello there"),
+         ("a", " b c d e f")]
 
 
 def scores_as_ours(theirs, ours):
@@ -258,7 +259,8 @@ def nobody_tells_the_thread(monkeypatch):
     monkeypatch.setattr(TransformersLM, "_write", lambda self, *args: right(self, *args[:5], left=None))
 
 
-def nobody_waits_for_the_thread(monkeypatch): monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: None)
+def nobody_waits_for_the_thread(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: None)
 
 
 def the_error_stays_in_the_thread(monkeypatch):

@@ -387,4 +387,5 @@ def blocks(x: Tensor, layers, step, ops) -> Tensor:   # (B, T, C) -> (B, T, C)
 
 CPU = fused_cpu.CPU.but(linear=linear, packed_linear=packed_linear, rms_norm=rms_norm, rotate=rotate, swiglu=swiglu,
                         geglu=geglu, attention=attention, blocks=blocks)
+fused_cpu.ONE_CALL[blocks] = CPU
 INT8 = CPU.but(packed_linear=int8_linear)   # inputs of products with `int8` weights rounded to eight bits, in prompts

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['LAYER', 'PARTS', 'TOKEN', 'MATRICES', 'NORMS', 'FIELDS', 'COSINES', 'SINES', 'KEYS', 'VALUES', 'SLOTS', 'WINDOW',
-           'USED', 'MOST', 'CPU', 'token', 'why_not', 'Plan', 'plan', 'fits', 'blocks']
+           'USED', 'MOST', 'CPU', 'ONE_CALL', 'token_seconds', 'token', 'why_not', 'Plan', 'plan', 'fits', 'blocks',
+           'why_not_one_call']
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #42b07957
 from functools import cache
+from itertools import groupby
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +22,29 @@ from ..architecture.layers import Attention, sequential
 from ..architecture.matrices import Linear
 from ..architecture.norms_and_mlps import GatedMLP, RMSNorm
 from ..architecture.ops import Ops
+from ..errors import InputError
+from ..hardware.machine import best_seconds
 from . import packed_cpu
 from .cpu import ATTEND, DEFINES, Kernel, compiled, takes
 from .packed_cpu import ROWS, dots, known, place
 from ..quantization.formats import PackedMatrix
+
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #f155c2e0
+def token_seconds(decoder: nn.Module,
+                  held: int = 64,            # tokens in front of it
+                  seconds: float = 0.3,      # to measure for
+                 ) -> float:
+    "The best time of writing one token of one text. Raises InputError unless `held` is 1 or more."
+    if held < 1: raise InputError(f"held is {held}: a token has at least one in front of it")
+    tokens = torch.arange(held, device=decoder.device)[None] % decoder.config.vocab_size
+    with torch.inference_mode():
+        cache = decoder.new_cache(capacity=held + 8)
+        decoder.logits(decoder.hidden(tokens, cache)[:, -1:])
+        def step():
+            decoder(tokens[:, :1], cache)
+            cache.truncate(held)
+        step()                               # compiles what is needed
+        return best_seconds(step, seconds)
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #15153d77
 LAYER = r"""
@@ -296,3 +317,19 @@ def blocks(x: Tensor, layers, step: Step, ops: Ops) -> Tensor:   # (B, T, C) -> 
     return plain.blocks(x, layers, step, ops) if table is None else found.run(x, step, table)
 
 CPU = packed_cpu.CPU.but(blocks=blocks)
+ONE_CALL = {blocks: CPU}     # functions that try one call, and the set each belongs to; later chapters add theirs
+
+# %% ../../nbs/09_kernels/03_fused_cpu.ipynb #51680c5a
+def why_not_one_call(decoder: nn.Module) -> list[str]:
+    "What keeps a token of this decoder from being one call on a CPU; nothing: it is one."
+    own = ONE_CALL.get(decoder.ops.blocks)
+    if decoder.device.type != "cpu": return [f"it is on {decoder.device}, where a step can be recorded"]
+    if own is None:
+        return [f"its ops are those of {decoder.ops.linear.__module__}: with_ops(llm_workbench.kernels.cpu_prompt.CPU)"]
+    changed = [name for name in USED if getattr(decoder.ops, name) is not getattr(own, name)]
+    if changed: return [f"functions of somebody else: {', '.join(changed)}"]
+    reasons = []
+    for reason, layers in groupby(enumerate(map(why_not, decoder.layers)), key=lambda pair: pair[1]):
+        numbers = [i for i, _ in layers]
+        if reason: reasons.append(f"layers {numbers[0]} to {numbers[-1]}: {reason}")
+    return reasons

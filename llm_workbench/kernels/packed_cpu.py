@@ -206,7 +206,8 @@ TABLES = "".join(_table(name, levels) for name, levels in dict(
 def _integers(bits: int, group: int, symmetric: bool) -> Blocks:
     "Whole numbers of 8 or 4 bits with a scale, and perhaps a zero point, for each group."
     one = "bytes(q + 16 * i)" if bits == 8 else "nibbles(q + 8 * i, t)"
-    source = (f"V d = half(s), m = -d * {f'{2 ** (bits - 1)}' if symmetric else '(float)z[0]'}; Table t = TABLE(CODES); "
+    zero = 2 ** (bits - 1) if symmetric else "(float)z[0]"
+    source = (f"V d = half(s), m = -d * {zero}; Table t = TABLE(CODES); "
               f"for (int i = 0; i < {group // 16}; i++) PUT(i, d * {one} + m);")
     return Blocks(group, group * bits // 8, 2, source, 0 if symmetric else 1)
 
