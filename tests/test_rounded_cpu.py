@@ -107,8 +107,9 @@ def test_whole_decoders_step_by_step(family, format, dtype, monkeypatch):
     for cache in (a, b): small.with_ops(cpu_prompt.CPU)(tokens[:, :5], cache, counts=[5, 3])     # the same past
     for part in tokens[:, 5:].split([1, 1, 2, 3], 1):
         got, want = one(part, a).float(), plainly(part, b).float()
-        bound = 1e-3 if dtype is torch.float32 else 0.1                     # a code may round the other way
-        assert (got - want).abs().max() < bound * want.abs().max()
+        off, size = (got - want).abs(), want.abs().max()
+        middle, most = (1e-4, 0.1) if dtype is torch.float32 else (0.02, 0.2)
+        assert off.median() < middle * size and off.max() < most * size     # a code may round the other way
     assert len(calls) == 4 and all(inputs is rounded_cpu.rounded() for inputs in calls)
     assert fused_cpu.why_not_one_call(one) == []
 

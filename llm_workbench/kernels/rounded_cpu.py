@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'ROUND', 'WHOLE', 'WHOLE_BLOCKS', 'ROUNDED_DOTS', 'ROUNDED', 'round_inputs', 'rounded_dots', 'rounded',
            'packed_linear', 'several', 'blocks']
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #5442d49b
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #7bd7e35e
 from functools import cache
 
 import torch
@@ -20,17 +20,18 @@ from .packed_cpu import BLOCKS, ROWS, Inputs, plan
 from ..quantization.formats import PackedMatrix
 from ..quantization.packing import Packed
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #d4e3b3a8
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #441c545e
 BLOCK = 32      # inputs that share a scale
 
 def round_inputs(x: Tensor) -> Tensor:      # (..., I), I a multiple of BLOCK -> the same shape, float32
     "Inputs as the products below see them: eight bits, a scale for each block."
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     most = blocks.abs().amax(-1, keepdim=True)
-    codes = torch.where(most > 0, blocks * (127 / most), 0).round()
+    by = torch.full_like(most, 127) / most          # not 127 / most: torch makes that 127 times the reciprocal
+    codes = torch.where(most > 0, blocks * by, 0).round()
     return (codes * (most / 127)).flatten(-2)
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #63cee470
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #5af4b3f3
 ROUND = r"""
 typedef struct { const int8_t *codes; const float *scales, *sums; } Rounded;
 #define ROOM(ins, rows) ((rows) * ((ins) + (ins) / 4 + (ins) / 16 + 2))
@@ -62,7 +63,7 @@ static const float *prepared(const float *x, int64_t ins, int64_t rows, float *r
 }
 """
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #d9080b52
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #a0da5816
 WHOLE = r"""
 #if defined __AVX2__
 #include <immintrin.h>
@@ -145,7 +146,7 @@ static inline float summed(S s) { return s.at; }
 static inline float number(const uint8_t *p) { return half(p)[0]; }
 """
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #63c24ad6
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #84cb1a08
 def _four(group: int, symmetric: bool) -> tuple[int, str]:
     offset = "-8 * d" if symmetric else "-d * z[0]"
     return 0, f"B c = neighbours(q + 16 * i); float d = number(s), m = {offset};"
@@ -169,7 +170,7 @@ WHOLE_BLOCKS = {   # format: whether its codes are signed, and C
     "q5_k": (0, f"{_K} B c = sixteens(shifted(q + 48 + 32 * (i / 2), i % 2 * 4), q + 16, i);"),
 }
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #b35ded4e
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #6b9948f4
 ROUNDED_DOTS = r"""
 static inline __attribute__((always_inline)) S block_NAME(
     const uint8_t *q, const uint8_t *s, const uint8_t *z, int i, Rounded x, int64_t b, S sums, float *rest) {
@@ -211,7 +212,7 @@ def rounded() -> Inputs:
     "Inputs in eight bits, for the formats of `WHOLE_BLOCKS`; products of other formats see them as they are."
     return Inputs(ROUND + WHOLE, tuple((name, rounded_dots(name)) for name in WHOLE_BLOCKS))
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #75a37f35
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #125a5588
 def _few(x: Tensor, ins: int) -> bool: return takes(x) and 0 < x.numel() <= ROWS * ins and x.shape[-1] == ins
 
 def packed_linear(x: Tensor,                   # (..., ins)
@@ -232,7 +233,7 @@ def several(x: Tensor, modules, ops) -> list[Tensor]:   # (..., ins), matrices -
     outs = found.multiply(x, rounded()).split(found.sizes, -1)
     return [out if m.bias is None else out + m.bias.to(x.dtype) for out, m in zip(outs, modules)]
 
-# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #fc49720a
+# %% ../../nbs/09_kernels/18_rounded_cpu.ipynb #220678b3
 def blocks(x: Tensor, layers, step, ops) -> Tensor:   # (B, T, C) -> (B, T, C)
     "`architecture.ops.blocks`: a few rows in one call where that is possible, a prompt layer by layer."
     ours = 0 < x.shape[0] * x.shape[1] <= ROWS and all(getattr(ops, name) is getattr(ROUNDED, name) for name in USED)
