@@ -11,7 +11,7 @@ from llm_workbench.families.opening import open_checkpoint
 from llm_workbench.hardware.doctor import Finding
 from llm_workbench.inference import loglikelihood  # noqa: F401  `LM` can score, too
 from llm_workbench.inference.generation import LM, Batch
-from llm_workbench.kernels import cpu, cpu_prompt, packed_cpu
+from llm_workbench.kernels import cpu, cpu_prompt, packed_cpu, rounded_cpu
 from llm_workbench.quantization.checkpoints import as_wrapped, unwrapped
 from llm_workbench.quantization.formats import Keep, as_format, as_stored, format_of
 from llm_workbench.quantization.packing import Format
@@ -49,7 +49,8 @@ def keeping(weights: str | Format | None,  # "stored", "dense", a format or its 
     if weights == "dense": return None
     if weights == "stored": return as_stored(dtype, device)
     if weights is not None: return as_format(format_of(weights), dtype, device)
-    in_c = ops.packed_linear in (packed_cpu.packed_linear, cpu_prompt.packed_linear, cpu_prompt.int8_linear)
+    in_c = ops.packed_linear in (packed_cpu.packed_linear, cpu_prompt.packed_linear, cpu_prompt.int8_linear,
+                                 rounded_cpu.packed_linear)
     return as_stored(dtype, device, packed_cpu.BLOCKS) if in_c else None
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYER', 'PARTS', 'TOKEN', 'MATRICES', 'NORMS', 'FIELDS', 'COSINES', 'SINES', 'KEYS', 'VALUES', 'SLOTS', 'WINDOW',
-           'USED', 'MOST', 'CPU', 'ONE_CALL', 'token_seconds', 'token', 'why_not', 'Plan', 'plan', 'fits', 'blocks',
-           'why_not_one_call']
+           'USED', 'MOST', 'CPU', 'ONE_CALL', 'token_seconds', 'token', 'why_not', 'Plan', 'plan', 'fits',
+           'in_one_call', 'blocks', 'why_not_one_call']
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #42b07957
 from functools import cache
@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..hardware.machine import best_seconds
 from . import packed_cpu
 from .cpu import ATTEND, DEFINES, Kernel, compiled, takes
-from .packed_cpu import ROWS, dots, known, place
+from .packed_cpu import AS_THEY_ARE, ROWS, Inputs, dots, known, place
 from ..quantization.formats import PackedMatrix
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #f155c2e0
@@ -86,12 +86,14 @@ static float gated(float gate, float up, int64_t gelu) {
 }
 static void multiply(const Matrix *first, const float *const *bias, int64_t outs, const float *x, int64_t ins,
                      int64_t rows, float *y) {          // by all threads: each takes a part, and waits for the others
+  float room[ROOM(ins, rows)];
+  const float *in = PREPARED(x, ins, rows, room);
   #pragma omp for schedule(static)
   for (int64_t o = 0; o < outs; o++) {
     int64_t own = o, m = 0;
     for (; own >= first[m].outs; m++) own -= first[m].outs;
     float out[ROWS];
-    DOT[first[m].format](first + m, own, x, ins, rows, out);
+    DOT[first[m].format](first + m, own, in, ins, rows, out);
     for (int64_t r = 0; r < rows; r++) y[r * outs + o] = out[r] + (bias[m] ? bias[m][own] : 0);
   }
 }
@@ -111,7 +113,7 @@ void run(const Layer *layers, const int64_t *sizes, const float *numbers, const 
   float *qkv = work, *heads = qkv + rows * wide, *inner = heads + rows * H * D, *out = inner + rows * F;
   #pragma omp parallel
   {
-    float stream[rows * C], h[rows * C];                                     // every thread has its own
+    float stream[rows * C], h[rows * C], room[ROOM(C, rows)];                // every thread has its own
     memcpy(stream, x, sizeof stream);
     for (const Layer *m = layers; m < layers + L; m++) {
       norm(stream, m->norms[ATTN_NORM], h, rows, C, eps);
@@ -138,13 +140,14 @@ void run(const Layer *layers, const int64_t *sizes, const float *numbers, const 
       multiply(m->matrices + O, m->bias + O, C, heads, H * D, rows, out);
       add(stream, out, m->norms[ATTN_POST], rows, C, eps, by);
       norm(stream, m->norms[MLP_NORM], h, rows, C, eps);
+      const float *in = PREPARED(h, C, rows, room);
       #pragma omp for schedule(static)
       for (int64_t f = 0; f < F; f++) {
         const Matrix *gate = m->matrices + GATE, *up = m->matrices + UP;
         const float *b = m->bias[GATE], *c = m->bias[UP];
         float g[ROWS], u[ROWS];
-        DOT[gate->format](gate, f, h, C, rows, g);
-        DOT[up->format](up, f, h, C, rows, u);
+        DOT[gate->format](gate, f, in, C, rows, g);
+        DOT[up->format](up, f, in, C, rows, u);
         for (int64_t r = 0; r < rows; r++)
           inner[r * F + f] = gated(g[r] + (b ? b[f] : 0), u[r] + (c ? c[f] : 0), gelu);
       }
@@ -158,10 +161,10 @@ void run(const Layer *layers, const int64_t *sizes, const float *numbers, const 
 """
 
 @cache
-def token(names: tuple[str, ...]) -> Kernel:      # the formats of the matrices
+def token(names: tuple[str, ...],      # the formats of the matrices
+          inputs: Inputs = AS_THEY_ARE) -> Kernel:
     "All layers of a model, for a few rows."
-    return Kernel(f"token {', '.join(names)}", "pppppp",
-                  dots(names) + f"#define ROWS {ROWS}\n" + ATTEND + LAYER + PARTS + TOKEN)
+    return Kernel(f"token {', '.join(names)}", "pppppp", dots(names, inputs) + ATTEND + LAYER + PARTS + TOKEN)
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #fa6a643f
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -273,7 +276,8 @@ def with_step(self: Plan, step: Step, B: int, T: int) -> Tensor | None:     # (l
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #243ebe2f
 @patch
-def run(self: Plan, x: Tensor, step: Step, table: Tensor) -> Tensor:     # (B, T, C) -> (B, T, C)
+def run(self: Plan, x: Tensor, step: Step, table: Tensor,      # (B, T, C) -> (B, T, C)
+        inputs: Inputs = AS_THEY_ARE) -> Tensor:
     "The stream after the last layer."
     (B, T, C), c, angles = x.shape, self.config, {}
     H, K, D, F = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
@@ -288,7 +292,7 @@ def run(self: Plan, x: Tensor, step: Step, table: Tensor) -> Tensor:     # (B, T
     numbers = torch.tensor([c.norm_eps, scale, c.residual_multiplier])
     held, out = torch.tensor(step.cache._lengths.per_row(B)), x.float() if x.dtype is not torch.float32 else x.clone()
     work, kept_in = out.new_empty(B * T * (2 * (H + K) * D + F + C)), step.cache.store[0]["k"].dtype
-    compiled(token(self.names), kept_in)(*(t.data_ptr() for t in (table, sizes, numbers, held, out, work)))
+    compiled(token(self.names, inputs), kept_in)(*(t.data_ptr() for t in (table, sizes, numbers, held, out, work)))
     return out.to(x.dtype)
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #149e6bb3
@@ -310,11 +314,16 @@ def fits(x: Tensor, step: Step, ops: Ops) -> bool:
     simple = type(step) is Step and type(step.cache) is ContiguousCache and step.spans is step.counts is None
     return few and simple and all(getattr(ops, name) is getattr(packed_cpu.CPU, name) for name in USED)
 
+def in_one_call(x: Tensor, layers, step: Step, inputs: Inputs = AS_THEY_ARE) -> Tensor | None:
+    "The stream after these layers; None where the kernel does not know one of them, or the cache has no room."
+    found = plan(layers)
+    table = found.with_step(step, *x.shape[:2]) if found is not None else None
+    return None if table is None else found.run(x, step, table, inputs)
+
 def blocks(x: Tensor, layers, step: Step, ops: Ops) -> Tensor:   # (B, T, C) -> (B, T, C)
     "`architecture.ops.blocks` of a few rows behind a contiguous cache in one call; all else in the ordinary way."
-    found = plan(layers) if fits(x, step, ops) else None
-    table = found.with_step(step, *x.shape[:2]) if found is not None else None
-    return plain.blocks(x, layers, step, ops) if table is None else found.run(x, step, table)
+    out = in_one_call(x, layers, step) if fits(x, step, ops) else None
+    return plain.blocks(x, layers, step, ops) if out is None else out
 
 CPU = packed_cpu.CPU.but(blocks=blocks)
 ONE_CALL = {blocks: CPU}     # functions that try one call, and the set each belongs to; later chapters add theirs
