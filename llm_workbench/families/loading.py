@@ -96,21 +96,23 @@ def kept(
     name: str,         # of a parameter
     part: Part,        # it, unread
     keep: Callable,    # (name of the module, a Matrix or Stack, its weight unread) -> a module in its place, or None
+    places: dict,      # module: where it stands, as (owner, name of the child); a tied matrix stands in two places
 ) -> bool:
     "Let `keep` put something in the place of the matrix or stack whose weight this is; whether it did."
     owner, _, leaf = name.rpartition(".")
     old = model.get_submodule(owner)
     if leaf != "weight" or not isinstance(old, (Matrix, Stack)): return False
     if (new := keep(owner, old, part)) is None: return False
-    for module in list(model.modules()):                     # a tied matrix stands in two places
-        for child, there in module._modules.items():
-            if there is old: module._modules[child] = new
+    for module, child in places[old]: module._modules[child] = new
     return True
 
 def _unkept(model, own, names, dtype_of, keep) -> Iterator[tuple[str, Tensor]]:
     "The tensors that `keep` left, read one after the other."
+    places = {}
+    for module in model.modules():
+        for child, there in module._modules.items(): places.setdefault(there, []).append((module, child))
     for name in names:
-        if not kept(model, name, part := own.part(name), keep): yield name, own.read(name, dtype_of(name))
+        if not kept(model, name, part := own.part(name), keep, places): yield name, own.read(name, dtype_of(name))
         part.release()
 
 # %% ../../nbs/06_families/07_loading.ipynb #415e4189

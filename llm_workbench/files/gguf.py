@@ -60,6 +60,19 @@ class Cursor:
         try: return data.decode("utf-8")
         except UnicodeDecodeError: raise self.error(f"{what} is not UTF-8 ({data[:20]!r})") from None
 
+    def strings(self, count: int, what: str) -> list[str]:
+        "So many strings. A vocabulary has a hundred thousand: no call for each, as long as nothing is wrong."
+        length, found = struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            try:
+                start = self.position + 8
+                end = start + length(self.buffer, self.position)[0]
+                if end > len(self.buffer): raise ValueError
+                found.append(str(self.buffer[start:end], "utf-8"))
+            except (struct.error, ValueError): found.append(self.string(what))      # says what is wrong
+            else: self.position = end
+        return found
+
 # %% ../../nbs/03_files/02_gguf.ipynb #8365f501
 VALUE_TYPES = {
     0: "UINT8",
@@ -109,7 +122,8 @@ def read_value(cursor: Cursor,   # stands at the value
     if items is None: raise cursor.error(f"{what} is an array of the unknown value type {inner}")
     if items in ("STRING", "ARRAY"):
         cursor.need(count * (8 if items == "STRING" else 12), f"{what} with {count:,} items")
-        return [read_value(cursor, inner, what, depth + 1)[0] for _ in range(count)], items + "[]"
+        if items == "STRING": return cursor.strings(count, what), "STRING[]"
+        return [read_value(cursor, inner, what, depth + 1)[0] for _ in range(count)], "ARRAY[]"
     code = np.dtype("<" + _CODES[items])
     values = np.frombuffer(cursor.take(count * code.itemsize, f"{what} with {count:,} items"), code)
     if items == "BOOL" and (values > 1).any(): raise cursor.error(f"{what} holds booleans that are neither 0 nor 1")

@@ -112,7 +112,7 @@ class Format:
     def rows(self, packed: Packed, rows) -> Packed:
         "Some rows, or some matrices of a stack: the own part of each tensor, and what is shared."
         own = {n: t if n in self.shared else t[rows] for n, t in packed.tensors.items()}
-        lead = torch.empty(packed.shape[:-1], device="meta")[rows].shape
+        lead = packed.data.new_empty(1).expand(packed.shape[:-1])[rows].shape        # one number, seen everywhere
         return Packed(self, (*lead, packed.shape[-1]), own)
 
     def bits(self, shape: tuple[int, ...]) -> float:
