@@ -114,3 +114,13 @@ def gguf_refusals(path, bad_path, n, seed=0):
             for name in checkpoint.tensors: checkpoint.tensors[name]
         except WorkbenchError: refusals += 1
     return refusals
+
+
+def same_text(theirs, ours, prompt, n):
+    "The same greedy text from two models, whole, streamed and as a chat; returns our completion."
+    want = ours.generate(prompt, max_new_tokens=n)
+    assert theirs.generate(prompt, max_new_tokens=n) == want, "another greedy text"
+    streamed = "".join(theirs.stream(prompt, template=False, max_new_tokens=n))
+    assert streamed == want.text, "the stream is another text"
+    if "<|" not in prompt: assert theirs.chat(prompt, max_new_tokens=6) == ours.chat(prompt, max_new_tokens=6)
+    return want

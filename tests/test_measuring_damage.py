@@ -259,9 +259,9 @@ def test_wrong_divergences_are_noticed(tmp_path, decoder, monkeypatch, name):
 
 
 def test_no_change_is_no_damage(decoder):
-    want = predict(decoder, tokens := torch.tensor([some_ids(30)]))
+    want = predict(decoder, tokens := torch.tensor([some_ids(30)])).double()   # in float32 the sum itself is rounded
     d = compare(want, want + 5.0, tokens)                                # a constant changes no distribution
-    assert d.worst < 1e-9 and d.same_top == 1 and d.rms_p < 1e-6 and abs(d.perplexity - 1) < 1e-6
+    assert d.worst < 1e-9 and d.same_top == 1 and d.rms_p < 1e-7 and abs(d.perplexity - 1) < 1e-7
 
 
 # intervals

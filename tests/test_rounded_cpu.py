@@ -110,7 +110,7 @@ def test_whole_decoders_step_by_step(family, format, dtype, monkeypatch):
         off, size = (got - want).abs(), want.abs().max()
         middle, most = (1e-4, 0.1) if dtype is torch.float32 else (0.02, 0.2)
         assert off.median() < middle * size and off.max() < most * size     # a code may round the other way
-    assert len(calls) == 4 and all(inputs is rounded_cpu.rounded() for inputs in calls)
+    assert len(calls) == 4 and all(inputs == rounded_cpu.rounded() for inputs in calls)
     assert fused_cpu.why_not_one_call(one) == []
 
 

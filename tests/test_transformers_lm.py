@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from checks import same_text
 
 from llm_workbench import Decoder
 from llm_workbench.errors import ContextLengthError, InputError, SourceError
@@ -33,11 +34,7 @@ def workers(): return [t for t in threading.enumerate() if t.name == "transforme
 def writes_as_ours(theirs, ours):
     rng = random.Random(0)
     for prompt in PROMPTS:
-        want = ours.generate(prompt, max_new_tokens=N)
-        assert theirs.generate(prompt, max_new_tokens=N) == want, "another greedy text"
-        streamed = "".join(theirs.stream(prompt, template=False, max_new_tokens=N))
-        assert streamed == want.text, "the stream is another text"
-        if "<|" not in prompt: assert theirs.chat(prompt, max_new_tokens=6) == ours.chat(prompt, max_new_tokens=6)
+        want = same_text(theirs, ours, prompt, N)
         end = want.tokens[N // 2]
         for eos in (theirs.words.eos_ids, [end]):                       # a token that does come ends the text
             theirs.words.eos_ids, before = eos, theirs.words.eos_ids

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VECTORS', 'TILE', 'WEIGH', 'PROMPT', 'ATTENTION', 'TASK', 'PASSES', 'NORMS', 'TURNS', 'GATES', 'SMALL', 'PIECE',
            'WHOLE', 'MOST_COLUMNS', 'CPU', 'INT8', 'attention', 'rms_norm', 'rotate', 'swiglu', 'geglu',
-           'multiplies_bf16', 'widened', 'linear', 'packed_linear', 'int8_linear', 'blocks']
+           'multiplies_bf16', 'widened', 'linear', 'packed_linear', 'int8_linear']
 
 # %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #5bbf0702
 from functools import cache
@@ -13,10 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..architecture import matrices, norms_and_mlps, ops as plain
+from ..architecture import matrices, norms_and_mlps
 from . import cpu, fused_cpu, packed_cpu
 from .cpu import ATTEND, DEFINES, Kernel, compiled, takes
-from .fused_cpu import USED
 from .packed_cpu import ROWS
 from ..quantization.activations import check_inputs, int8_codes, int8_rows
 from ..quantization.packing import Packed
@@ -378,14 +377,7 @@ def int8_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     return out if bias is None else out + bias
 
 # %% ../../nbs/09_kernels/17_cpu_prompt.ipynb #228a6bf2
-def blocks(x: Tensor, layers, step, ops) -> Tensor:   # (B, T, C) -> (B, T, C)
-    "`architecture.ops.blocks`: a few rows in one call where that is possible, a prompt layer by layer."
-    few = 0 < x.shape[0] * x.shape[1] <= ROWS
-    ours = few and all(getattr(ops, name) is getattr(CPU, name) for name in USED)
-    if ours and fused_cpu.fits(x, step, fused_cpu.CPU): return fused_cpu.blocks(x, layers, step, fused_cpu.CPU)
-    return plain.blocks(x, layers, step, ops)
-
 CPU = fused_cpu.CPU.but(linear=linear, packed_linear=packed_linear, rms_norm=rms_norm, rotate=rotate, swiglu=swiglu,
-                        geglu=geglu, attention=attention, blocks=blocks)
-fused_cpu.ONE_CALL[blocks] = CPU
+                        geglu=geglu, attention=attention)
+fused_cpu.ONE_CALL.append((CPU, packed_cpu.AS_THEY_ARE))
 INT8 = CPU.but(packed_linear=int8_linear)   # inputs of products with `int8` weights rounded to eight bits, in prompts

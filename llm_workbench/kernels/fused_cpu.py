@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYER', 'PARTS', 'TOKEN', 'MATRICES', 'NORMS', 'FIELDS', 'COSINES', 'SINES', 'KEYS', 'VALUES', 'SLOTS', 'WINDOW',
-           'USED', 'MOST', 'CPU', 'ONE_CALL', 'token_seconds', 'token', 'why_not', 'Plan', 'plan', 'fits',
-           'in_one_call', 'blocks', 'why_not_one_call']
+           'USED', 'MOST', 'CPU', 'ONE_CALL', 'token_seconds', 'token', 'why_not', 'Plan', 'plan', 'fits', 'foreign',
+           'blocks', 'why_not_one_call']
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #42b07957
 from functools import cache
@@ -308,34 +308,33 @@ def plan(layers) -> Plan | None:
     found = _plans[layers]
     return None if found is None or any(found.hooks) else found
 
-def fits(x: Tensor, step: Step, ops: Ops) -> bool:
+def fits(x: Tensor, step: Step) -> bool:
     "Whether the kernel may take this call, as far as one sees without looking at the layers."
     few = takes(x) and 0 < x.shape[0] * x.shape[1] <= ROWS and x.numel() <= MOST
     simple = type(step) is Step and type(step.cache) is ContiguousCache and step.spans is step.counts is None
-    return few and simple and all(getattr(ops, name) is getattr(packed_cpu.CPU, name) for name in USED)
+    return few and simple
 
-def in_one_call(x: Tensor, layers, step: Step, inputs: Inputs = AS_THEY_ARE) -> Tensor | None:
-    "The stream after these layers; None where the kernel does not know one of them, or the cache has no room."
-    found = plan(layers)
-    table = found.with_step(step, *x.shape[:2]) if found is not None else None
-    return None if table is None else found.run(x, step, table, inputs)
+def foreign(ops: Ops, own: Ops) -> list[str]:
+    "Functions that the kernel stands for and that are others in `ops` than in `own`."
+    return [name for name in USED if getattr(ops, name) is not getattr(own, name)]
 
 def blocks(x: Tensor, layers, step: Step, ops: Ops) -> Tensor:   # (B, T, C) -> (B, T, C)
     "`architecture.ops.blocks` of a few rows behind a contiguous cache in one call; all else in the ordinary way."
-    out = in_one_call(x, layers, step) if fits(x, step, ops) else None
-    return plain.blocks(x, layers, step, ops) if out is None else out
+    inputs = next((inputs for own, inputs in ONE_CALL if not foreign(ops, own)), None) if fits(x, step) else None
+    found = plan(layers) if inputs is not None else None
+    table = found.with_step(step, *x.shape[:2]) if found is not None else None
+    return plain.blocks(x, layers, step, ops) if table is None else found.run(x, step, table, inputs)
 
 CPU = packed_cpu.CPU.but(blocks=blocks)
-ONE_CALL = {blocks: CPU}     # functions that try one call, and the set each belongs to; later chapters add theirs
+ONE_CALL = [(CPU, AS_THEY_ARE)]     # sets that the kernel stands for, and how each gives it its inputs; others may join
 
 # %% ../../nbs/09_kernels/03_fused_cpu.ipynb #51680c5a
 def why_not_one_call(decoder: nn.Module) -> list[str]:
     "What keeps a token of this decoder from being one call on a CPU; nothing: it is one."
-    own = ONE_CALL.get(decoder.ops.blocks)
     if decoder.device.type != "cpu": return [f"it is on {decoder.device}, where a step can be recorded"]
-    if own is None:
+    if decoder.ops.blocks is not blocks:
         return [f"its ops are those of {decoder.ops.linear.__module__}: with_ops(llm_workbench.kernels.cpu_prompt.CPU)"]
-    changed = [name for name in USED if getattr(decoder.ops, name) is not getattr(own, name)]
+    changed = min((foreign(decoder.ops, own) for own, _ in ONE_CALL), key=len)
     if changed: return [f"functions of somebody else: {', '.join(changed)}"]
     reasons = []
     for reason, layers in groupby(enumerate(map(why_not, decoder.layers)), key=lambda pair: pair[1]):

@@ -30,48 +30,11 @@ VECTORS = r"""
 #define UNROLL _Pragma("GCC unroll 16")
 #define CHAINS (32 / LANES)   // running sums of a product: none waits for another
 static inline uint32_t word(const uint8_t *p) { uint32_t w; memcpy(&w, p, 4); return w; }
-#if defined __AVX512BW__ && defined __AVX512VL__
+static inline uint16_t two(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return h; }
+#ifdef __AVX2__
 #include <immintrin.h>
-#define LANES 16
-typedef float V __attribute__((vector_size(64), aligned(4)));
-typedef V Table, Levels;
-#define TABLE(name) floats(name)
-#define LEVELS(name) floats(name)
-#define PUT(i, value) w[i] = value
-static inline V floats(const float *p) { return *(const V *)p; }
-static inline __m512i wide(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
-static inline V pick(__m512i index, V table) { return (V)_mm512_permutexvar_ps(index, (__m512)table); }
-static inline V all(float x) { return (V)_mm512_set1_ps(x); }
-static inline V half(const uint8_t *p) {
-  uint16_t h;
-  memcpy(&h, p, 2);
-  return (V)_mm512_cvtph_ps(_mm256_set1_epi16(h));
-}
-static inline V bytes(const uint8_t *p) { return (V)_mm512_cvtepi32_ps(wide(p)); }
-static inline V signed_bytes(const uint8_t *p) {
-  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-}
-static inline V brains(const uint8_t *p) {                        // bfloat16: the upper half of a float32
-  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
-}
-static inline V codes(const uint8_t *p, int shift, Table t) { return pick(_mm512_srli_epi32(wide(p), shift), t); }
-static inline V levels(const uint8_t *p, int flip, Levels t) {    // 8 bytes, spread over 16 places and shifted there
-  __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  __m512i words = _mm512_permutexvar_epi32(first, _mm512_castsi128_si512(_mm_loadl_epi64((const void *)p)));
-  __m512i by = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-  if (flip) by = _mm512_xor_si512(by, _mm512_set1_epi32(4));
-  return pick(_mm512_srlv_epi32(words, by), t);
-}
-static inline V nibbles(const uint8_t *p, Table t) { return levels(p, 0, t); }    // of a table of codes
-static inline uint32_t bits(const uint8_t *p, int n) {            // bit n of each of 16 bytes
-  return _mm_test_epi8_mask(_mm_loadu_si128((const void *)p), _mm_set1_epi8((char)(1 << n)));
-}
-static inline V plus(V v, uint32_t where, float x) {              // x more where a bit is set
-  return (V)_mm512_mask_add_ps((__m512)v, where, (__m512)v, _mm512_set1_ps(x));
-}
-static inline float total(V v) { return _mm512_reduce_add_ps((__m512)v); }
-#elif defined __AVX2__ && defined __F16C__
-#include <immintrin.h>
+#endif
+#if defined __AVX2__ && defined __F16C__ && !(defined __AVX512BW__ && defined __AVX512VL__)
 #define LANES 8                                                   // a value is computed twice, for U = 0 and U = 1
 typedef float V __attribute__((vector_size(32), aligned(4)));
 typedef struct { __m128i bytes; int plain; } Table;               // whole numbers in bytes, of which one instruction
@@ -90,11 +53,7 @@ typedef struct { __m256 low, high; } Levels;                      // picks 16; p
 #define plus(v, where, x) ((v) + chosen((where) >> 8 * U, x))
 static inline V eight(const float *p) { return *(const V *)p; }
 static inline V all(float x) { return (V)_mm256_set1_ps(x); }
-static inline V half(const uint8_t *p) {
-  uint16_t x;
-  memcpy(&x, p, 2);
-  return (V)_mm256_cvtph_ps(_mm_set1_epi16(x));
-}
+static inline V half(const uint8_t *p) { return (V)_mm256_cvtph_ps(_mm_set1_epi16(two(p))); }
 static inline V whole(__m128i b) { return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)); }
 static inline V eight_bytes(const uint8_t *p) {
   return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)));
@@ -137,13 +96,40 @@ typedef V Table, Levels;
 #define TABLE(name) floats(name)
 #define LEVELS(name) floats(name)
 #define PUT(i, value) w[i] = value
-#define EACH(value) V v; for (int i = 0; i < 16; i++) v[i] = value; return v;
 static inline V floats(const float *p) { return *(const V *)p; }
+#if defined __AVX512BW__ && defined __AVX512VL__
+static inline __m512i wide(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+static inline V pick(__m512i index, V table) { return (V)_mm512_permutexvar_ps(index, (__m512)table); }
+static inline V all(float x) { return (V)_mm512_set1_ps(x); }
+static inline V half(const uint8_t *p) { return (V)_mm512_cvtph_ps(_mm256_set1_epi16(two(p))); }
+static inline V bytes(const uint8_t *p) { return (V)_mm512_cvtepi32_ps(wide(p)); }
+static inline V signed_bytes(const uint8_t *p) {
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
+static inline V brains(const uint8_t *p) {                        // bfloat16: the upper half of a float32
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+}
+static inline V codes(const uint8_t *p, int shift, Table t) { return pick(_mm512_srli_epi32(wide(p), shift), t); }
+static inline V levels(const uint8_t *p, int flip, Levels t) {    // 8 bytes, spread over 16 places and shifted there
+  __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  __m512i words = _mm512_permutexvar_epi32(first, _mm512_castsi128_si512(_mm_loadl_epi64((const void *)p)));
+  __m512i by = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+  if (flip) by = _mm512_xor_si512(by, _mm512_set1_epi32(4));
+  return pick(_mm512_srlv_epi32(words, by), t);
+}
+static inline V nibbles(const uint8_t *p, Table t) { return levels(p, 0, t); }    // of a table of codes
+static inline uint32_t bits(const uint8_t *p, int n) {            // bit n of each of 16 bytes
+  return _mm_test_epi8_mask(_mm_loadu_si128((const void *)p), _mm_set1_epi8((char)(1 << n)));
+}
+static inline V plus(V v, uint32_t where, float x) {              // x more where a bit is set
+  return (V)_mm512_mask_add_ps((__m512)v, where, (__m512)v, _mm512_set1_ps(x));
+}
+static inline float total(V v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+#define EACH(value) V v; for (int i = 0; i < 16; i++) v[i] = value; return v;
 static inline V all(float x) { EACH(x) }
 static inline V half(const uint8_t *p) {                          // by its bits: not every compiler has a half type
-  uint16_t h;
-  memcpy(&h, p, 2);
-  uint32_t exponent = h >> 10 & 31, fraction = h & 1023, bits;
+  uint32_t h = two(p), exponent = h >> 10 & 31, fraction = h & 1023, bits;
   float x;
   if (exponent == 0) x = fraction * 0x1p-24f;                     // subnormal or zero
   else {
@@ -177,6 +163,7 @@ static inline float total(V v) {
   for (int n = 8; n; n /= 2) for (int i = 0; i < n; i++) v[i] += v[i + n];
   return v[0];
 }
+#endif
 #endif
 """
 
