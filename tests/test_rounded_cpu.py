@@ -62,6 +62,15 @@ def test_rounding_is_to_the_nearest_step_of_the_block():
     assert torch.allclose(round_inputs(seen.flatten(1)), seen.flatten(1), rtol=1e-6)            # it stays what it is
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_not_lost(bad):
+    x = torch.randn(3, 256)
+    x[1, 70] = bad
+    for name in WHOLE_BLOCKS:
+        got = packed_linear(x, FORMATS[name].pack(torch.randn(4, 256)))
+        assert not got[1].isfinite().any() and got[[0, 2]].isfinite().all(), name
+
+
 def test_other_formats_and_many_rows_are_exact():
     for name in set(packed_cpu.BLOCKS) - set(WHOLE_BLOCKS):
         packed, x = FORMATS[name].pack(torch.randn(8, 512)), torch.randn(2, 512)

@@ -47,14 +47,15 @@ static const float *prepared(const float *x, int64_t ins, int64_t rows, float *r
     for (int64_t b = 0; b < ins / 32; b++) {
       const float *from = x + r * ins + 32 * b;
       int8_t *codes = (int8_t *)to.codes + 32 * b;
-      float most = 0;
+      float most = 0, none = 0;
       int32_t sum = 0;
       #pragma omp simd reduction(max : most)
       for (int i = 0; i < 32; i++) most = fabsf(from[i]) > most ? fabsf(from[i]) : most;
+      for (int i = 0; i < 32; i++) none += 0 * from[i];                      // NaN, if one of them is no number
       float by = most > 0 ? 127 / most : 0;
       for (int i = 0; i < 32; i++) codes[i] = (int8_t)(int32_t)rintf(from[i] * by);
       for (int i = 0; i < 32; i++) sum += codes[i];
-      ((float *)to.scales)[b] = most / 127;
+      ((float *)to.scales)[b] = most / 127 + none;
       ((float *)to.sums)[b] = most / 127 * sum;
     }
   }
