@@ -45,15 +45,19 @@ class Watch:
 # --- the engines: each loads in __init__ and has run(ids, new) -> (first, rest), tokens or text -----------------------
 
 class Ours:
-    "MODEL: DTYPE/WEIGHTS, as `load` takes them, and perhaps /FILE; ops as it picks them."
+    """MODEL: DTYPE/WEIGHTS, as `load` takes them, and perhaps /FILE; ops as it picks them. WEIGHTS+rounded does what
+    most engines always do: inputs of a product rounded to 8 bits, keys and values kept in 16."""
     package = "torch"
 
     def __init__(self, model, threads, context):
         import torch
         torch.set_num_threads(threads)
         from llm_workbench.lobby import load
+        from llm_workbench.kernels.rounded_cpu import ROUNDED
         dtype, weights, *file = model.split("/", 2)
-        self.lm = load(*file, dtype=getattr(torch, dtype), weights=weights)
+        weights, _, rounded = weights.partition("+")
+        self.lm = load(*file, dtype=getattr(torch, dtype), weights=weights, ops=ROUNDED if rounded else None)
+        if rounded: self.lm.cache = dict(dtype=torch.bfloat16)
         self.weight_bytes = self.lm.decoder.nbytes
 
     def run(self, ids, new):

@@ -38,9 +38,12 @@ ENGINES = dict(ours="", transformers="", openvino="openvino", xllamacpp="xllamac
                ctranslate2="ctranslate2", mlx="mlx", vllm="vllm") | {"llama.cpp": ""}     # engine: its environment
 OURS = {"fp32": "float32/dense", "bf16": "bfloat16/dense", "int8": "float32/int8", "int4_g32": "float32/int4_g32",
         "Q4_1": "float32/stored"}
+ROUNDED = ("int8", "int4_g32", "Q4_1", "Q8_0", "Q5_1")    # of ours also with 8-bit inputs and a 16-bit cache
 PEERS = {                                            # "engine weights": (what it loads, the file of make peers in that)
     **{f"ours {w}": (model, None) for w, model in OURS.items()},
     **{f"ours {w}": (f"float32/stored/{MODELS}/{w}.gguf", f"{w}.gguf") for w in ("Q8_0", "Q5_1")},
+    **{f"ours {w} rounded": (f"{OURS[w]}+rounded", None) for w in ROUNDED if w in OURS},
+    **{f"ours {w} rounded": (f"float32/stored+rounded/{MODELS}/{w}.gguf", f"{w}.gguf") for w in ("Q8_0", "Q5_1")},
     "transformers fp32": (f"{MODELS}/transformers/float32", "transformers"),
     "transformers bf16": (f"{MODELS}/transformers/bfloat16", "transformers"),
     "llama.cpp Q4_1": (EMBEDDED, None),
@@ -56,7 +59,11 @@ PAIRS = (("ours bf16", "openvino fp16"), ("ours int8", "openvino int8"), ("ours 
          ("ours Q4_1", "openvino int4"), ("ours Q4_1", "llama.cpp Q4_1"), ("ours Q8_0", "llama.cpp Q8_0"),
          ("ours Q5_1", "llama.cpp Q5_1"), ("ours fp32", "transformers fp32"), ("ours bf16", "transformers bf16"),
          ("ours Q4_1", "transformers fp32"), ("ours fp32", "onnxruntime fp32"), ("ours int4_g32", "onnxruntime int4"),
-         ("ours fp32", "ctranslate2 float32"), ("ours int8", "ctranslate2 int8"))
+         ("ours fp32", "ctranslate2 float32"), ("ours int8", "ctranslate2 int8"),
+         *((f"ours {w} rounded", f"llama.cpp {w}") for w in ("Q4_1", "Q8_0", "Q5_1")),
+         ("ours int8 rounded", "openvino int8"), ("ours int4_g32 rounded", "openvino int4"),
+         ("ours int8 rounded", "ctranslate2 int8"), ("ours int4_g32 rounded", "onnxruntime int4"),
+         ("ours Q4_1 rounded", "transformers fp32"))
 TASKS = {"prefill 512": (512, 1), "decode": (16, 65), "prefill 2048": (2048, 1), "decode after 4096": (4096, 33)}
 LONG = ("prefill 2048", "decode after 4096")         # asked for in every second round only
 PATIENCE = 600                                       # seconds for one answer
@@ -87,7 +94,7 @@ class Peer:
         script = Path(__file__).with_name("peer_process.py")
         command = [python_of(name), "-P", script, name.split()[0], PEERS[name][0], "--threads", threads,
                    "--context", context]
-        spinning = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH", "VIRTUAL_ENV")
+        spinning = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
         own = {"PYTHONPATH": str(ROOT)} if not ENGINES[name.split()[0]] else {}
         environment = {k: v for k, v in os.environ.items() if k not in spinning}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

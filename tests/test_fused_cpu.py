@@ -9,6 +9,8 @@ from models import SMALL, small_model
 
 from checks import some_tokens
 from llm_workbench import Decoder
+from llm_workbench.architecture.layers import ModelConfig
+from llm_workbench.architecture.ops import TORCH
 from llm_workbench.kernels import cpu, fused_cpu, packed_cpu
 from llm_workbench.quantization.formats import quantize
 
@@ -203,3 +205,39 @@ def test_wrong_caches_in_bfloat16(mistake, right, wrong, monkeypatch):
     with pytest.raises(AssertionError): judge("llama", 0, monkeypatch)
     monkeypatch.undo()
     fused_cpu.token.cache_clear(), cpu.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("head_dim,heads,groups", [(64, 6, 2), (128, 3, 1), (192, 4, 4), (80, 4, 2), (64, 5, 5)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_long_past(head_dim, heads, groups, dtype, monkeypatch):
+    "Stretches and blocks of every size, among them the one key more or less; a window that begins inside one."
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads,
+                 num_key_value_heads=groups, head_dim=head_dim, sliding_window=100,
+                 layer_types=("full_attention", "sliding_attention"))
+    kinds = dict(full_attention=dict(rope_type="default", rope_theta=1e4),
+                 sliding_attention=dict(rope_type="default", rope_theta=1e2))
+    plain, calls = Decoder(ModelConfig(**sizes, rope_parameters=kinds), TORCH).eval(), counted(monkeypatch)
+    one = plain.with_ops(fused_cpu.CPU)
+    for held in (1, 7, 31, 63, 64, 65, 127, 510, 511, 513, 1025, 1100):
+        caches = [d.new_cache(capacity=held + 16, dtype=dtype) for d in (plain, one)]
+        for cache in caches:
+            plain(some_tokens(1, 1), cache)
+            if held > 1: fused_cpu.made_up(cache, held - 1)
+        more = some_tokens(1, 3)
+        want, got = (d(more, cache) for d, cache in zip((plain, one), caches))
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max(), held
+    assert len(calls) == 12
+
+
+def test_a_cache_in_bfloat16_behind_layers_in_float32(monkeypatch):
+    "What is written by one call and what the ordinary way writes are the same numbers, up to one rounding."
+    plain, calls = decoder_of("llama"), counted(monkeypatch)
+    caches = [d.new_cache(capacity=32, dtype=torch.bfloat16) for d in (plain, plain.with_ops(fused_cpu.CPU))]
+    for d, cache in zip((plain, plain.with_ops(fused_cpu.CPU)), caches):
+        for part in some_tokens(1, 12).split([6, 1, 2, 3], 1): d(part, cache)
+    assert len(calls) == 3
+    for a, b in zip(*(cache.store for cache in caches)):
+        for name in "kv":
+            assert a[name].dtype is b[name].dtype is torch.bfloat16
+            assert (a[name].float() - b[name].float()).abs().max() <= 2 ** -7 * a[name].float().abs().max()

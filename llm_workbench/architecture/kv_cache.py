@@ -290,14 +290,18 @@ class ContiguousCache(Cache):
     def __init__(self,
         n_layers: int,
         capacity: int = 64,    # slots to reserve at first; as many as will be needed, where that is known
+        dtype: torch.dtype | None = None,   # in which keys and values are kept, such as bfloat16; None: as they come
     ):
         super().__init__(n_layers)
-        self.capacity = capacity
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16")
+        self.capacity, self.dtype = capacity, dtype
 
     def _append(self, layer, k, v):
-        k_all = write_rows(self.store[layer], "k", k, self._lengths, self.capacity)      # (B, longest + T, K, D)
-        v_all = write_rows(self.store[layer], "v", v, self._lengths, self.capacity)      # (B, longest + T, K, Dv)
-        return k_all, v_all, self.lengths + k.shape[1]
+        kept = [(name, x if x is None or self.dtype is None else x.to(self.dtype)) for name, x in (("k", k), ("v", v))]
+        k_all, v_all = (write_rows(self.store[layer], name, x, self._lengths, self.capacity) for name, x in kept)
+        # (B, longest + T, K, D), (B, longest + T, K, Dv); what is kept in another dtype is read in the query's
+        return k_all.to(k.dtype), v_all if v is None else v_all.to(v.dtype), self.lengths + k.shape[1]
 
 # %% ../../nbs/05_architecture/07_kv_cache.ipynb #bdb32b7d
 @patch

@@ -54,10 +54,10 @@ def shared(held: list[int], prompt: list[int]) -> int:
 class Remembering(Batch):
     "A batch of one text that begins where an earlier one went the same way."
     memory: Memory
-    def __init__(self, decoder: Decoder, prompts, *, cache: Cache | None = None, **settings):
+    def __init__(self, decoder: Decoder, prompts, *, cache: Cache | dict | None = None, **settings):
         super().__init__(decoder, prompts, cache=cache, **settings)
         kinds = {rope.rope.get("rope_type", "default") for rope in decoder.ropes.values()}
-        self.alone = cache is None and len(self.rows) == 1 and not kinds & {"dynamic", "longrope"}
+        self.alone = not isinstance(cache, Cache) and len(self.rows) == 1 and not kinds & {"dynamic", "longrope"}
         self.alone &= not isinstance(self.cache, StaticCache)
         found = self.memory.take(decoder, self.rows[0].prompt) if self.alone else None
         if found is not None:

@@ -116,11 +116,13 @@ class Batch:
                  eos_ids: Sequence[int] = (),              # tokens that end a row
                  seed: int | None = None,                  # row i draws with seed + i, whatever its neighbours are
                  mask: Callable[[list[Row], Tensor], Tensor] | None = None,   # (rows, logits) -> logits to choose from
-                 cache: Cache | None = None):              # an empty cache; None: decoder.new_cache()
+                 cache: Cache | dict | None = None):       # an empty cache, or options of `decoder.new_cache`
         config, device = decoder.config, decoder.device
         prompts = check_prompts(prompts, max_new_tokens, config.max_position_embeddings, config.vocab_size)
         sampler.check_rows(len(prompts))
-        if cache is None: cache = decoder.new_cache(context=[len(prompt) + max_new_tokens for prompt in prompts])
+        if not isinstance(cache, Cache):
+            lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+            cache = decoder.new_cache(context=lengths, **(cache or {}))
         self.decoder, self.eos, self.mask = decoder, set(wholes("an end token", eos_ids, 0)), mask
         self.rows = [Row(prompt, max_new_tokens) for prompt in prompts]    # all of them, those that are over too
         self.standing = list(self.rows)                                    # those in the batch; what follows is theirs
@@ -345,6 +347,7 @@ class LM:
     card: ModelCard
     batches: type[Batch] = field(default=Batch, repr=False)    # who decides the tokens: `Batch`, or a subclass
     name: str = field(default="llm_workbench", repr=False)     # in comparisons with other programs
+    cache: dict = field(default_factory=dict, repr=False)      # options of `decoder.new_cache` for what is written
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         "The ids of a prompt as it stands, special tokens in it included; ids stay what they are."
@@ -365,7 +368,7 @@ def batch(self: LM,
     "Rows to be written by this model, up to its end tokens. Bad input raises here, before the first step."
     sampler = Sampler(**{"temperature": 0.0, **sampling})
     return self.batches(self.decoder, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, mask=mask,
-                        eos_ids=self.tokenizer.eos_ids if stop_at_eos else ())
+                        eos_ids=self.tokenizer.eos_ids if stop_at_eos else (), cache=self.cache)
 
 @patch
 def texts(self: LM,

@@ -233,40 +233,41 @@ static inline float exponential(float x) {                         // expf, in a
   x = x < -87 ? -87 : x > 88 ? 88 : x;
   float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;     // x = n ln 2 + r, |r| < 0.35
   float p = 1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * (0.0083333333f + r * 0.0013888889f)))));
-  int32_t bits = ((int32_t)n + 127) << 23;                         // 2 to the n
-  float power;
-  memcpy(&power, &bits, 4);
-  return p * power;
+  int32_t bits = ((int32_t)n + 127) << 23;
+  memcpy(&n, &bits, 4);                                            // now 2 to the n
+  return p * n;
 }
 #define BLOCK 64
-static inline __attribute__((always_inline)) void attend_any(
-    const float *restrict query, const T *restrict keys, int64_t kt, const T *restrict values, int64_t vt,
-    int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *restrict sum) {   // kt, vt: to the next
-  float total = 0, largest = -3e38f;
-  for (int64_t d = 0; d < Dv; d++) sum[d] = 0;
-  for (int64_t first = start; first < end; first += BLOCK) {
-    int64_t size = end - first < BLOCK ? end - first : BLOCK;
-    float weights[BLOCK], before = largest, part = 0;
-    for (int64_t t = 0; t < size; t++) {
-      weights[t] = dot(keys + (first + t) * kt, query, D) * scale;   // scaled last: one rounding
-      if (weights[t] > largest) largest = weights[t];
-    }
-    float correction = exponential(before - largest);
-    for (int64_t t = 0; t < size; t++) weights[t] = exponential(weights[t] - largest);
-    for (int64_t d = 0; d < Dv; d++) sum[d] *= correction;
-    for (int64_t t = 0; t < size; t++) {
-      part += weights[t];
-      for (int64_t d = 0; d < Dv; d++) sum[d] += weights[t] * load(values[(first + t) * vt + d]);
-    }
-    total = total * correction + part;
+static inline __attribute__((always_inline)) void block_any(const float *restrict query, const T *restrict keys,
+    int64_t kt, const T *restrict values, int64_t vt, int64_t size, int64_t D, int64_t Dv, float scale, float *restrict sum,
+    float *largest, float *total) {
+  float weights[BLOCK], most = *largest, part = 0;
+  for (int64_t t = 0; t < size; t++) {
+    weights[t] = dot(keys + t * kt, query, D) * scale;             // scaled last: one rounding
+    if (weights[t] > most) most = weights[t];
   }
-  for (int64_t d = 0; d < Dv; d++) sum[d] = total > 0 ? sum[d] / total : 0;
+  float correction = exponential(*largest - most);
+  for (int64_t t = 0; t < size; t++) weights[t] = exponential(weights[t] - most);
+  for (int64_t t = 0; t < size; t++) part += weights[t];
+  for (int64_t d = 0; d < Dv; d++) sum[d] *= correction;
+  for (int64_t t = 0; t < size; t++)
+    for (int64_t d = 0; d < Dv; d++) sum[d] += weights[t] * load(values[t * vt + d]);
+  *total = *total * correction + part, *largest = most;
 }
-static void attend(const float *query, const T *keys, int64_t kt, const T *values, int64_t vt,
+#define ATTEND_BLOCK(D, Dv) block_any(query, keys, kt, values, vt, size, D, Dv, scale, sum, largest, total)
+static void attend_block(const float *query, const T *keys, int64_t kt, const T *values, int64_t vt, int64_t size,
+                         int64_t D, int64_t Dv, float scale, float *sum, float *largest, float *total) {
+  if (D == 64 && Dv == 64) ATTEND_BLOCK(64, 64);                   // the compiler knows these sizes
+  else if (D == 128 && Dv == 128) ATTEND_BLOCK(128, 128); else ATTEND_BLOCK(D, Dv);
+}
+static void attend(const float *query, const T *keys, int64_t kt, const T *values, int64_t vt,  // kt, vt: to the next
                    int64_t start, int64_t end, int64_t D, int64_t Dv, float scale, float *sum) {
-  if (D == 64 && Dv == 64) attend_any(query, keys, kt, values, vt, start, end, 64, 64, scale, sum);
-  else if (D == 128 && Dv == 128) attend_any(query, keys, kt, values, vt, start, end, 128, 128, scale, sum);
-  else attend_any(query, keys, kt, values, vt, start, end, D, Dv, scale, sum);    // the compiler knows the sizes above
+  float total = 0, largest = -3e38f;
+  memset(sum, 0, Dv * sizeof *sum);
+  for (int64_t t = start; t < end; t += BLOCK)
+    attend_block(query, keys + t * kt, kt, values + t * vt, vt, end - t < BLOCK ? end - t : BLOCK, D, Dv, scale, sum,
+                 &largest, &total);
+  for (int64_t d = 0; d < Dv; d++) sum[d] = total > 0 ? sum[d] / total : 0;
 }
 """
 
