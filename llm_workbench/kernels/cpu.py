@@ -239,8 +239,8 @@ static inline float exponential(float x) {                         // expf, in a
 }
 #define BLOCK 64
 static inline __attribute__((always_inline)) void block_any(const float *restrict query, const T *restrict keys,
-    int64_t kt, const T *restrict values, int64_t vt, int64_t size, int64_t D, int64_t Dv, float scale, float *restrict sum,
-    float *largest, float *total) {
+    int64_t kt, const T *restrict values, int64_t vt, int64_t size, int64_t D, int64_t Dv, float scale,
+    float *restrict sum, float *largest, float *total) {
   float weights[BLOCK], most = *largest, part = 0;
   for (int64_t t = 0; t < size; t++) {
     weights[t] = dot(keys + t * kt, query, D) * scale;             // scaled last: one rounding
