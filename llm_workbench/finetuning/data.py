@@ -7,7 +7,7 @@ __all__ = ['IGNORE', 'LOSSES', 'DATA', 'STRATEGIES', 'ROLES', 'Example', 'exampl
            'truncated', 'pack', 'batch_at', 'batches', 'read_jsonl', 'instructions', 'problems', 'quality', 'shingles',
            'jaccard', 'minhash', 'near_duplicates', 'leaks']
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #bee729d3
+# %% ../../nbs/10_finetuning/01_data.ipynb #024ba852
 import bisect
 import copy
 import hashlib
@@ -35,7 +35,7 @@ from ..text.tokenizers import Tokenizer
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #d003d2df
+# %% ../../nbs/10_finetuning/01_data.ipynb #4efda78d
 IGNORE = -100   # the label of a token that is not learned: what PyTorch's cross entropy leaves out
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Example:
         "Tokens that a loss counts: nothing predicts the first one."
         return sum(label != IGNORE for label in self.labels[1:])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #b530945b
+# %% ../../nbs/10_finetuning/01_data.ipynb #847de89c
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 def _printing(template: str, marks: str) -> str:
@@ -77,7 +77,7 @@ def _by_marks(tokenizer: Tokenizer, render: Callable, messages: list[dict], turn
     skip = len(pieces(messages[:turns[0]])) // 2 if earlier else 0
     return text, list(zip(ends[::2], ends[1::2]))[skip:]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #ff1154b7
+# %% ../../nbs/10_finetuning/01_data.ipynb #3bb58d26
 def _by_prefixes(tokenizer: Tokenizer, render: Callable, messages: list[dict], turns: list[int]) -> tuple[str, list]:
     "The rendered conversation, and where these turns stand, by how it is rendered up to there."
     text, spans = render(tokenizer, messages), []
@@ -92,7 +92,7 @@ def _by_prefixes(tokenizer: Tokenizer, render: Callable, messages: list[dict], t
         spans.append((len(start), len(end)))
     return text, spans
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #3992a949
+# %% ../../nbs/10_finetuning/01_data.ipynb #e6729038
 def _common(a: Sequence, b: Sequence) -> int:
     "How many entries two lists have in common at the beginning."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -108,7 +108,7 @@ def _encoded(tokenizer: Tokenizer, text: str, spans: list[tuple[int, int]], cont
         labels[at] = ids[at]
     return Example([*begin, *ids], [*([IGNORE] * len(begin)), *labels])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #1a86b840
+# %% ../../nbs/10_finetuning/01_data.ipynb #4fa71676
 LOSSES = ("assistant", "last", "all")
 
 def example(
@@ -128,9 +128,10 @@ def example(
     find = _by_marks if _GENERATION.search(tokenizer.chat_template or "") else _by_prefixes
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not turns: raise InputError("there is no message with the role 'assistant', so nothing to learn")
-    return _encoded(tokenizer, *find(tokenizer, render, messages, turns if loss == "assistant" else turns[-1:]), control)
+    turns = turns if loss == "assistant" else turns[-1:]
+    return _encoded(tokenizer, *find(tokenizer, render, messages, turns), control)
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #b771eb35
+# %% ../../nbs/10_finetuning/01_data.ipynb #d0c2dfa9
 def completion(
     tokenizer: Tokenizer,
     prompt: str,   # plain text: special tokens in it are read as text
@@ -142,10 +143,10 @@ def completion(
     n = _common(tokenizer.encode(prompt), ids)
     return Example(ids, [*([IGNORE] * n), *ids[n:]])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #65b73f75
+# %% ../../nbs/10_finetuning/01_data.ipynb #f820c91d
 DATA = "instructions.jsonl"   # beside this module: written for this project
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #6a54e20b
+# %% ../../nbs/10_finetuning/01_data.ipynb #5dfdcd25
 @dataclass(frozen=True)
 class Rows:
     "What a training step is given."
@@ -163,7 +164,7 @@ class Rows:
         "Labels that a loss counts: label t + 1 is predicted at place t."
         return int((self.labels[:, 1:] != IGNORE).sum())
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #e329e0dd
+# %% ../../nbs/10_finetuning/01_data.ipynb #ac179e9f
 def _check_examples(examples: Sequence[Example]) -> None:
     if not examples or not all(len(e) for e in examples):
         raise InputError("a row needs at least one text, and every text at least one token")
@@ -189,7 +190,7 @@ def packed(
     return Rows(torch.tensor([[i for e in examples for i in e.ids]], device=device),
                 torch.tensor([labels], device=device), pieces=[*map(len, examples)])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #20d3b8ab
+# %% ../../nbs/10_finetuning/01_data.ipynb #d1d18399
 def _best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
     "Indices of texts, row by row: best fit decreasing, as TRL's `_pack_bfd` does it (arXiv 2404.10830)."
     rows, room, waiting = [], [], {}        # `room`: sorted free places of open rows; `waiting`: the rows of each
@@ -205,7 +206,7 @@ def _best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
             waiting[left].append(row)
     return rows
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #c2950878
+# %% ../../nbs/10_finetuning/01_data.ipynb #b6d746c3
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 def _part(e: Example, start: int, stop: int) -> Example: return Example(e.ids[start:stop], e.labels[start:stop])
@@ -222,11 +223,13 @@ def _packed_window(examples: Sequence[Example], length: int, strategy: str) -> l
     parts = [part for e in examples for part in cut(e)]
     return [[parts[i] for i in row] for row in _best_fit([*map(len, parts)], length)]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #30226ad0
+# %% ../../nbs/10_finetuning/01_data.ipynb #3a0cc862
+def _learns(e: Example) -> bool: return any(label != IGNORE for label in e.labels)
+
 def truncated(examples: Sequence[Example], length: int) -> tuple[list[Example], list[int]]:
     "Texts cut off behind `length` tokens, and the numbers of those left out because nothing to learn remained."
     cut = [_part(e, 0, length) for e in examples]
-    return [e for e in cut if e.n_learned], [i for i, e in enumerate(cut) if not e.n_learned]
+    return [e for e in cut if _learns(e)], [i for i, e in enumerate(cut) if not _learns(e)]
 
 def pack(
     examples: Sequence[Example],
@@ -239,14 +242,14 @@ def pack(
         raise InputError(f"strategy is one of {STRATEGIES}, not {strategy!r}.{did_you_mean(strategy, STRATEGIES)}")
     if not all(isinstance(n, int) and n > 0 for n in (length, window)):
         raise InputError(f"length and window must be whole numbers of at least 1, not {length!r} and {window!r}")
-    lost = [i for i, e in enumerate(examples) if len(e) > length and e.n_learned and not _part(e, 0, length).n_learned]
+    lost = [i for i, e in enumerate(examples) if len(e) > length and _learns(e) and not _learns(_part(e, 0, length))]
     if strategy == "bfd" and lost:
         raise InputError(f"in {length} tokens nothing of the answer is left of {len(lost)} texts, first of number "
                          f"{lost[0]}: raise `length`, leave them out (`truncated`), or take strategy='bfd_split'")
     windows = (examples[i:i + window] for i in range(0, len(examples), window))
     return [row for part in windows for row in _packed_window(part, length, strategy)]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #97c6135b
+# %% ../../nbs/10_finetuning/01_data.ipynb #c6f4985c
 @lru_cache(maxsize=4)
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
     order = list(range(n))
@@ -269,7 +272,7 @@ def batches(examples: Sequence, size: int, seed: int = 0, start: int = 0) -> Ite
     "Batches without end, from step `start` on: give the number of steps done, and it goes on as if never interrupted."
     return (batch_at(examples, size, seed, step) for step in count(start))
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #261fa795
+# %% ../../nbs/10_finetuning/01_data.ipynb #ece3ff3a
 ROLES = ("system", "user", "assistant", "tool")
 
 def _no_constant(name): raise ValueError(f"{name} is not JSON")
@@ -291,7 +294,7 @@ def _fault(record: object, needs: Sequence[str]) -> str | None:
     if not isinstance(messages, list) or not messages: return "messages is not a list with something in it"
     return next((fault for i, m in enumerate(messages) if (fault := _message_fault(i, m))), None)
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #3154eeed
+# %% ../../nbs/10_finetuning/01_data.ipynb #128e697b
 def _parsed(line: bytes, needs: Sequence[str]) -> tuple[dict | None, str | None]:
     "The record of a line, or what is wrong with it."
     try: record = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
@@ -313,11 +316,11 @@ def read_jsonl(
     if damaged is not None: damaged += bad
     elif bad:
         more = [f"and {len(bad) - most} more"] if len(bad) > most else []
-        raise InputError(f"{path}: {len(bad)} of {len(parsed)} lines are damaged; repair them, or pass damaged=[] to go "
-                         "on without: " + "; ".join([f"line {n}: {fault}" for n, fault in bad[:most]] + more))
+        raise InputError(f"{path}: {len(bad)} of {len(parsed)} lines are damaged; repair them, or pass damaged=[] to "
+                         "go on without: " + "; ".join([f"line {n}: {fault}" for n, fault in bad[:most]] + more))
     return [record for _, record, fault in parsed if not fault]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #34da1b24
+# %% ../../nbs/10_finetuning/01_data.ipynb #39c15c4b
 @cache
 def _bundled() -> tuple[dict, ...]:
     with resources.as_file(resources.files("llm_workbench.finetuning").joinpath(DATA)) as path:
@@ -336,17 +339,17 @@ def instructions(
             raise InputError(f"{key} is one of {known}, not {value!r}.{did_you_mean(str(value), known)}")
     return [copy.deepcopy(r) for r in _bundled() if all(v is None or r[k] == v for k, v in wanted.items())]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #4d5b5eb1
+# %% ../../nbs/10_finetuning/01_data.ipynb #4a09e687
 def _script(text: str) -> Counter:
     "How many letters of each writing system a text has, code blocks left out."
     letters = (c for c in re.sub(r"```.*?```", "", text, flags=re.S) if c.isalpha())
     return Counter(unicodedata.name(c, "?").split()[0] for c in letters)
 
 def _mixed(question: str, answer: str) -> bool:
-    "Whether an answer of some length hardly uses the question's writing."
+    "Whether an answer of some length is in a writing that the question hardly uses."
     asked, answered = _script(question), _script(answer)
-    if not asked or answered.total() < 10: return False
-    return answered[asked.most_common(1)[0][0]] < 0.3 * answered.total()
+    if not asked or answered.total() < 20: return False
+    return asked[answered.most_common(1)[0][0]] < 0.2 * asked.total()
 
 def _cut_off(answer: str) -> bool:
     "Whether an answer looks as if its end were missing: an open code block, or a long line that ends without a mark."
@@ -358,7 +361,7 @@ def _repeats(answer: str, times: int = 3) -> str | None:
     parts = Counter(p.strip() for p in re.split(r"\n|(?<=[.!?])\s", answer) if len(p.strip()) > 3)
     return next((p for p, n in parts.items() if n >= times), None)
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #7feb51f0
+# %% ../../nbs/10_finetuning/01_data.ipynb #113ac57f
 def problems(messages: list[dict]) -> list[tuple[str, str]]:   # (problem, detail)
     "What looks wrong in a conversation; nothing where all seems well."
     found = [("role", fault) for i, m in enumerate(messages) if (fault := _message_fault(i, m))]
@@ -378,7 +381,7 @@ def problems(messages: list[dict]) -> list[tuple[str, str]]:   # (problem, detai
         if _mixed(question, answer): found.append(("language", answer[:40]))
     return found
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #0c0f7dd2
+# %% ../../nbs/10_finetuning/01_data.ipynb #2cebe024
 def quality(
     records: Sequence[dict],                # with "messages"
     tokenizer: Tokenizer | None = None,     # with `length`: also check what does not fit
@@ -391,11 +394,12 @@ def quality(
         whole = {i for i in range(len(records))} - {i for i, problem, _ in found if problem in ("role", "order")}
         for i in sorted(whole):
             e = example(tokenizer, records[i]["messages"])
-            lost = e.n_learned - _part(e, 0, length).n_learned
-            if len(e) > length: found.append((i, "too long", f"{len(e)} tokens; {lost} of {e.n_learned} learned ones lost"))
-    return pd.DataFrame(found, columns=["row", "problem", "detail"]).sort_values("row", kind="stable", ignore_index=True)
+            lost = f"{e.n_learned - _part(e, 0, length).n_learned} of {e.n_learned} learned ones"
+            if len(e) > length: found.append((i, "too long", f"{len(e)} tokens; {lost} lost"))
+    found.sort(key=lambda finding: finding[0])
+    return pd.DataFrame(found, columns=["row", "problem", "detail"])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #d2ecb0b3
+# %% ../../nbs/10_finetuning/01_data.ipynb #10f6bc97
 def shingles(text: str, n: int = 5) -> frozenset[str]:
     "All pieces of n characters of a text, without regard to case, punctuation and white space."
     kept = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text).casefold())
@@ -406,7 +410,7 @@ def jaccard(a: frozenset, b: frozenset) -> float:
     "Shared elements as a part of all."
     return len(a & b) / len(a | b) if a or b else 1.0
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #038f40e6
+# %% ../../nbs/10_finetuning/01_data.ipynb #5035b484
 def minhash(sets: Sequence[frozenset[str]], size: int = 128, seed: int = 0) -> np.ndarray:   # (N, size) uint32
     "Signatures: the share of equal entries of two rows estimates the Jaccard similarity of their sets."
     rng = np.random.default_rng(seed)
@@ -435,7 +439,7 @@ def near_duplicates(
     found = ((i, j, jaccard(sets[i], sets[j])) for i, j in sorted(candidates))
     return [pair for pair in found if pair[2] >= threshold]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #02aad514
+# %% ../../nbs/10_finetuning/01_data.ipynb #1a6f272f
 def leaks(train: Sequence[str], test: Sequence[str], threshold: float = 0.7) -> list[tuple[int, int, float]]:
     "Texts of `train` that are nearly texts of `test`: (number in train, number in test, similarity)."
     n = len(train)
