@@ -91,7 +91,7 @@ def numbers(examples): return [(e.ids, e.labels) for e in examples]
 
 @pytest.fixture(scope="module")
 def by_answers(trained):
-    bundled = [r["messages"] for r in instructions("test")]
+    bundled = [r["messages"] for r in instructions("test") if "<|" not in str(r["messages"])]   # TRL: a special token
     return TALKS + bundled, trained([{"messages": m} for m in TALKS + bundled], assistant_only_loss=True)
 
 
@@ -447,7 +447,8 @@ GOOD = json.dumps({"messages": talk("a\u2028b\u0085c", "d")}, ensure_ascii=False
 
 BAD_LINES = {
     b'{"messages": [': "not JSON", b'{"messages": []} x': "not JSON", b"[]": "not an object", b"null": "not an object",
-    b"NaN": "NaN", b'{"a": Infinity}': "Infinity", b'{"text": "x"}': "missing", GOOD.replace(b"d", b"\xff"): "not UTF-8",
+    b"NaN": "NaN",
+    b'{"a": Infinity}': "Infinity", b'{"text": "x"}': "missing", GOOD.replace(b"d", b"\xff"): "not UTF-8",
     b'{"messages": []}': "something in it", b'{"messages": "x"}': "list", b'{"messages": [1]}': "messages[0]",
     b'{"messages": [{"role": "bot", "content": "x"}]}': "'bot'", b'{"messages": [{"role": "user"}]}': "no text",
     b'{"messages": [{"role": ["user"], "content": "x"}]}': "role", b'{"messages": [{"content": "x"}]}': "role",

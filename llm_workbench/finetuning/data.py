@@ -7,7 +7,7 @@ __all__ = ['IGNORE', 'LOSSES', 'DATA', 'STRATEGIES', 'ROLES', 'Example', 'exampl
            'truncated', 'pack', 'batch_at', 'batches', 'read_jsonl', 'instructions', 'problems', 'quality', 'shingles',
            'jaccard', 'minhash', 'near_duplicates', 'leaks']
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #024ba852
+# %% ../../nbs/10_finetuning/01_data.ipynb #b266bf12
 import bisect
 import copy
 import hashlib
@@ -35,7 +35,7 @@ from ..text.tokenizers import Tokenizer
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #4efda78d
+# %% ../../nbs/10_finetuning/01_data.ipynb #d360b17b
 IGNORE = -100   # the label of a token that is not learned: what PyTorch's cross entropy leaves out
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Example:
         "Tokens that a loss counts: nothing predicts the first one."
         return sum(label != IGNORE for label in self.labels[1:])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #847de89c
+# %% ../../nbs/10_finetuning/01_data.ipynb #3fc00001
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 def _printing(template: str, marks: str) -> str:
@@ -77,7 +77,7 @@ def _by_marks(tokenizer: Tokenizer, render: Callable, messages: list[dict], turn
     skip = len(pieces(messages[:turns[0]])) // 2 if earlier else 0
     return text, list(zip(ends[::2], ends[1::2]))[skip:]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #3bb58d26
+# %% ../../nbs/10_finetuning/01_data.ipynb #7f7940a4
 def _by_prefixes(tokenizer: Tokenizer, render: Callable, messages: list[dict], turns: list[int]) -> tuple[str, list]:
     "The rendered conversation, and where these turns stand, by how it is rendered up to there."
     text, spans = render(tokenizer, messages), []
@@ -92,7 +92,7 @@ def _by_prefixes(tokenizer: Tokenizer, render: Callable, messages: list[dict], t
         spans.append((len(start), len(end)))
     return text, spans
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #e6729038
+# %% ../../nbs/10_finetuning/01_data.ipynb #b0ab287f
 def _common(a: Sequence, b: Sequence) -> int:
     "How many entries two lists have in common at the beginning."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -108,7 +108,7 @@ def _encoded(tokenizer: Tokenizer, text: str, spans: list[tuple[int, int]], cont
         labels[at] = ids[at]
     return Example([*begin, *ids], [*([IGNORE] * len(begin)), *labels])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #4fa71676
+# %% ../../nbs/10_finetuning/01_data.ipynb #3074d9f9
 LOSSES = ("assistant", "last", "all")
 
 def example(
@@ -131,7 +131,7 @@ def example(
     turns = turns if loss == "assistant" else turns[-1:]
     return _encoded(tokenizer, *find(tokenizer, render, messages, turns), control)
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #d0c2dfa9
+# %% ../../nbs/10_finetuning/01_data.ipynb #caecac28
 def completion(
     tokenizer: Tokenizer,
     prompt: str,   # plain text: special tokens in it are read as text
@@ -143,10 +143,10 @@ def completion(
     n = _common(tokenizer.encode(prompt), ids)
     return Example(ids, [*([IGNORE] * n), *ids[n:]])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #f820c91d
+# %% ../../nbs/10_finetuning/01_data.ipynb #2c54c4aa
 DATA = "instructions.jsonl"   # beside this module: written for this project
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #5dfdcd25
+# %% ../../nbs/10_finetuning/01_data.ipynb #523073f5
 @dataclass(frozen=True)
 class Rows:
     "What a training step is given."
@@ -164,7 +164,7 @@ class Rows:
         "Labels that a loss counts: label t + 1 is predicted at place t."
         return int((self.labels[:, 1:] != IGNORE).sum())
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #ac179e9f
+# %% ../../nbs/10_finetuning/01_data.ipynb #6a33b3e3
 def _check_examples(examples: Sequence[Example]) -> None:
     if not examples or not all(len(e) for e in examples):
         raise InputError("a row needs at least one text, and every text at least one token")
@@ -190,7 +190,7 @@ def packed(
     return Rows(torch.tensor([[i for e in examples for i in e.ids]], device=device),
                 torch.tensor([labels], device=device), pieces=[*map(len, examples)])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #d1d18399
+# %% ../../nbs/10_finetuning/01_data.ipynb #b9dabd57
 def _best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
     "Indices of texts, row by row: best fit decreasing, as TRL's `_pack_bfd` does it (arXiv 2404.10830)."
     rows, room, waiting = [], [], {}        # `room`: sorted free places of open rows; `waiting`: the rows of each
@@ -206,7 +206,7 @@ def _best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
             waiting[left].append(row)
     return rows
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #b6d746c3
+# %% ../../nbs/10_finetuning/01_data.ipynb #61dcc02d
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 def _part(e: Example, start: int, stop: int) -> Example: return Example(e.ids[start:stop], e.labels[start:stop])
@@ -223,7 +223,7 @@ def _packed_window(examples: Sequence[Example], length: int, strategy: str) -> l
     parts = [part for e in examples for part in cut(e)]
     return [[parts[i] for i in row] for row in _best_fit([*map(len, parts)], length)]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #3a0cc862
+# %% ../../nbs/10_finetuning/01_data.ipynb #546a7104
 def _learns(e: Example) -> bool: return any(label != IGNORE for label in e.labels)
 
 def truncated(examples: Sequence[Example], length: int) -> tuple[list[Example], list[int]]:
@@ -249,7 +249,7 @@ def pack(
     windows = (examples[i:i + window] for i in range(0, len(examples), window))
     return [row for part in windows for row in _packed_window(part, length, strategy)]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #c6f4985c
+# %% ../../nbs/10_finetuning/01_data.ipynb #80c57d7c
 @lru_cache(maxsize=4)
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
     order = list(range(n))
@@ -272,7 +272,7 @@ def batches(examples: Sequence, size: int, seed: int = 0, start: int = 0) -> Ite
     "Batches without end, from step `start` on: give the number of steps done, and it goes on as if never interrupted."
     return (batch_at(examples, size, seed, step) for step in count(start))
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #ece3ff3a
+# %% ../../nbs/10_finetuning/01_data.ipynb #53d7b8fa
 ROLES = ("system", "user", "assistant", "tool")
 
 def _no_constant(name): raise ValueError(f"{name} is not JSON")
@@ -294,7 +294,7 @@ def _fault(record: object, needs: Sequence[str]) -> str | None:
     if not isinstance(messages, list) or not messages: return "messages is not a list with something in it"
     return next((fault for i, m in enumerate(messages) if (fault := _message_fault(i, m))), None)
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #128e697b
+# %% ../../nbs/10_finetuning/01_data.ipynb #e819fc5c
 def _parsed(line: bytes, needs: Sequence[str]) -> tuple[dict | None, str | None]:
     "The record of a line, or what is wrong with it."
     try: record = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
@@ -320,7 +320,7 @@ def read_jsonl(
                          "go on without: " + "; ".join([f"line {n}: {fault}" for n, fault in bad[:most]] + more))
     return [record for _, record, fault in parsed if not fault]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #39c15c4b
+# %% ../../nbs/10_finetuning/01_data.ipynb #a342e5e9
 @cache
 def _bundled() -> tuple[dict, ...]:
     with resources.as_file(resources.files("llm_workbench.finetuning").joinpath(DATA)) as path:
@@ -339,7 +339,7 @@ def instructions(
             raise InputError(f"{key} is one of {known}, not {value!r}.{did_you_mean(str(value), known)}")
     return [copy.deepcopy(r) for r in _bundled() if all(v is None or r[k] == v for k, v in wanted.items())]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #4a09e687
+# %% ../../nbs/10_finetuning/01_data.ipynb #f81b3c41
 def _script(text: str) -> Counter:
     "How many letters of each writing system a text has, code blocks left out."
     letters = (c for c in re.sub(r"```.*?```", "", text, flags=re.S) if c.isalpha())
@@ -361,7 +361,7 @@ def _repeats(answer: str, times: int = 3) -> str | None:
     parts = Counter(p.strip() for p in re.split(r"\n|(?<=[.!?])\s", answer) if len(p.strip()) > 3)
     return next((p for p, n in parts.items() if n >= times), None)
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #113ac57f
+# %% ../../nbs/10_finetuning/01_data.ipynb #3d46354f
 def problems(messages: list[dict]) -> list[tuple[str, str]]:   # (problem, detail)
     "What looks wrong in a conversation; nothing where all seems well."
     found = [("role", fault) for i, m in enumerate(messages) if (fault := _message_fault(i, m))]
@@ -381,7 +381,7 @@ def problems(messages: list[dict]) -> list[tuple[str, str]]:   # (problem, detai
         if _mixed(question, answer): found.append(("language", answer[:40]))
     return found
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #2cebe024
+# %% ../../nbs/10_finetuning/01_data.ipynb #e17d0d37
 def quality(
     records: Sequence[dict],                # with "messages"
     tokenizer: Tokenizer | None = None,     # with `length`: also check what does not fit
@@ -399,7 +399,7 @@ def quality(
     found.sort(key=lambda finding: finding[0])
     return pd.DataFrame(found, columns=["row", "problem", "detail"])
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #10f6bc97
+# %% ../../nbs/10_finetuning/01_data.ipynb #e9fdf9b6
 def shingles(text: str, n: int = 5) -> frozenset[str]:
     "All pieces of n characters of a text, without regard to case, punctuation and white space."
     kept = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text).casefold())
@@ -410,7 +410,7 @@ def jaccard(a: frozenset, b: frozenset) -> float:
     "Shared elements as a part of all."
     return len(a & b) / len(a | b) if a or b else 1.0
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #5035b484
+# %% ../../nbs/10_finetuning/01_data.ipynb #42298ade
 def minhash(sets: Sequence[frozenset[str]], size: int = 128, seed: int = 0) -> np.ndarray:   # (N, size) uint32
     "Signatures: the share of equal entries of two rows estimates the Jaccard similarity of their sets."
     rng = np.random.default_rng(seed)
@@ -439,7 +439,7 @@ def near_duplicates(
     found = ((i, j, jaccard(sets[i], sets[j])) for i, j in sorted(candidates))
     return [pair for pair in found if pair[2] >= threshold]
 
-# %% ../../nbs/10_finetuning/01_data.ipynb #1a6f272f
+# %% ../../nbs/10_finetuning/01_data.ipynb #261d8211
 def leaks(train: Sequence[str], test: Sequence[str], threshold: float = 0.7) -> list[tuple[int, int, float]]:
     "Texts of `train` that are nearly texts of `test`: (number in train, number in test, similarity)."
     n = len(train)
