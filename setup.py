@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=f">={cfg['min_python']},<3.14",
     packages=find_packages(include=["llm_workbench", "llm_workbench.*"]),
-    package_data={"llm_workbench.landscape": ["models.json"]},
+    package_data={"llm_workbench.landscape": ["models.json"], "llm_workbench.finetuning": ["instructions.jsonl"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -15,7 +15,8 @@ MAY_IMPORT = dict(
     landscape={"hardware", "files", "families"}, hardware=set(), files=set(), text={"files"}, architecture={"hardware"},
     families={"files", "text", "architecture"}, inference={"architecture", "families", "files", "text"},
     quantization={"architecture", "families", "files"}, kernels={"architecture", "quantization", "hardware"},
-    finetuning={"inference", "quantization"}, serving={"inference", "quantization"},
+    finetuning={"architecture", "families", "files", "hardware", "inference", "quantization", "text"},
+    serving={"inference", "quantization"},
     operations={"inference", "serving"})
 
 

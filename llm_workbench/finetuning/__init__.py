@@ -1,0 +1,1 @@
+"From data to adapters: training open models."
