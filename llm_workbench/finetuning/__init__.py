@@ -1,0 +1,1 @@
+"Training: data, adapters, supervised, preferences, rewards, distillation, merging, tracking."
