@@ -106,7 +106,7 @@ def paired(pairs: Sequence[tuple[Example, Example]],
             raise InputError(f"the two texts of pair {i} have different prompts: only answers to one prompt compare")
     if reference is not None:
         if reference.shape != (len(pairs), 2):
-            raise InputError(f"reference has the shape {tuple(reference.shape)}: give ({len(pairs)}, 2), a row for each pair")
+            raise InputError(f"reference has the shape {tuple(reference.shape)}: give ({len(pairs)}, 2), a row a pair")
         reference = reference.T.flatten().to(device)
     return Pairs(padded([c for c, _ in pairs] + [r for _, r in pairs], device), reference)
 
@@ -178,7 +178,7 @@ KINDS: dict[str, Kind] = {
 
 # %% ../../nbs/10_finetuning/05_preferences.ipynb #b9a9869d
 def _checked(beta: float, **values: Tensor) -> list[Tensor]:
-    "The log-probabilities, at least in float32. Raises InputError for what cannot be one, and for a beta of 0 and less."
+    "The log-probabilities, at least in float32. Raises InputError for what cannot be one, and for a beta <= 0."
     if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
         raise InputError(f"beta is {beta!r}: give a number above 0, 0.1 is usual")
     shapes = {name: tuple(v.shape) for name, v in values.items()}
@@ -339,7 +339,7 @@ def preference_loss(
     pairs: Pairs,
     kind: str = "sigmoid",               # a key of KINDS, or orpo, cpo, simpo
     reference: Decoder | None = None,    # where `pairs` has no values of it; None: not needed
-    **options,                           # of the loss: beta, label_smoothing, alpha, gamma ...
+    **options,                           # of the loss: beta, label_smoothing, alpha, gamma ...; of orpo also whole
 ) -> tuple[Tensor, int]:                 # sum of the losses, number of pairs
     "The loss of a step on pairs. Raises InputError, and UnsupportedError for an unknown kind."
     if kind not in KINDS and kind not in FREE:
@@ -358,12 +358,15 @@ def preference_loss(
     return losses.sum(), n
 
 def _orpo_step(decoder, rows, n, options):
-    "ORPO's supervised loss is on the whole of the chosen texts, prompt included."
+    "ORPO's supervised loss is on the whole of the chosen texts, prompt included, as trl has it; or on the answers."
+    options = dict(options)
+    whole = options.pop("whole", True)
     real = torch.arange(rows.tokens.shape[1], device=rows.tokens.device) < torch.tensor(
         rows.counts, device=rows.tokens.device)[:, None]                                  # (2B, T)
     chosen = (torch.arange(2 * n, device=real.device) < n)[:, None]
-    labels = torch.where(real & chosen, rows.tokens, rows.labels)
+    labels = torch.where(real & chosen, rows.tokens, rows.labels) if whole else rows.labels
     values = token_logprobs(decoder, replace(rows, labels=labels))                        # (2B, T - 1)
     answer = _targets(rows) != IGNORE
     means = (values * answer).sum(1) / answer.sum(1)
-    return orpo_loss(*means.split(n), -values[:n].sum() / real[:n, 1:].sum(), **options)
+    learned = labels[:n, 1:] != IGNORE
+    return orpo_loss(*means.split(n), -values[:n].sum() / learned.sum(), **options)
