@@ -59,10 +59,10 @@ def drawn(mask, limit, generator):
     return row
 
 
-def written(lm, mask, schema, **settings):
+def written(lm, mask, schema, most=64, **settings):
     "A text of the model, and the mask that timed it."
     timed = Timed(mask)
-    return lm.generate(f"JSON that fits {json.dumps(schema)}:\n", mask=timed, max_new_tokens=64, **settings), timed
+    return lm.generate(f"JSON that fits {json.dumps(schema)}:\n", mask=timed, max_new_tokens=most, **settings), timed
 
 
 class Peer:
@@ -136,7 +136,8 @@ def main():
                 counts["unfinished"] += row.reason != "stop"
                 counts["invalid"] += not valid(schema, text)
             torch.set_num_threads(args.threads)
-            hot = written(lm, json_schema(lm.tokenizer, schema, finish_within=60), schema, temperature=2.0, seed=3)[0]
+            mask = json_schema(lm.tokenizer, schema, finish_within=100)
+            hot = written(lm, mask, schema, most=104, temperature=2.0, seed=3)[0]
             counts["texts"] += 1
             counts["invalid"] += not valid(schema, hot.text)
         print(f"{number} of {len(schemas)}: {name}", flush=True)
