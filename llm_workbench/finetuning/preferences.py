@@ -24,13 +24,7 @@ from .data import IGNORE, Example, Rows, example, padded
 # %% ../../nbs/10_finetuning/03_preferences.ipynb #50c96c41
 CHUNK = 256     # positions whose logits exist at a time
 
-def _targets(rows: Rows) -> Tensor:  # (B, T - 1)
-    "What comes next, or IGNORE where nothing is learned; of texts that share a row, the first token follows nothing."
-    labels = rows.labels[:, 1:].clone()
-    if rows.pieces is not None:
-        starts = torch.tensor(rows.pieces, device=labels.device).cumsum(0)[:-1]
-        labels[:, starts - 1] = IGNORE
-    return labels
+def _targets(rows: Rows) -> Tensor: return rows.labels[:, 1:]   # (B, T - 1) what comes next, or IGNORE
 
 def _scores(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:  # (n, C), (n,) -> (n,)
     logits = decoder.logits(hidden)
