@@ -1,0 +1,1 @@
+"From an open model to your own."
