@@ -8,7 +8,7 @@ __all__ = ['SEVEN', 'INITS', 'CONFIG', 'WEIGHTS', 'FOREIGN', 'STARTS', 'LoRAConf
            'without', 'product_of', 'plain_config', 'shortest', 'settings_of', 'save_adapter', 'exchange',
            'read_settings', 'meant', 'by_module', 'check_adapter', 'load_adapter', 'gguf_tensors', 'write_gguf_adapter']
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #ab733a58
+# %% ../../nbs/10_finetuning/02_lora.ipynb #d8c19b39
 import ctypes
 import json
 import math
@@ -35,7 +35,7 @@ from ..files.safetensors import SafetensorsFile, map_file, read_json, replace_fi
 from ..quantization.formats import Format, PackedMatrix, PackedStack, format_of, hold, shape_of
 from ..quantization.gguf_sizes import gguf_entries
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #48a3df09
+# %% ../../nbs/10_finetuning/02_lora.ipynb #4930eca0
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITS = ("default", "gaussian", "pissa")
 
@@ -48,13 +48,14 @@ class LoRAConfig:
     dropout: float = 0.0                # share of A's inputs that training leaves out
     rslora: bool = False                # scale alpha / sqrt(r) (arXiv 2312.03732)
     dora: bool = False                  # train the lengths of rows apart from their directions (arXiv 2402.09353)
-    init: str = "default"               # A uniform; "gaussian": normal; "pissa": the largest directions (arXiv 2404.02948)
+    init: str = "default"               # A uniform; "gaussian": normal; "pissa": the largest directions (2404.02948)
 
     def __post_init__(self):
         number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise InputError(f"r is {self.r!r}: give a whole number from 1 on")
-        if not number(self.alpha) or self.alpha <= 0: raise InputError(f"alpha is {self.alpha!r}: give a number above 0")
+        if not number(self.alpha) or self.alpha <= 0:
+            raise InputError(f"alpha is {self.alpha!r}: give a number above 0")
         if not number(self.dropout) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}: give a share from 0 to below 1")
         if self.init not in INITS:
@@ -66,7 +67,7 @@ class LoRAConfig:
     @property
     def scale(self) -> float: return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #a00e1e51
+# %% ../../nbs/10_finetuning/02_lora.ipynb #c0689adc
 def start_of(
     base: Matrix,
     config: LoRAConfig,
@@ -84,7 +85,7 @@ def start_of(
     else: A.uniform_(-ins**-0.5, ins**-0.5, generator=generator)
     return A.to(base.device), torch.zeros(outs, r, device=base.device)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #f7e320c0
+# %% ../../nbs/10_finetuning/02_lora.ipynb #b838adb0
 class Adapted(Matrix):
     "A frozen matrix and a trained change of low rank, added when it is asked. Results have the dtype of the base's."
     def __init__(self, base: Matrix, config: LoRAConfig, A: Tensor, B: Tensor):      # A (r, in), B (out, r)
@@ -118,21 +119,21 @@ class Adapted(Matrix):
         "DoRA: what rows of the sum are multiplied by. Their norm counts as a constant (arXiv 2402.09353, 4.3)."
         return self.magnitude[rows] / total.detach().norm(dim=-1)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #ed92e657
+# %% ../../nbs/10_finetuning/02_lora.ipynb #cdbd9b4c
 @patch
 def forward(self: Adapted, x: Tensor, ops) -> Tensor:                                # (..., in) -> (..., out)
     "The base's product, and that of the change."
     out, x = self.base(x, ops), x.to(self.A.dtype)
     drops = self.training and self.config.dropout > 0
     dropped = F.dropout(x, self.config.dropout) if drops else x
-    more = ops.linear(ops.linear(dropped, self.A), self.B) * self.config.scale
-    if self.B0 is not None: more = more - ops.linear(ops.linear(x, self.A0), self.B0) * self.config.scale
-    if self.magnitude is None: return (out + more).to(out.dtype)
+    low = ops.linear(ops.linear(dropped, self.A), self.B)
+    if self.B0 is not None: low = low - ops.linear(ops.linear(x, self.A0), self.B0)
+    if self.magnitude is None: return (out + low * self.config.scale).to(out.dtype)
     base = self.base.dense(x.dtype)
     with torch.no_grad(): total = self.summed(base)
     factor, plain = self.factors(total), out if self.bias is None else out - self.bias
     if drops: plain = ops.linear(dropped, base)                           # as peft: the base's share drops, too
-    return (out + (factor - 1) * plain + factor * more).to(out.dtype)
+    return (out + ((factor - 1) * plain + factor * low * self.config.scale)).to(out.dtype)
 
 @patch
 def dense(self: Adapted, dtype: torch.dtype | None = None) -> Tensor:                # -> (out, in)
@@ -149,7 +150,7 @@ def _finished(self: Adapted, base, dtype, rows=slice(None)):
     if self.magnitude is not None: total = total * self.factors(total, rows)[..., None]
     return total.to(dtype or self.dtype)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #7cb38456
+# %% ../../nbs/10_finetuning/02_lora.ipynb #855d443e
 def find_adapted(decoder: nn.Module) -> dict[str, Adapted]:
     "The adapted matrices of a decoder by name. Raises InputError where there are none."
     found = {name: m for name, m in decoder.named_modules() if isinstance(m, Adapted)}
@@ -198,7 +199,7 @@ def adapt(
         return Adapted(module, config, *start_of(module, config, generator)) if name in chosen else module
     return swapped(frozen(decoder), make)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #c4d65c6e
+# %% ../../nbs/10_finetuning/02_lora.ipynb #1584f6d5
 def trainable(decoder: nn.Module) -> dict[str, nn.Parameter]:
     "What learns, by name."
     return {name: p for name, p in decoder.named_parameters() if p.requires_grad}
@@ -209,7 +210,7 @@ def count(decoder: nn.Module) -> tuple[int, int]:
     every = sum(p.numel() for p in decoder.parameters()) + sum(packed)
     return sum(p.numel() for p in trainable(decoder).values()), every
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #721d7568
+# %% ../../nbs/10_finetuning/02_lora.ipynb #5dabf828
 def transformers_names(decoder: Decoder, names: Iterable[str]) -> dict[str, str | None]:
     "What transformers calls our matrices; None for those that it keeps as a part of a larger one."
     if decoder.source is None: return {name: their_name(name, {}) for name in names}
@@ -232,7 +233,7 @@ def adapter(decoder: Decoder) -> dict[str, Tensor]:     # the very tensors that 
         if module.magnitude is not None: out[f"{at}.lora_magnitude_vector"] = module.magnitude
     return out
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #bb9aedbe
+# %% ../../nbs/10_finetuning/02_lora.ipynb #a31fb4de
 def merged(
     decoder: Decoder,
     format: str | Format | None = None,    # of merged matrices; None: dense; "same": as the base of each is kept
@@ -258,7 +259,7 @@ def without(decoder: Decoder) -> Decoder:
     found = find_adapted(decoder)
     return swapped(decoder, lambda name, module: module.base if name in found else module)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #78a31545
+# %% ../../nbs/10_finetuning/02_lora.ipynb #f1d5c379
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def product_of(module: Adapted) -> tuple[Tensor, Tensor]:       # A (R, in), B (out, R)
@@ -288,7 +289,7 @@ def settings_of(decoder: Decoder, base_name: str | None) -> dict:
                 init_lora_weights=True if c.init == "default" else c.init, fan_in_fan_out=False,
                 target_modules=list(shortest((names[n] for n in found), (n for n in names.values() if n))))
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #855fdf6c
+# %% ../../nbs/10_finetuning/02_lora.ipynb #e3eb1e25
 def save_adapter(
     decoder: Decoder,
     folder: str | Path,               # made, or replaced as a whole; of its own: nothing else may be in it
@@ -332,7 +333,7 @@ def exchange(a: Path, b: Path) -> None:
     aside = a.with_suffix(".old")
     os.rename(b, aside); os.rename(a, b); os.rename(aside, a)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #faeed65a
+# %% ../../nbs/10_finetuning/02_lora.ipynb #0f967b7b
 FOREIGN = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "lora_bias",
            "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config",
            "monteclora_config", "arrow_config", "kasa_config", "fan_in_fan_out", "megatron_config")
@@ -342,7 +343,8 @@ STARTS = {True: "default", False: "default", "gaussian": "gaussian", "orthogonal
 def read_settings(settings: Mapping) -> LoRAConfig:      # adapter_config.json; targets are still the default
     "The settings of an adapter of peft. Raises UnsupportedError, CheckpointError."
     if settings.get("peft_type") != "LORA":
-        raise UnsupportedError(f"{CONFIG} is of an adapter of the kind {settings.get('peft_type')!r}: only LORA is read")
+        raise UnsupportedError(f"{CONFIG} is of an adapter of the kind {settings.get('peft_type')!r}: only LORA is "
+                               "read; merge it with peft")
     extra = [key for key in FOREIGN if settings.get(key)] + ["bias"] * (settings.get("bias", "none") != "none")
     if extra: raise UnsupportedError(f"the adapter was made with {extra[0]} = {str(settings[extra[0]])[:60]}, which is "
                                      "not read: merge it into its base with peft, and open the merged model")
@@ -350,9 +352,9 @@ def read_settings(settings: Mapping) -> LoRAConfig:      # adapter_config.json; 
     if not isinstance(init, (bool, str)) or init not in STARTS:
         raise UnsupportedError(f"init_lora_weights is {init!r}, which may have changed the base: let peft convert the "
                                "adapter (save_pretrained with path_initial_model_for_weight_conversion), or merge it")
-    try: return LoRAConfig(settings.get("r", 8), settings.get("lora_alpha", 8), dropout=settings.get("lora_dropout", 0.0),
-                           rslora=bool(settings.get("use_rslora")), dora=bool(settings.get("use_dora")),
-                           init=STARTS[init])
+    own = dict(dropout=settings.get("lora_dropout", 0.0), rslora=bool(settings.get("use_rslora")),
+               dora=bool(settings.get("use_dora")), init=STARTS[init])
+    try: return LoRAConfig(settings.get("r", 8), settings.get("lora_alpha", 8), **own)
     except InputError as e: raise CheckpointError(f"{CONFIG}: {e}; the file is damaged") from e
 
 def meant(settings: Mapping, names: Iterable[str]) -> set[str]:      # names of transformers
@@ -363,9 +365,10 @@ def meant(settings: Mapping, names: Iterable[str]) -> set[str]:      # names of 
     try:
         if isinstance(targets, str): return {n for n in names if re.fullmatch(targets, n)}
         return {n for n in names for t in targets if n == t or n.endswith("." + t)}
-    except (re.error, TypeError) as e: raise CheckpointError(f"{CONFIG}: target_modules is {str(targets)[:60]!r}: {e}") from e
+    except (re.error, TypeError) as e:
+        raise CheckpointError(f"{CONFIG}: target_modules is {str(targets)[:60]!r} ({e}): the file is damaged") from e
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #c46d8fe5
+# %% ../../nbs/10_finetuning/02_lora.ipynb #4156769f
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:(lora_A|lora_B)\.weight|(lora_magnitude_vector))")
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:     # module -> part -> name of the tensor
@@ -393,8 +396,8 @@ def check_adapter(found: dict, tensors: SafetensorsFile, settings: Mapping, conf
         for part, tensor in found[name].items():
             shape = tensors.info(tensor).shape
             if shape != shapes[part]:
-                raise CheckpointError(f"{part} of {name} has the shape {shape}; rank {r} and a matrix of {outs} x {ins} "
-                                      f"need {shapes[part]}: is it the right base, and the right {CONFIG}?")
+                raise CheckpointError(f"{part} of {name} has the shape {shape}; rank {r} and a matrix of {outs} x "
+                                      f"{ins} need {shapes[part]}: is it the right base, and the right {CONFIG}?")
             if not tensors[tensor].is_floating_point() or not tensors[tensor].isfinite().all():
                 raise CheckpointError(f"{part} of {name} holds NaN, infinity or no floats: the file is damaged")
 
@@ -405,7 +408,8 @@ def load_adapter(
     "A decoder with the adapter of a folder. Raises SourceError, CheckpointError, UnsupportedError, InputError."
     folder = Path(folder)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
-        raise SourceError(f"{folder} keeps its adapter as a pickle (adapter_model.bin): save it as safetensors with peft")
+        raise SourceError(f"{folder} keeps its adapter as a pickle (adapter_model.bin): save it again with peft, which "
+                          "writes safetensors")
     settings = read_json(map_file(folder / CONFIG)[:], CONFIG)
     config, tensors = read_settings(settings), SafetensorsFile(folder / WEIGHTS)
     matrices = {n: m for n, m in decoder.named_modules() if isinstance(m, Matrix) and not isinstance(m, Adapted)}
@@ -416,11 +420,11 @@ def load_adapter(
     with torch.no_grad():
         for name, parts in found.items():
             module = new.get_submodule(ours[name])
-            for part, tensor in parts.items():
-                dict(lora_A=module.A, lora_B=module.B, lora_magnitude_vector=module.magnitude)[part].copy_(tensors[tensor])
+            into = dict(lora_A=module.A, lora_B=module.B, lora_magnitude_vector=module.magnitude)
+            for part, tensor in parts.items(): into[part].copy_(tensors[tensor])
     return new
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #8eca1d99
+# %% ../../nbs/10_finetuning/02_lora.ipynb #a576e380
 def gguf_tensors(decoder: Decoder) -> dict[str, Tensor]:
     "The adapter by the names and in the layouts of a GGUF. Raises UnsupportedError."
     found, tensors, arch = find_adapted(decoder), {}, family_of(decoder.source["model_type"]).gguf
