@@ -57,8 +57,8 @@ def loss_of(logits): return F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS
 def by_peft(model, config, their_targets):
     init = True if config.init == "default" else config.init
     settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, target_modules=their_targets,
-                               init_lora_weights=init, lora_dropout=config.dropout, use_rslora=config.rslora, use_dora=config.dora,
-                               task_type="CAUSAL_LM")
+                               init_lora_weights=init, lora_dropout=config.dropout, use_rslora=config.rslora,
+                               use_dora=config.dora, task_type="CAUSAL_LM")
     return peft.get_peft_model(copy.deepcopy(model), settings)
 
 
@@ -72,56 +72,82 @@ def their_targets(decoder, config):
     return module.settings_of(adapt(decoder, config), None)["target_modules"]
 
 
-def check_peft(family, variant, steps=3, double=False, **changes):
-    "Outputs, gradients and steps of AdamW are peft's; the largest relative difference."
+def stepped(both, mine, them, run, steps):
+    "Train two models side by side; relative differences of outputs and gradients in the first step, and what it made."
+    optimizers, found = [torch.optim.AdamW(t.values(), lr=1e-3) for t in (mine, them)], {}
+    for step in range(steps):
+        outs = []
+        for model, optimizer in zip(both, optimizers):
+            optimizer.zero_grad()
+            torch.manual_seed(step)                          # of dropout
+            outs.append(run(model))
+        if not step:
+            found = dict(outputs=apart(*outs), gradients=max(apart(p.grad, them[n].grad) for n, p in mine.items()))
+        for optimizer in optimizers: optimizer.step()
+    return found | dict(adapter=max(apart(p.detach(), them[n].detach()) for n, p in mine.items()))
+
+
+def check_peft(family, variant, steps=3, **changes):
+    "A model's outputs, gradients and steps of AdamW are peft's."
     model = small_model(family, variant)
-    if double: model = model.double()
     base, config = Decoder.from_transformers(model), LoRAConfig(r=3, alpha=5.0, **changes)
     ours, other = adapt(base, config), by_peft(model, config, their_targets(base, config))
-    if double:
-        ours = ours.double()
-        for name, m in other.named_modules():               # peft computes the remainder of PiSSA in float32
-            if config.init == "pissa" and isinstance(m, peft.tuners.lora.Linear):
-                own = ours.get_submodule(_ours(ours, name.removeprefix("base_model.model.")))
-                m.base_layer.weight.data = own.base.dense() - config.scale * own.B0 @ own.A0
     mine, them = adapter(moved(ours)), named(other)
     assert mine.keys() == them.keys()
     with torch.no_grad():
         for name, p in mine.items(): them[name].copy_(p)
-    optimizers, found = [torch.optim.AdamW(t.values(), lr=1e-3) for t in (mine, them)], {}
     ours.train(), other.train()
-    for step in range(steps):
-        outs = []
-        for m, optimizer in zip((ours, other), optimizers):
-            optimizer.zero_grad()
-            torch.manual_seed(step)                          # of dropout
-            out = m(TOKENS) if m is ours else m(TOKENS).logits
-            loss_of(out).backward()
-            outs.append(out.detach())
-        if not step: found["outputs"], gradients = apart(*outs), [apart(p.grad, them[n].grad) for n, p in mine.items()]
-        for optimizer in optimizers: optimizer.step()
-    found["gradients"], found["adapter"] = max(gradients), max(apart(p.detach(), them[n].detach()) for n, p in mine.items())
-    limit = 1e-12 if double else 1e-6
-    most = {"gradients": 10 * limit} if changes.get("init") == "pissa" else {}       # rounding of peft's remainder
-    assert all(v <= most.get(k, limit) for k, v in found.items()), found
-    return found
+    def run(m):
+        out = m(TOKENS) if m is ours else m(TOKENS).logits
+        loss_of(out).backward()
+        return out.detach()
+    found = stepped((ours, other), mine, them, run, steps)
+    # the decoder and transformers round differently, which a gradient through three layers shows
+    assert found["outputs"] <= 2e-6 and found["gradients"] <= 1e-5 and found["adapter"] <= 1e-6, found
 
 
-def _ours(decoder, theirs):
-    names = module.transformers_names(decoder, module.find_adapted(decoder))
-    return next(ours for ours, there in names.items() if there == theirs)
+def check_matrix(dtype=torch.float64, limit=1e-12, shape=(48, 30), bias=True, steps=3, **changes):
+    "One adapted matrix is peft's, in double precision: the same formula, and no more."
+    torch.manual_seed(0)
+    inner = nn.Linear(*shape[::-1], bias)
+    base, config = Linear(*shape[::-1], bias).requires_grad_(False), LoRAConfig(r=3, alpha=5.0, **changes)
+    base.load_state_dict(inner.state_dict())
+    init = True if config.init == "default" else config.init
+    settings = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=["q_proj"], init_lora_weights=init,
+                               use_dora=config.dora, lora_dropout=config.dropout, use_rslora=config.rslora)
+    other = peft.inject_adapter_in_model(settings, nn.ModuleDict(dict(q_proj=inner))).q_proj
+    ours, other = Adapted(base, config, *start_of(base, config, torch.Generator())).to(dtype), other.to(dtype)
+    if config.init == "pissa":                               # peft keeps the remainder in float32
+        other.base_layer.weight.data = base.dense(dtype) - config.scale * ours.B0 @ ours.A0
+    mine, them = trainable(moved(ours)), named(other)
+    short = dict(lora_A="A", lora_B="B", lora_magnitude_vector="magnitude")
+    them = {short[n.split(".")[0]]: p for n, p in them.items()}
+    x = torch.randn(2, 7, shape[1], dtype=dtype)
+    with torch.no_grad():
+        for name, p in mine.items(): them[name].copy_(p)
+    ours.train(), other.train()
+    def run(m):
+        given = x.clone().requires_grad_()
+        out = m(given, REFERENCE) if m is ours else m(given)
+        out.sin().sum().backward()
+        return torch.cat([out.detach().flatten(), given.grad.flatten()])
+    found = stepped((ours, other), mine, them, run, steps)
+    assert all(v <= limit for v in found.values()), found
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family, variant", FAMILIES, ids=lambda f: str(f))
-def test_equal_to_peft(family, variant, kind):
-    check_peft(family, variant, double=True, **KINDS[kind])
+@pytest.mark.parametrize("family, variant", FAMILIES, ids=str)
+def test_models_equal_peft(family, variant, kind): check_peft(family, variant, **KINDS[kind])
 
 
-@pytest.mark.parametrize("changes", [*KINDS.values(), dict(dropout=0.3), dict(dropout=0.3, dora=True),
-                                     dict(dora=True, rslora=True, init="pissa", dropout=0.1),
-                                     dict(targets=("v_proj", "layers.1.mlp.down_proj"))], ids=str)
-def test_equal_to_peft_in_single_precision(changes): check_peft("qwen2", 0, **changes)
+MIXED = [*KINDS.values(), dict(dropout=0.3), dict(dropout=0.3, dora=True), dict(dora=True, rslora=True),
+         dict(dora=True, rslora=True, init="pissa", dropout=0.1)]
+
+@pytest.mark.parametrize("changes", MIXED, ids=str)
+def test_a_matrix_equals_peft(changes):
+    for shape, bias in (((48, 30), True), ((5, 48), False), ((3, 3), True)):
+        check_matrix(shape=shape, bias=bias, **changes)
+        check_matrix(torch.float32, 1e-6, shape, bias, **changes)
 
 
 def test_the_starts_are_peft_s():
@@ -316,11 +342,11 @@ def in_training(self, *args):
 FORWARD, DENSE, INIT = Adapted.forward, Adapted.dense, Adapted.__init__
 
 MISTAKES = {
-    "scale without the rank": (LoRAConfig, "scale", property(scaled_by_alpha), lambda: check_peft("llama", 0)),
-    "rsLoRA by the rank": (LoRAConfig, "scale", property(unstable_scale), lambda: check_peft("llama", 0, rslora=True)),
+    "scale without the rank": (LoRAConfig, "scale", property(scaled_by_alpha), lambda: check_matrix()),
+    "rsLoRA by the rank": (LoRAConfig, "scale", property(unstable_scale), lambda: check_matrix(rslora=True)),
     "A and B zero": (module, "start_of", both_zero, lambda: check_identity()),
-    "norm not detached": (Adapted, "factors", attached, lambda: check_peft("llama", 0, dora=True)),
-    "norm not detached, gradients": (Adapted, "factors", attached, lambda: check_peft("llama", 0, dora=True, steps=1)),
+    "norm not detached": (Adapted, "factors", attached, lambda: check_matrix(dora=True)),
+    "norm not detached, in a model": (Adapted, "factors", attached, lambda: check_peft("llama", 0, dora=True)),
     "dropout in eval": (Adapted, "forward", always_drops, lambda: check_eval()),
     "born in training": (Adapted, "__init__", in_training, lambda: check_eval()),
     "base learns": (module, "frozen", base_learns, lambda: check_identity()),
@@ -346,7 +372,7 @@ BAD = {
     "targets as text": (dict(targets="q_proj"), InputError), "no targets": (dict(targets=()), InputError),
     "unknown": (dict(targets=("q_porj",)), InputError),
     "embedding": (dict(targets=("embed_tokens",)), UnsupportedError),
-    "experts": (dict(targets=("down_proj", "experts.down_proj")), UnsupportedError),
+    "experts": (dict(targets=("q_proj", "experts.down_proj")), UnsupportedError),
     "rank of PiSSA": (dict(r=99, init="pissa"), InputError),
 }
 
@@ -522,7 +548,7 @@ def test_saving_is_all_or_nothing(saved, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_while_saving(saved, tmp_path):
-    "A process that saves two adapters in turn is killed at eight moments: what is there is always one of the two, whole."
+    "A process that saves two adapters in turn is killed at eight moments: what is there is one of the two, whole."
     base, folder = saved[0], tmp_path / "a"
     both = [moved(adapt(base, LoRAConfig(r=r, alpha=r, targets=("q_proj",)))) for r in (2, 5)]
     save_adapter(both[0], folder)
@@ -558,8 +584,8 @@ def check_gguf(family, variant=0, **changes):
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-GGUFS = [("llama", 0), ("llama", 1), ("qwen2", 0), ("gemma2", 0), ("granite", 0), ("smollm3", 0), ("olmo", 0), ("phi", 1),
-         ("mixtral", 0), ("qwen3", 0), ("stablelm", 0), ("cohere", 0), ("qwen2_moe", 0), ("deepseek_v2", 1)]
+GGUFS = [("llama", 0), ("llama", 1), ("qwen2", 0), ("gemma2", 0), ("granite", 0), ("smollm3", 0), ("olmo", 0),
+         ("phi", 1), ("mixtral", 0), ("qwen3", 0), ("stablelm", 0), ("cohere", 0), ("qwen2_moe", 0), ("deepseek_v2", 1)]
 
 @torch.no_grad()
 @pytest.mark.parametrize("family, variant", GGUFS, ids=str)

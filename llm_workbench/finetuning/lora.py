@@ -8,7 +8,7 @@ __all__ = ['SEVEN', 'INITS', 'CONFIG', 'WEIGHTS', 'FOREIGN', 'STARTS', 'LoRAConf
            'without', 'product_of', 'plain_config', 'shortest', 'settings_of', 'save_adapter', 'exchange',
            'read_settings', 'meant', 'by_module', 'check_adapter', 'load_adapter', 'gguf_tensors', 'write_gguf_adapter']
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #d8c19b39
+# %% ../../nbs/10_finetuning/02_lora.ipynb #7215fe81
 import ctypes
 import json
 import math
@@ -35,7 +35,7 @@ from ..files.safetensors import SafetensorsFile, map_file, read_json, replace_fi
 from ..quantization.formats import Format, PackedMatrix, PackedStack, format_of, hold, shape_of
 from ..quantization.gguf_sizes import gguf_entries
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #4930eca0
+# %% ../../nbs/10_finetuning/02_lora.ipynb #d779e17b
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITS = ("default", "gaussian", "pissa")
 
@@ -67,7 +67,7 @@ class LoRAConfig:
     @property
     def scale(self) -> float: return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #c0689adc
+# %% ../../nbs/10_finetuning/02_lora.ipynb #777546ce
 def start_of(
     base: Matrix,
     config: LoRAConfig,
@@ -85,7 +85,7 @@ def start_of(
     else: A.uniform_(-ins**-0.5, ins**-0.5, generator=generator)
     return A.to(base.device), torch.zeros(outs, r, device=base.device)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #b838adb0
+# %% ../../nbs/10_finetuning/02_lora.ipynb #5011e0e1
 class Adapted(Matrix):
     "A frozen matrix and a trained change of low rank, added when it is asked. Results have the dtype of the base's."
     def __init__(self, base: Matrix, config: LoRAConfig, A: Tensor, B: Tensor):      # A (r, in), B (out, r)
@@ -119,21 +119,26 @@ class Adapted(Matrix):
         "DoRA: what rows of the sum are multiplied by. Their norm counts as a constant (arXiv 2402.09353, 4.3)."
         return self.magnitude[rows] / total.detach().norm(dim=-1)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #cdbd9b4c
+# %% ../../nbs/10_finetuning/02_lora.ipynb #9a5120ec
 @patch
 def forward(self: Adapted, x: Tensor, ops) -> Tensor:                                # (..., in) -> (..., out)
     "The base's product, and that of the change."
-    out, x = self.base(x, ops), x.to(self.A.dtype)
-    drops = self.training and self.config.dropout > 0
-    dropped = F.dropout(x, self.config.dropout) if drops else x
+    out, x, s = self.base(x, ops), x.to(self.A.dtype), self.config.scale
+    dtype, drops = out.dtype, self.training and self.config.dropout > 0
+    dropped, out = F.dropout(x, self.config.dropout) if drops else x, self.less_start(out, x, ops)
     low = ops.linear(ops.linear(dropped, self.A), self.B)
-    if self.B0 is not None: low = low - ops.linear(ops.linear(x, self.A0), self.B0)
-    if self.magnitude is None: return (out + low * self.config.scale).to(out.dtype)
+    if self.magnitude is None: return (out + low * s).to(dtype)
     base = self.base.dense(x.dtype)
     with torch.no_grad(): total = self.summed(base)
-    factor, plain = self.factors(total), out if self.bias is None else out - self.bias
-    if drops: plain = ops.linear(dropped, base)                           # as peft: the base's share drops, too
-    return (out + ((factor - 1) * plain + factor * low * self.config.scale)).to(out.dtype)
+    if drops: plain = self.less_start(ops.linear(dropped, base), dropped, ops)       # as peft: the base drops, too
+    else: plain = out if self.bias is None else out - self.bias
+    factor = self.factors(total)
+    return (out + ((factor - 1) * plain + factor * low * s)).to(dtype)
+
+@patch
+def less_start(self: Adapted, product: Tensor, x: Tensor, ops) -> Tensor:
+    "PiSSA: a product of the base without that of the start."
+    return product if self.B0 is None else product - ops.linear(ops.linear(x, self.A0), self.B0) * self.config.scale
 
 @patch
 def dense(self: Adapted, dtype: torch.dtype | None = None) -> Tensor:                # -> (out, in)
@@ -150,7 +155,7 @@ def _finished(self: Adapted, base, dtype, rows=slice(None)):
     if self.magnitude is not None: total = total * self.factors(total, rows)[..., None]
     return total.to(dtype or self.dtype)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #855d443e
+# %% ../../nbs/10_finetuning/02_lora.ipynb #4f659a58
 def find_adapted(decoder: nn.Module) -> dict[str, Adapted]:
     "The adapted matrices of a decoder by name. Raises InputError where there are none."
     found = {name: m for name, m in decoder.named_modules() if isinstance(m, Adapted)}
@@ -165,15 +170,17 @@ def targeted(decoder: Decoder, targets: Iterable[str]) -> list[str]:
         raise UnsupportedError("the head of this model is its embedding: an adapter on one would change both; leave "
                                "lm_head out of the targets")
     for target in targets:
-        hit = [name for name in modules if name == target or name.endswith("." + target)]
+        named = [name for name in modules if name == target or name.endswith("." + target)]
+        hit = [name for name in named if isinstance(modules[name], Matrix)]
+        if named and not hit and target not in SEVEN:
+            raise UnsupportedError(f"{named[0]} is a stack of matrices, and adapters go around single ones: leave it "
+                                   "out")
         if not hit and target not in SEVEN:
             raise InputError(f"no matrix is called {target!r}."
                              f"{did_you_mean(target, {n.rpartition('.')[2] for n in modules})}")
         found |= dict.fromkeys(hit)
     if not found: raise InputError(f"this model has none of the matrices {', '.join(targets)}: name others")
     if "embed_tokens" in found: raise UnsupportedError("an adapter on the embedding is not built: leave it out")
-    if stacks := [n for n in found if isinstance(modules[n], Stack)]:
-        raise UnsupportedError(f"{stacks[0]} is a stack of matrices, and adapters go around single ones: leave it out")
     return [name for name in modules if name in found]
 
 def frozen(decoder: Decoder) -> Decoder:
@@ -199,7 +206,7 @@ def adapt(
         return Adapted(module, config, *start_of(module, config, generator)) if name in chosen else module
     return swapped(frozen(decoder), make)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #1584f6d5
+# %% ../../nbs/10_finetuning/02_lora.ipynb #7f480826
 def trainable(decoder: nn.Module) -> dict[str, nn.Parameter]:
     "What learns, by name."
     return {name: p for name, p in decoder.named_parameters() if p.requires_grad}
@@ -210,7 +217,7 @@ def count(decoder: nn.Module) -> tuple[int, int]:
     every = sum(p.numel() for p in decoder.parameters()) + sum(packed)
     return sum(p.numel() for p in trainable(decoder).values()), every
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #5dabf828
+# %% ../../nbs/10_finetuning/02_lora.ipynb #d017ba40
 def transformers_names(decoder: Decoder, names: Iterable[str]) -> dict[str, str | None]:
     "What transformers calls our matrices; None for those that it keeps as a part of a larger one."
     if decoder.source is None: return {name: their_name(name, {}) for name in names}
@@ -233,7 +240,7 @@ def adapter(decoder: Decoder) -> dict[str, Tensor]:     # the very tensors that 
         if module.magnitude is not None: out[f"{at}.lora_magnitude_vector"] = module.magnitude
     return out
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #a31fb4de
+# %% ../../nbs/10_finetuning/02_lora.ipynb #e9ba26c8
 def merged(
     decoder: Decoder,
     format: str | Format | None = None,    # of merged matrices; None: dense; "same": as the base of each is kept
@@ -259,7 +266,7 @@ def without(decoder: Decoder) -> Decoder:
     found = find_adapted(decoder)
     return swapped(decoder, lambda name, module: module.base if name in found else module)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #f1d5c379
+# %% ../../nbs/10_finetuning/02_lora.ipynb #6ffc9f52
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def product_of(module: Adapted) -> tuple[Tensor, Tensor]:       # A (R, in), B (out, R)
@@ -289,7 +296,7 @@ def settings_of(decoder: Decoder, base_name: str | None) -> dict:
                 init_lora_weights=True if c.init == "default" else c.init, fan_in_fan_out=False,
                 target_modules=list(shortest((names[n] for n in found), (n for n in names.values() if n))))
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #e3eb1e25
+# %% ../../nbs/10_finetuning/02_lora.ipynb #6d65cd54
 def save_adapter(
     decoder: Decoder,
     folder: str | Path,               # made, or replaced as a whole; of its own: nothing else may be in it
@@ -333,7 +340,7 @@ def exchange(a: Path, b: Path) -> None:
     aside = a.with_suffix(".old")
     os.rename(b, aside); os.rename(a, b); os.rename(aside, a)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #0f967b7b
+# %% ../../nbs/10_finetuning/02_lora.ipynb #d06dbdd6
 FOREIGN = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "lora_bias",
            "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config",
            "monteclora_config", "arrow_config", "kasa_config", "fan_in_fan_out", "megatron_config")
@@ -368,7 +375,7 @@ def meant(settings: Mapping, names: Iterable[str]) -> set[str]:      # names of 
     except (re.error, TypeError) as e:
         raise CheckpointError(f"{CONFIG}: target_modules is {str(targets)[:60]!r} ({e}): the file is damaged") from e
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #4156769f
+# %% ../../nbs/10_finetuning/02_lora.ipynb #b57c1daa
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:(lora_A|lora_B)\.weight|(lora_magnitude_vector))")
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:     # module -> part -> name of the tensor
@@ -424,7 +431,7 @@ def load_adapter(
             for part, tensor in parts.items(): into[part].copy_(tensors[tensor])
     return new
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #a576e380
+# %% ../../nbs/10_finetuning/02_lora.ipynb #086803e9
 def gguf_tensors(decoder: Decoder) -> dict[str, Tensor]:
     "The adapter by the names and in the layouts of a GGUF. Raises UnsupportedError."
     found, tensors, arch = find_adapted(decoder), {}, family_of(decoder.source["model_type"]).gguf
