@@ -72,24 +72,30 @@ def their_targets(decoder, config):
     return module.settings_of(adapt(decoder, config), None)["target_modules"]
 
 
+CALM = 0.3
+
+
 def stepped(both, mine, them, run, steps):
-    "Train two models side by side; relative differences of outputs and gradients in the first step, and what it made."
-    optimizers, found = [torch.optim.AdamW(t.values(), lr=1e-3) for t in (mine, them)], {}
+    """Train two models side by side; relative differences of outputs and of gradients in the first step, and of what
+    the steps made. `eps` is larger than a gradient that is nothing but rounding."""
+    optimizers, found = [torch.optim.AdamW(t.values(), lr=1e-3, eps=1e-6) for t in (mine, them)], {}
+    def all_apart(of): return apart(*(torch.cat([of(t[n]).flatten() for n in mine]) for t in (mine, them)))
     for step in range(steps):
         outs = []
         for model, optimizer in zip(both, optimizers):
             optimizer.zero_grad()
             torch.manual_seed(step)                          # of dropout
             outs.append(run(model))
-        if not step:
-            found = dict(outputs=apart(*outs), gradients=max(apart(p.grad, them[n].grad) for n, p in mine.items()))
+        if not step: found = dict(outputs=apart(*outs), gradients=all_apart(lambda p: p.grad))
         for optimizer in optimizers: optimizer.step()
-    return found | dict(adapter=max(apart(p.detach(), them[n].detach()) for n, p in mine.items()))
+    return found | dict(adapter=all_apart(lambda p: p.detach()))
 
 
 def check_peft(family, variant, steps=3, **changes):
     "A model's outputs, gradients and steps of AdamW are peft's."
     model = small_model(family, variant)
+    with torch.no_grad():                                    # calm: rounding is not what is compared here
+        for p in model.parameters(): p.mul_(CALM if p.ndim > 1 else 1)
     base, config = Decoder.from_transformers(model), LoRAConfig(r=3, alpha=5.0, **changes)
     ours, other = adapt(base, config), by_peft(model, config, their_targets(base, config))
     mine, them = adapter(moved(ours)), named(other)
@@ -102,8 +108,8 @@ def check_peft(family, variant, steps=3, **changes):
         loss_of(out).backward()
         return out.detach()
     found = stepped((ours, other), mine, them, run, steps)
-    # the decoder and transformers round differently, which a gradient through three layers shows
-    assert found["outputs"] <= 2e-6 and found["gradients"] <= 1e-5 and found["adapter"] <= 1e-6, found
+    # peft rounds the remainder of PiSSA
+    assert max(found["outputs"], found["adapter"]) <= 1e-6 and found["gradients"] <= 1e-6 * (1 + 2 * (config.init == "pissa")), found
 
 
 def check_matrix(dtype=torch.float64, limit=1e-12, shape=(48, 30), bias=True, steps=3, **changes):
@@ -213,7 +219,7 @@ def packable():
     found = []
     for name, format in FORMATS.items():
         try: format.pack(torch.randn(2, 256))
-        except UnsupportedError: continue
+        except (InputError, UnsupportedError): continue      # it needs an importance, or is only read
         found.append(name)
     return found
 
@@ -616,8 +622,8 @@ def llama_cpp_logits(path, lora=None):
     return found
 
 
-IN_LLAMA_CPP = [("llama", 0, "lora"), ("llama", 1, "pissa"), ("qwen2", 0, "rslora"), ("gemma2", 0, "lora"),
-                ("granite", 0, "rslora"), ("mixtral", 0, "pissa")]
+IN_LLAMA_CPP = [("llama", 0, "lora"), ("llama", 1, "pissa"), ("qwen2", 0, "rslora"), ("qwen3", 1, "lora"),
+                ("granite", 0, "rslora"), ("mixtral", 1, "pissa")]
 
 @pytest.mark.parametrize("family, variant, kind", IN_LLAMA_CPP, ids=str)
 @torch.no_grad()
