@@ -108,8 +108,8 @@ def check_peft(family, variant, steps=3, **changes):
         loss_of(out).backward()
         return out.detach()
     found = stepped((ours, other), mine, them, run, steps)
-    # peft rounds the remainder of PiSSA
-    assert max(found["outputs"], found["adapter"]) <= 1e-6 and found["gradients"] <= 1e-6 * (1 + 2 * (config.init == "pissa")), found
+    limit = 3e-6 if config.init == "pissa" else 1e-6         # peft rounds the remainder of PiSSA
+    assert all(v <= limit for v in found.values()), found
 
 
 def check_matrix(dtype=torch.float64, limit=1e-12, shape=(48, 30), bias=True, steps=3, **changes):
