@@ -141,8 +141,9 @@ def check_matrix(dtype=torch.float64, limit=1e-12, shape=(48, 30), bias=True, st
     assert all(v <= limit for v in found.values()), found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family, variant", FAMILIES, ids=str)
+CASES = [(*f, kind) for f in FAMILIES for kind in KINDS if f[0] in ("llama", "mixtral") or kind in ("lora", "dora")]
+
+@pytest.mark.parametrize("family, variant, kind", CASES, ids=str)
 def test_models_equal_peft(family, variant, kind): check_peft(family, variant, **KINDS[kind])
 
 
@@ -218,6 +219,7 @@ def test_dropout_is_for_training(kind): check_eval(**KINDS[kind])
 def packable():
     found = []
     for name, format in FORMATS.items():
+        if name.startswith(("iq1", "iq2")): continue         # the library takes ten seconds to make their tables
         try: format.pack(torch.randn(2, 256))
         except (InputError, UnsupportedError): continue      # it needs an importance, or is only read
         found.append(name)
@@ -227,8 +229,9 @@ def packable():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_pass_through_every_format(kind, bias):
+    torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
-    dense, x = Linear(256, 8, bias).requires_grad_(False), torch.randn(3, 256, generator=g)
+    dense, x, to = Linear(256, 8, bias).requires_grad_(False), torch.randn(3, 256), torch.randn(3, 8)
     if bias: dense.bias.normal_(generator=g)
     for name in packable():
         base = hold(dense, FORMATS[name].pack(dense.dense()), torch.float32)
@@ -238,7 +241,7 @@ def test_gradients_pass_through_every_format(kind, bias):
         for weight in (None, matrix.dense().detach()):
             inner = x.clone().requires_grad_()
             out = matrix(inner, REFERENCE) if weight is None else F.linear(inner, weight, dense.bias)
-            out.sin().sum().backward()
+            (out * to).sum().backward()
             found.append((out.detach(), inner.grad))
         assert apart(found[0][0], found[1][0]) < 1e-5 and apart(found[0][1], found[1][1]) < 1e-5, name
         ids = torch.tensor([[3, 0], [7, 3]])
@@ -404,8 +407,9 @@ def test_tied_heads_adapters_on_adapters_and_packing_over_them():
 
 # ---- files
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family, variant", [("llama", 1), ("phi", 1), ("mixtral", 0)], ids=str)
+FILES = [("llama", 1, kind) for kind in KINDS] + [("phi", 1, "dora"), ("phi", 1, "pissa"), ("mixtral", 0, "rslora")]
+
+@pytest.mark.parametrize("family, variant, kind", FILES, ids=str)
 def test_files_go_both_ways(family, variant, kind, tmp_path):
     model = small_model(family, variant)
     base, config = Decoder.from_transformers(model), LoRAConfig(r=3, alpha=5.0, dropout=0.1, **KINDS[kind])

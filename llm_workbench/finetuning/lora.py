@@ -8,7 +8,7 @@ __all__ = ['SEVEN', 'INITS', 'CONFIG', 'WEIGHTS', 'FOREIGN', 'STARTS', 'LoRAConf
            'without', 'product_of', 'plain_config', 'shortest', 'settings_of', 'save_adapter', 'exchange',
            'read_settings', 'meant', 'by_module', 'check_adapter', 'load_adapter', 'gguf_tensors', 'write_gguf_adapter']
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #1ce67d7d
+# %% ../../nbs/10_finetuning/02_lora.ipynb #32f6c499
 import ctypes
 import json
 import math
@@ -35,7 +35,7 @@ from ..files.safetensors import SafetensorsFile, map_file, read_json, replace_fi
 from ..quantization.formats import Format, PackedMatrix, PackedStack, format_of, hold, shape_of
 from ..quantization.gguf_sizes import gguf_entries
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #a0cc1e4a
+# %% ../../nbs/10_finetuning/02_lora.ipynb #f8b419f2
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITS = ("default", "gaussian", "pissa")
 
@@ -67,7 +67,7 @@ class LoRAConfig:
     @property
     def scale(self) -> float: return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #8f684875
+# %% ../../nbs/10_finetuning/02_lora.ipynb #0417a05f
 def start_of(
     base: Matrix,
     config: LoRAConfig,
@@ -85,7 +85,7 @@ def start_of(
     else: A.uniform_(-ins**-0.5, ins**-0.5, generator=generator)
     return A.to(base.device), torch.zeros(outs, r, device=base.device)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #06d05c4a
+# %% ../../nbs/10_finetuning/02_lora.ipynb #0f0c9df8
 class Adapted(Matrix):
     "A frozen matrix and a trained change of low rank, added when it is asked. Results have the dtype of the base's."
     def __init__(self, base: Matrix, config: LoRAConfig, A: Tensor, B: Tensor):      # A (r, in), B (out, r)
@@ -119,7 +119,7 @@ class Adapted(Matrix):
         "DoRA: what rows of the sum are multiplied by. Their norm counts as a constant (arXiv 2402.09353, 4.3)."
         return self.magnitude[rows] / total.detach().norm(dim=-1)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #b877b174
+# %% ../../nbs/10_finetuning/02_lora.ipynb #809b7c1f
 @patch
 def forward(self: Adapted, x: Tensor, ops) -> Tensor:                                # (..., in) -> (..., out)
     "The base's product, and that of the change."
@@ -155,7 +155,7 @@ def _finished(self: Adapted, base, dtype, rows=slice(None)):
     if self.magnitude is not None: total = total * self.factors(total, rows)[..., None]
     return total.to(dtype or self.dtype)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #3afeb7cf
+# %% ../../nbs/10_finetuning/02_lora.ipynb #8637bd68
 def find_adapted(decoder: nn.Module) -> dict[str, Adapted]:
     "The adapted matrices of a decoder by name. Raises InputError where there are none."
     found = {name: m for name, m in decoder.named_modules() if isinstance(m, Adapted)}
@@ -206,7 +206,7 @@ def adapt(
         return Adapted(module, config, *start_of(module, config, generator)) if name in chosen else module
     return swapped(frozen(decoder), make)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #7481f749
+# %% ../../nbs/10_finetuning/02_lora.ipynb #bb7d57ae
 def trainable(decoder: nn.Module) -> dict[str, nn.Parameter]:
     "What learns, by name."
     return {name: p for name, p in decoder.named_parameters() if p.requires_grad}
@@ -217,7 +217,7 @@ def count(decoder: nn.Module) -> tuple[int, int]:
     every = sum(p.numel() for p in decoder.parameters()) + sum(packed)
     return sum(p.numel() for p in trainable(decoder).values()), every
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #06b9d2d0
+# %% ../../nbs/10_finetuning/02_lora.ipynb #7c7ae3b5
 def transformers_names(decoder: Decoder, names: Iterable[str]) -> dict[str, str | None]:
     "What transformers calls our matrices; None for those that it keeps as a part of a larger one."
     if decoder.source is None: return {name: their_name(name, {}) for name in names}
@@ -240,7 +240,7 @@ def adapter(decoder: Decoder) -> dict[str, Tensor]:     # the very tensors that 
         if module.magnitude is not None: out[f"{at}.lora_magnitude_vector"] = module.magnitude
     return out
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #ec72bb8f
+# %% ../../nbs/10_finetuning/02_lora.ipynb #b4b2d168
 def merged(
     decoder: Decoder,
     format: str | Format | None = None,    # of merged matrices; None: dense; "same": as the base of each is kept
@@ -266,7 +266,7 @@ def without(decoder: Decoder) -> Decoder:
     found = find_adapted(decoder)
     return swapped(decoder, lambda name, module: module.base if name in found else module)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #f6a9f490
+# %% ../../nbs/10_finetuning/02_lora.ipynb #157bcdf4
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def product_of(module: Adapted) -> tuple[Tensor, Tensor]:       # A (R, in), B (out, R)
@@ -296,7 +296,7 @@ def settings_of(decoder: Decoder, base_name: str | None) -> dict:
                 init_lora_weights=True if c.init == "default" else c.init, fan_in_fan_out=False,
                 target_modules=list(shortest((names[n] for n in found), (n for n in names.values() if n))))
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #b55bafbf
+# %% ../../nbs/10_finetuning/02_lora.ipynb #8c708674
 def save_adapter(
     decoder: Decoder,
     folder: str | Path,               # made, or replaced as a whole; of its own: nothing else may be in it
@@ -340,7 +340,7 @@ def exchange(a: Path, b: Path) -> None:
     aside = a.with_suffix(".old")
     os.rename(b, aside); os.rename(a, b); os.rename(aside, a)
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #036ee86f
+# %% ../../nbs/10_finetuning/02_lora.ipynb #2f2e267d
 FOREIGN = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "lora_bias",
            "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config",
            "monteclora_config", "arrow_config", "kasa_config", "fan_in_fan_out", "megatron_config")
@@ -375,7 +375,7 @@ def meant(settings: Mapping, names: Iterable[str]) -> set[str]:      # names of 
     except (re.error, TypeError) as e:
         raise CheckpointError(f"{CONFIG}: target_modules is {str(targets)[:60]!r} ({e}): the file is damaged") from e
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #09a5ba04
+# %% ../../nbs/10_finetuning/02_lora.ipynb #e24ddfbc
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:(lora_A|lora_B)\.weight|(lora_magnitude_vector))")
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:     # module -> part -> name of the tensor
@@ -431,7 +431,7 @@ def load_adapter(
             for part, tensor in parts.items(): into[part].copy_(tensors[tensor])
     return new
 
-# %% ../../nbs/10_finetuning/02_lora.ipynb #07ecf668
+# %% ../../nbs/10_finetuning/02_lora.ipynb #952c5345
 def gguf_tensors(decoder: Decoder) -> dict[str, Tensor]:
     "The adapter by the names and in the layouts of a GGUF. Raises UnsupportedError."
     found, tensors, arch = find_adapted(decoder), {}, family_of(decoder.source["model_type"]).gguf
