@@ -1,0 +1,1 @@
+"Training further: data, adapters, preferences, merging."
