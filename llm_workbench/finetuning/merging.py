@@ -9,7 +9,7 @@ __all__ = ['FLOATS', 'VECTORS', 'METHODS', 'ADAPTERS', 'wide', 'weighted_sum', '
            'task_arithmetic', 'ties', 'dare', 'check_config', 'check_plain', 'merge_models', 'read_tensor', 'layout',
            'check_folders', 'merge_files', 'partner', 'factors_of', 'padded', 'shortest', 'merge_adapters']
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #89c97e81
+# %% ../../nbs/10_finetuning/08_merging.ipynb #3b481ca7
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,7 +29,7 @@ from ..files.safetensors import (DTYPES, SafetensorsFile, ShardedSafetensors, Te
                                              map_file, open_safetensors, read_json, replace_file, tensor_at,
                                              tensor_bytes)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #eb7bc0ad
+# %% ../../nbs/10_finetuning/08_merging.ipynb #926c4924
 def wide(t: Tensor) -> Tensor:
     "In float32, or float64 if it is that already."
     return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -53,7 +53,7 @@ def filled(
     new.source = decoder.source
     return new.eval().requires_grad_(False)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #e2d607f7
+# %% ../../nbs/10_finetuning/08_merging.ipynb #9ec5cd4b
 def turned(
     a: Tensor,
     b: Tensor,               # like a
@@ -73,7 +73,7 @@ def turned(
     first, second = first.where(~no_arc, first.new_tensor(1 - t)), second.where(~no_arc, second.new_tensor(t))
     return (first * a + second * b).reshape(shape)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #a03ad3ec
+# %% ../../nbs/10_finetuning/08_merging.ipynb #81669862
 def task_vector(
     model: Mapping[str, Tensor],
     base: Mapping[str, Tensor],       # what it was trained from
@@ -91,7 +91,7 @@ def cosines(
     size = gram.diagonal().sqrt().clamp(min=torch.finfo(gram.dtype).tiny)
     return gram / size / size[:, None]
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #e02fb5ca
+# %% ../../nbs/10_finetuning/08_merging.ipynb #3eb6f7e6
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)    # numbers that may be added up
 
 def _kinds(model: Mapping) -> dict[str, tuple]:
@@ -128,7 +128,7 @@ def _check_kind(name, want, have, first, label):
     if want[1] != have[1]:
         raise InputError(f"{name} is {have[1]} in {label} and {want[1]} in {first}: convert the models to one dtype")
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #6244daf9
+# %% ../../nbs/10_finetuning/08_merging.ipynb #c5db96c6
 def trimmed(
     delta: Tensor,      # any shape
     density: float,     # share of numbers to keep, (0, 1]
@@ -156,7 +156,7 @@ def disjoint_mean(
     "The sum of the weighted numbers that agree, divided by how many they are."
     return weighted_sum([d * a for d, a in zip(deltas, agree)], weights) / agree.sum(0).clamp(min=1)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #b8e0640a
+# %% ../../nbs/10_finetuning/08_merging.ipynb #19324c74
 def dropped(
     delta: Tensor,                                  # any shape
     density: float,                                 # probability to be kept, (0, 1]
@@ -167,7 +167,7 @@ def dropped(
     kept = torch.bernoulli(torch.full_like(delta, density), generator=generator)
     return delta * kept / density
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #aea70d92
+# %% ../../nbs/10_finetuning/08_merging.ipynb #44e5c03b
 VECTORS = {"task_arithmetic": ("", False), "magnitude_prune": ("size", False), "ties": ("size", True),
            "dare_linear": ("chance", False), "dare_ties": ("chance", True)}     # how to prune, whether to elect a sign
 METHODS = ("linear", "slerp", *VECTORS)
@@ -188,7 +188,7 @@ def combined(
     deltas = torch.stack(list(deltas))
     return disjoint_mean(deltas, agreeing(deltas, elect), weights)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #caf2e7d4
+# %% ../../nbs/10_finetuning/08_merging.ipynb #cbfb3be4
 @dataclass(frozen=True)
 class Recipe:
     "A method with its settings, applied to one tensor after another."
@@ -221,7 +221,7 @@ def generator_for(seed: int | torch.Generator, name: str, device: torch.device |
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #f6bedeed
+# %% ../../nbs/10_finetuning/08_merging.ipynb #c6d195b7
 def weights_of(
     weights: float | Sequence[float] | None,   # one for all, or one for each; None: `default`
     n: int,                                    # models
@@ -273,7 +273,7 @@ def check_options(how: str, prunes: bool, density, elect, seed) -> None:
     if not isinstance(seed, (int, torch.Generator)):
         raise InputError(f"seed={seed!r}: give a whole number or a generator")
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #4c6a9752
+# %% ../../nbs/10_finetuning/08_merging.ipynb #13f009ad
 def merge(
     models: Sequence[Mapping[str, Tensor]],        # tensors by name
     how: str = "linear",                           # one of `METHODS`
@@ -312,7 +312,7 @@ def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:   # label ->
             raise UnsupportedError(f"{name} is {t.dtype} and differs between the models: packed numbers cannot be "
                                    "mixed, dequantize the models first")
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #d780f560
+# %% ../../nbs/10_finetuning/08_merging.ipynb #326c437d
 def linear(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     "The weighted mean (model soups, arXiv 2203.05482). Errors as `merge`."
     return merge(models, "linear", weights)
@@ -339,7 +339,7 @@ def dare(base: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]], den
     "Drop and rescale, then the sum, or with a vote as TIES has it (arXiv 2311.03099). Errors as `merge`."
     return merge(models, "dare_ties" if vote else "dare_linear", weights, base, density=density, seed=seed)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #3e56f147
+# %% ../../nbs/10_finetuning/08_merging.ipynb #d086cf8f
 def check_config(configs: Mapping[str, ModelConfig]) -> None:   # label -> configuration
     "Raise InputError, naming the field, unless all compute the same thing; the context may differ."
     (first, want), *others = configs.items()
@@ -376,7 +376,7 @@ def merge_models(
     models, start = split({label: named_tensors(d) for label, d in every.items()}, base)
     return filled(decoders[0], merge(models, how, weights, start, **options))
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #25304f5d
+# %% ../../nbs/10_finetuning/08_merging.ipynb #370e3e68
 def read_tensor(reader: SafetensorsFile | ShardedSafetensors, name: str) -> Tensor:
     "One tensor in memory of its own, not mapped: it can be forgotten. Raises CheckpointError (the file was cut)."
     file = reader.shard(name) if isinstance(reader, ShardedSafetensors) else reader
@@ -396,7 +396,7 @@ def layout(reader: Mapping) -> dict[str, TensorInfo]:
         position = infos[name].stop
     return infos
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #6d724a3e
+# %% ../../nbs/10_finetuning/08_merging.ipynb #f31e1ce1
 def _known(folder: Path, file: str, read):
     "What `read` makes of a JSON file of a folder; None where there is none."
     if not (folder / file).is_file(): return None
@@ -422,7 +422,7 @@ def check_folders(paths: Mapping[str, str | Path]) -> None:   # label -> file or
         if have != want: raise InputError(f"the vocabularies of {label} and {first} differ (tokenizer.json): rows of "
                                           "the embedding mean different tokens, so these cannot be merged")
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #ef24b1c9
+# %% ../../nbs/10_finetuning/08_merging.ipynb #e3ebf89c
 def merge_files(
     paths: Sequence[str | Path],                   # safetensors files, or folders of models (sharded or not)
     out: str | Path,                               # the file to write; it may be one of the inputs
@@ -447,7 +447,7 @@ def merge_files(
             f.write(tensor_bytes(made.tensor(name, *split(found, base))).numpy().data)
     return Path(out)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #2697368d
+# %% ../../nbs/10_finetuning/08_merging.ipynb #52e0c58d
 ADAPTERS = {"cat": ("cat", ""), "linear": ("factors", "task_arithmetic"), "svd": ("products", "task_arithmetic")}
 for _how in VECTORS:                                          # what is merged, and how
     if _how != "task_arithmetic": ADAPTERS |= {_how: ("factors", _how), f"{_how}_svd": ("products", _how)}
@@ -479,7 +479,7 @@ def factors_of(
         raise InputError(f"{label} has no pairs of lora_A and lora_B, or a lora_B alone")
     return pairs
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #c831306a
+# %% ../../nbs/10_finetuning/08_merging.ipynb #e2eb669b
 def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:   # A (r, in), B (out, r)
     "The factors with zeros up to a rank."
     more = rank - len(A)
@@ -504,7 +504,7 @@ def _merged(name, pairs, weights, scaling, made: Recipe, rank, way) -> tuple[Ten
     signed = [copysign(root, w * s) for root, w, s in zip(roots, weights, scaling)]   # the sign goes to A alone
     return made.delta(name, A, signed), made.delta(partner(name), B, roots)
 
-# %% ../../nbs/10_finetuning/08_merging.ipynb #6bf374d0
+# %% ../../nbs/10_finetuning/08_merging.ipynb #3108db01
 def merge_adapters(
     adapters: Sequence[Mapping[str, Tensor]],      # by peft's names: ...q_proj.lora_A.weight, ...q_proj.lora_B.weight
     how: str = "cat",                              # one of `ADAPTERS`
