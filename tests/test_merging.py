@@ -2,7 +2,6 @@
 import json
 import math
 
-import peft
 import pytest
 import torch
 from models import SMALL, small_model
@@ -17,6 +16,7 @@ from llm_workbench.finetuning import merging as module
 from llm_workbench.finetuning.merging import (ADAPTERS, METHODS, VECTORS, cosines, merge, merge_adapters, merge_files,
                                               merge_models, partner, task_vector, turned)
 
+peft = pytest.importorskip("peft")
 PRUNES = {"magnitude_prune", "ties", "dare_linear", "dare_ties"}
 HERE = dict(density=0.3)
 
