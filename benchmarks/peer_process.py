@@ -45,17 +45,17 @@ class Watch:
 # --- the engines: each loads in __init__ and has run(ids, new) -> (first, rest), tokens or text -----------------------
 
 class Ours:
-    """MODEL: DTYPE/WEIGHTS, as `load` takes them, and perhaps /FILE; ops as it picks them. WEIGHTS+rounded does what
-    most engines always do: inputs of a product rounded to 8 bits, keys and values kept in 16."""
+    """MODEL: DTYPE/WEIGHTS, as `load` takes them, and perhaps /FILE; ops as it picks them. With
+    +rounded at its end, inputs of products are rounded to 8 bits and keys and values kept in 16, as llama.cpp does."""
     package = "torch"
 
     def __init__(self, model, threads, context):
         import torch
         torch.set_num_threads(threads)
-        from llm_workbench.lobby import load
         from llm_workbench.kernels.rounded_cpu import ROUNDED
-        dtype, weights, *file = model.split("/", 2)
-        weights, _, rounded = weights.partition("+")
+        from llm_workbench.lobby import load
+        rounded = model.endswith("+rounded")
+        dtype, weights, *file = model.removesuffix("+rounded").split("/", 2)
         self.lm = load(*file, dtype=getattr(torch, dtype), weights=weights, ops=ROUNDED if rounded else None)
         if rounded: self.lm.cache = dict(dtype=torch.bfloat16)
         self.weight_bytes = self.lm.decoder.nbytes

@@ -36,14 +36,12 @@ HOME, EMBEDDED = ROOT / ".venv-peers", str(embedded_model())
 MODELS = HOME / "models"
 ENGINES = dict(ours="", transformers="", openvino="openvino", xllamacpp="xllamacpp", onnxruntime="onnxruntime",
                ctranslate2="ctranslate2", mlx="mlx", vllm="vllm") | {"llama.cpp": ""}     # engine: its environment
-OURS = {"fp32": "float32/dense", "bf16": "bfloat16/dense", "int8": "float32/int8", "int4_g32": "float32/int4_g32",
-        "Q4_1": "float32/stored"}
-ROUNDED = ("int8", "int4_g32", "Q4_1", "Q8_0", "Q5_1")    # of ours also with 8-bit inputs and a 16-bit cache
+OURS = {"fp32": ("float32/dense", None), "bf16": ("bfloat16/dense", None), "int8": ("float32/int8", None),
+        "int4_g32": ("float32/int4_g32", None), "Q4_1": ("float32/stored", None),
+        **{w: (f"float32/stored/{MODELS}/{w}.gguf", f"{w}.gguf") for w in ("Q8_0", "Q5_1")}}
 PEERS = {                                            # "engine weights": (what it loads, the file of make peers in that)
-    **{f"ours {w}": (model, None) for w, model in OURS.items()},
-    **{f"ours {w}": (f"float32/stored/{MODELS}/{w}.gguf", f"{w}.gguf") for w in ("Q8_0", "Q5_1")},
-    **{f"ours {w} rounded": (f"{OURS[w]}+rounded", None) for w in ROUNDED if w in OURS},
-    **{f"ours {w} rounded": (f"float32/stored+rounded/{MODELS}/{w}.gguf", f"{w}.gguf") for w in ("Q8_0", "Q5_1")},
+    **{f"ours {w}": loads for w, loads in OURS.items()},
+    **{f"ours {w} rounded": (f"{model}+rounded", file) for w, (model, file) in OURS.items() if "/dense" not in model},
     "transformers fp32": (f"{MODELS}/transformers/float32", "transformers"),
     "transformers bf16": (f"{MODELS}/transformers/bfloat16", "transformers"),
     "llama.cpp Q4_1": (EMBEDDED, None),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_HEADER', 'INDEX', 'special_file', 'map_file', 'tensor_at', 'read_json', 'read_header', 'TensorInfo',
            'tensor_info', 'check_layout', 'MissingTensor', 'SafetensorsFile', 'header_bytes', 'replace_file',
-           'tensor_bytes', 'save_safetensors', 'ShardedSafetensors', 'open_safetensors']
+           'tensor_bytes', 'places', 'save_safetensors', 'ShardedSafetensors', 'open_safetensors']
 
 # %% ../../nbs/03_files/01_safetensors.ipynb #e61871bf
 import json
@@ -247,13 +247,23 @@ def tensor_bytes(t: torch.Tensor) -> torch.Tensor:  # any type and shape -> (nby
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
+def places(kinds: Mapping[str, tuple[str, tuple[int, ...]]],   # name -> type, one of DTYPES, and shape
+           ) -> dict[str, TensorInfo]:
+    "Where each tensor of a file stands, in the order of the library: wide types first, then by name."
+    order, infos, position = list(DTYPES), {}, 0
+    for name in sorted(kinds, key=lambda name: (-order.index(kinds[name][0]), name)):
+        dtype, shape = kinds[name]
+        infos[name] = TensorInfo(dtype, shape, position, position + prod(shape) * DTYPES[dtype].itemsize)
+        position = infos[name].stop
+    return infos
+
+
 def save_safetensors(tensors: Mapping[str, torch.Tensor],        # any shapes and devices, contiguous or not
                      path: str | Path,                           # replaced only when everything is written
                      metadata: Mapping[str, str] | None = None,  # notes, strings only
                      ) -> None:
     "Write `tensors` as the library does, byte for byte; raises `InputError` for what the format cannot hold."
     names = {dtype: name for name, dtype in DTYPES.items()}
-    order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             wrong = f"metadata {key!r} is a {type(value).__name__}"
@@ -266,11 +276,7 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor],        # any shapes an
         if t.dtype not in names: raise bad(f"is {t.dtype}, which the format does not have: convert it first")
         if t.layout != torch.strided or t.is_meta:
             raise bad("is sparse or has no data: make it dense and load it first")
-    infos, position = {}, 0
-    for name in sorted(tensors, key=lambda name: (-order[tensors[name].dtype], name)):
-        t = tensors[name]
-        infos[name] = TensorInfo(names[t.dtype], tuple(t.shape), position, position + t.numel() * t.itemsize)
-        position = infos[name].stop
+    infos = places({name: (names[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
     with replace_file(path) as f:
         f.write(header_bytes(infos, metadata))
         for name in infos:

@@ -6,14 +6,14 @@
 __all__ = ['FLOATS', 'VECTORS', 'METHODS', 'ADAPTERS', 'wide', 'weighted_sum', 'filled', 'turned', 'task_vector', 'cosines',
            'check_models', 'trimmed', 'agreeing', 'disjoint_mean', 'dropped', 'combined', 'Recipe', 'generator_for',
            'weights_of', 'recipe', 'check_options', 'merge', 'labels', 'split', 'check_values', 'linear', 'slerp',
-           'task_arithmetic', 'ties', 'dare', 'check_config', 'check_plain', 'merge_models', 'read_tensor', 'layout',
-           'check_folders', 'merge_files', 'partner', 'factors_of', 'padded', 'shortest', 'merge_adapters']
+           'task_arithmetic', 'ties', 'dare', 'check_config', 'check_plain', 'merge_models', 'read_tensor',
+           'check_folders', 'merge_files', 'partner', 'factors_of', 'with_zeros', 'best_factors', 'merge_adapters']
 
 # %% ../../nbs/10_finetuning/04_merging.ipynb #3b481ca7
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import copysign, isfinite, prod, sqrt
+from math import copysign, isfinite, sqrt
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from ..architecture.matrices import Linear, Matrix, Stack
 from ..errors import CheckpointError, InputError, UnsupportedError, did_you_mean
 from ..families.loading import fill
 from ..families.table import read_config
-from ..files.safetensors import (DTYPES, SafetensorsFile, ShardedSafetensors, TensorInfo, header_bytes,
-                                             map_file, open_safetensors, read_json, replace_file, tensor_at,
+from ..files.safetensors import (DTYPES, SafetensorsFile, ShardedSafetensors, header_bytes, map_file,
+                                             open_safetensors, places, read_json, replace_file, tensor_at,
                                              tensor_bytes)
 
 # %% ../../nbs/10_finetuning/04_merging.ipynb #926c4924
@@ -387,15 +387,6 @@ def read_tensor(reader: SafetensorsFile | ShardedSafetensors, name: str) -> Tens
         if f.readinto(data) != info.nbytes: raise CheckpointError(f"{file.path.name} was cut off while it was read")
     return tensor_at(data, 0, DTYPES[info.dtype], info.shape)
 
-def layout(reader: Mapping) -> dict[str, TensorInfo]:
-    "Where each tensor of the merged file stands: in the order in which `save_safetensors` would write them."
-    order, infos, position = list(DTYPES), {}, 0
-    for name in sorted(reader, key=lambda n: (-order.index(reader.info(n).dtype), n)):
-        dtype, shape = reader.info(name)[:2]
-        infos[name] = TensorInfo(dtype, shape, position, position + prod(shape) * DTYPES[dtype].itemsize)
-        position = infos[name].stop
-    return infos
-
 # %% ../../nbs/10_finetuning/04_merging.ipynb #f31e1ce1
 def _known(folder: Path, file: str, read):
     "What `read` makes of a JSON file of a folder; None where there is none."
@@ -438,7 +429,7 @@ def merge_files(
     check_folders(every)
     readers = {label: open_safetensors(p) for label, p in every.items()}
     check_models(readers)
-    infos = layout(readers["model 1"])
+    infos = places({name: readers["model 1"].info(name)[:2] for name in readers["model 1"]})
     with replace_file(out) as f:
         f.write(header_bytes(infos, {"format": "pt"}))
         for name in infos:
@@ -480,26 +471,26 @@ def factors_of(
     return pairs
 
 # %% ../../nbs/10_finetuning/04_merging.ipynb #e2eb669b
-def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:   # A (r, in), B (out, r)
+def with_zeros(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:   # A (r, in), B (out, r)
     "The factors with zeros up to a rank."
     more = rank - len(A)
     return torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), more)], 1)
 
-def shortest(
+def best_factors(
     delta: Tensor,             # (out, in)
     rank: int,
 ) -> tuple[Tensor, Tensor]:    # A (rank, in), B (out, rank)
     "The best factors of a rank (Eckart and Young, 1936); the singular values go into B, as in peft."
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    return padded(Vh[:rank], U[:, :rank] * S[:rank], rank)
+    return with_zeros(Vh[:rank], U[:, :rank] * S[:rank], rank)
 
 def _merged(name, pairs, weights, scaling, made: Recipe, rank, way) -> tuple[Tensor, Tensor]:
     "A and B of one matrix, from the adapters that have it."
     A, B = ([wide(t) for t in both] for both in zip(*pairs))
     if way == "cat":
-        return padded(torch.cat([a * w * s for a, w, s in zip(A, weights, scaling)]), torch.cat(B, 1), rank)
+        return with_zeros(torch.cat([a * w * s for a, w, s in zip(A, weights, scaling)]), torch.cat(B, 1), rank)
     if way == "products":
-        return shortest(made.delta(name, [b @ a * s for a, b, s in zip(A, B, scaling)], weights), rank)
+        return best_factors(made.delta(name, [b @ a * s for a, b, s in zip(A, B, scaling)], weights), rank)
     roots = [sqrt(abs(w * s)) for w, s in zip(weights, scaling)]                      # shared between A and B,
     signed = [copysign(root, w * s) for root, w, s in zip(roots, weights, scaling)]   # the sign goes to A alone
     return made.delta(name, A, signed), made.delta(partner(name), B, roots)
