@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,20 +50,8 @@ SHARED = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // WORKERS)), "OMP_WAIT_P
 
 
 def notebooks():
-    # One process each, so that no chapter sees what another left behind.
-    def run(path):
-        start = time.time()
-        command = ["nbdev_test", "--path", str(path), "--n_workers", "0"]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **SHARED}, capture_output=True, text=True)
-        return path, done, time.time() - start
-
-    good = True
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for path, done, seconds in pool.map(run, all_notebooks()):
-            print(f"{seconds:6.1f} s  {path.relative_to(ROOT)}{'  FAILED' if done.returncode else ''}", flush=True)
-            if done.returncode: print(done.stdout, done.stderr, sep="\n")
-            good = good and done.returncode == 0
-    return good
+    command = [sys.executable, str(ROOT / "tools" / "test_notebooks.py"), str(WORKERS), *map(str, all_notebooks())]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **SHARED}).returncode == 0
 
 
 def pytest():
