@@ -5,8 +5,8 @@
 
 Every run is a process of its own. All are given the same texts in the same order (the bundled instructions, answers
 learned), so their losses have to be the same: further apart than 1e-4 in the first step, or than 1 % later (each draws
-its adapter), and nothing is written. Tokens are those of the texts, without filling. Memory is the highest resident set of the process while it trains, in all and above what
-was resident before the first step.
+its adapter), and nothing is written. Tokens are those of the texts, without filling. Memory is the highest resident
+set of the process while it trains, in all and above what was resident before the first step.
 """
 import argparse
 import json
@@ -85,8 +85,8 @@ def TRL(args, what, again):
                            learning_rate=RATE[what], lr_scheduler_type="constant", warmup_steps=0, use_cpu=True,
                            bf16=False, gradient_checkpointing=again, train_sampling_strategy="sequential",
                            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
-        trainer = SFTTrainer(model, config, train_dataset=data, callbacks=[clock], peft_config=lora if what == "lora" else None,
-                             processing_class=AutoTokenizer.from_pretrained(path.parent, **gguf))
+        trainer = SFTTrainer(model, config, train_dataset=data, callbacks=[clock],
+                             peft_config=lora if what == "lora" else None, processing_class=AutoTokenizer.from_pretrained(path.parent, **gguf))
         trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return dict(loss=losses, ends=ends, before=clock.before, peak=watched(False))
@@ -122,7 +122,8 @@ def main():
     samples, steps, ratios = {}, {}, {}
     for name, rounds in found.items():
         # the first step warms up
-        samples[f"{name}, tokens/s"] = [n / (b - a) for r in rounds for n, a, b in zip(tokens[1:], r["ends"], r["ends"][1:])]
+        samples[f"{name}, tokens/s"] = [n / (b - a) for r in rounds
+                                        for n, a, b in zip(tokens[1:], r["ends"], r["ends"][1:])]
         samples[f"{name}, peak GB"] = [r["peak"] / 1e9 for r in rounds]
         samples[f"{name}, above before, GB"] = [(r["peak"] - r["before"]) / 1e9 for r in rounds]
         steps[name] = {"tokens/s": sum(tokens[1:]) * len(rounds) / sum(r["ends"][-1] - r["ends"][0] for r in rounds),
@@ -133,7 +134,7 @@ def main():
         if not name.endswith("ours"): continue
         other = name.replace("ours", "TRL")
         apart = [abs(a / b - 1) for a, b in zip(found[name][0]["loss"], found[other][0]["loss"])]
-        if apart[0] > 1e-4 or max(apart) > 1e-2: sys.exit(f"{name}: losses differ from TRL's by {apart}: nothing compares")
+        if apart[0] > 1e-4 or max(apart) > 1e-2: sys.exit(f"{name}: losses are {apart} from TRL's: nothing compares")
         key = name.removesuffix(", ours")
         ratios[key] = {**{k: steps[name][k] / steps[other][k] for k in steps[name]}, "losses apart": max(apart)}
         print(f"{key:18} ours / TRL:", {k: float(f"{v:.3g}") for k, v in ratios[key].items()}, flush=True)

@@ -107,7 +107,8 @@ def check_peft(family, variant, steps=3, **changes):
         out = m(TOKENS) if m is ours else m(TOKENS).logits
         loss_of(out).backward()
         return out.detach()
-    # Adam divides by a gradient's own size: what is nothing but rounding becomes a whole step. It is compared in double.
+    # Adam divides by a gradient's own size: what is nothing but rounding becomes a whole step. So it is compared in
+    # double, below.
     found = stepped((ours, other), mine, them, run, steps, lambda params: torch.optim.SGD(params, lr=0.1))
     limit = 3e-6 if config.init == "pissa" else 1e-6         # peft rounds the remainder of PiSSA
     assert all(v <= limit for v in found.values()), found

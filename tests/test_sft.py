@@ -92,7 +92,8 @@ def on_the_prompt(decoder, rows):
 
 def not_shifted(decoder, rows):
     learned = rows.labels != IGNORE
-    return F.cross_entropy(decoder.logits(rows.hidden(decoder)[learned]), rows.labels[learned], reduction="sum"), rows.n_learned
+    logits = decoder.logits(rows.hidden(decoder)[learned])
+    return F.cross_entropy(logits, rows.labels[learned], reduction="sum"), rows.n_learned
 
 def last_chunk_lost(decoder, rows):
     total, n = token_loss(decoder, rows)

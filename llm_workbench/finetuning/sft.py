@@ -7,13 +7,13 @@ __all__ = ['CHUNK', 'SCHEDULES', 'STATE', 'AVERAGES', 'widened', 'summed_loss', 
            'accumulated', 'Training', 'adamw', 'train_step', 'seeded', 'train', 'mean_loss', 'same_run', 'save_state',
            'load_state', 'recomputed']
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #e533c061
+# %% ../../nbs/10_finetuning/04_sft.ipynb #efdbf64c
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ..files.safetensors import SafetensorsFile, save_safetensors
 from .data import IGNORE, Rows
 from .lora import trainable
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #f3a62d4b
+# %% ../../nbs/10_finetuning/04_sft.ipynb #b33fac52
 CHUNK = 512   # positions whose logits exist at a time
 
 def widened(t: Tensor) -> Tensor: return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -57,7 +57,7 @@ class TokenLoss(torch.autograd.Function):
         d_hidden, *d_params = (d * upstream for d in ctx.saved_tensors)
         return None, d_hidden, None, None, *d_params
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #2f10f522
+# %% ../../nbs/10_finetuning/04_sft.ipynb #e8cdba20
 def token_loss(decoder: Decoder,
                rows: Rows,
                chunk: int = CHUNK,         # positions whose logits exist at a time
@@ -65,7 +65,8 @@ def token_loss(decoder: Decoder,
     "Cross entropy of what comes next. Raises InputError where nothing is learned."
     labels = rows.labels[:, 1:]
     learned = labels != IGNORE
-    if not learned.any(): raise InputError("these rows have no learned token: see `truncated`, and the `loss` of `example`")
+    if not learned.any():
+        raise InputError("these rows have no learned token: see `truncated`, and the `loss` of `example`")
     hidden, targets = rows.hidden(decoder)[:, :-1][learned], labels[learned]      # (N, C), (N,)
     if torch.is_grad_enabled():
         params = [p for p in decoder.lm_head.parameters() if p.requires_grad]
@@ -73,7 +74,7 @@ def token_loss(decoder: Decoder,
     parts = zip(hidden.split(chunk), targets.split(chunk))
     return sum(summed_loss(decoder.logits(h), t) for h, t in parts), len(targets)
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #9235eda9
+# %% ../../nbs/10_finetuning/04_sft.ipynb #750b3ef5
 class TrainingError(WorkbenchError):
     "Training went wrong: a loss or a gradient is no number any more."
 
@@ -88,7 +89,7 @@ def accumulated(decoder: Decoder, parts: list, loss: Callable, params: list[nn.P
         if p.grad is not None: p.grad /= n
     return total / n, n
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #2269c0d2
+# %% ../../nbs/10_finetuning/04_sft.ipynb #aafe4597
 SCHEDULES: dict[str, Callable[[float], float]] = {       # share of the steps behind the warm-up -> share of the rate
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -123,7 +124,7 @@ class Training:
         if step < warmup: return self.lr * step / warmup
         return self.lr * SCHEDULES[self.schedule]((step - warmup) / max(1, self.steps - warmup))
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #f4e0afdc
+# %% ../../nbs/10_finetuning/04_sft.ipynb #03da9580
 def adamw(params: Iterable[nn.Parameter], settings: Training) -> torch.optim.AdamW:
     "The optimizer; vectors (norms, biases) do not shrink."
     params = list(params)
@@ -131,7 +132,7 @@ def adamw(params: Iterable[nn.Parameter], settings: Training) -> torch.optim.Ada
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, fused=True)
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #65818a48
+# %% ../../nbs/10_finetuning/04_sft.ipynb #371a150e
 def train_step(decoder, rows_of, settings: Training, loss: Callable, step: int,
                params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
               ) -> tuple[float, float, int]:   # mean loss of a token, length of the gradient, tokens
@@ -144,14 +145,14 @@ def train_step(decoder, rows_of, settings: Training, loss: Callable, step: int,
     if not math.isfinite(value) or not math.isfinite(norm):
         optimizer.zero_grad()
         kept = f"; {Path(settings.folder) / STATE} is untouched" if settings.folder else ""
-        raise TrainingError(f"step {step}: the loss is {value:g} and the gradient's length {norm:g}. The parameters are "
-                            f"still those before this step{kept}. Look at the rows of this step; then try a lower lr "
-                            "or a longer warmup")
+        raise TrainingError(f"step {step}: the loss is {value:g} and the gradient's length {norm:g}. The parameters "
+                            f"are still those before this step{kept}. Look at the rows of this step; then try a lower "
+                            "lr or a longer warmup")
     for group in optimizer.param_groups: group["lr"] = settings.lr_at(step)
     optimizer.step()
     return value, norm, n
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #e1f699b4
+# %% ../../nbs/10_finetuning/04_sft.ipynb #533fcc92
 def seeded(seed: int, step: int) -> None:
     "Let torch's random numbers be a function of seed and step: an interrupted run then draws what it would have drawn."
     torch.manual_seed(random.Random(f"seed {seed}, step {step}").getrandbits(63))
@@ -182,7 +183,7 @@ def train(
         finally: decoder.eval()
     return decoder
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #bf8f952a
+# %% ../../nbs/10_finetuning/04_sft.ipynb #25ce64f0
 @torch.no_grad()
 def mean_loss(decoder: Decoder, batches: Iterable, loss: Callable = token_loss) -> float:
     "Mean loss of a token over all batches, without dropout."
@@ -192,7 +193,7 @@ def mean_loss(decoder: Decoder, batches: Iterable, loss: Callable = token_loss) 
     if not sums: raise InputError("there are no batches")
     return float(sum(value for value, _ in sums) / sum(n for _, n in sums))
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #866c3c06
+# %% ../../nbs/10_finetuning/04_sft.ipynb #107598ff
 STATE = "training.safetensors"     # in the folder: what learns, the optimizer's two averages, and where the run stands
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -202,7 +203,8 @@ def same_run(settings: Training) -> str:
     kept = {k: v for k, v in asdict(settings).items() if k not in ("folder", "every")}
     return json.dumps(kept, sort_keys=True)
 
-def save_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: Training, step: int) -> None:
+def save_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: Training,
+               step: int) -> None:    # steps done
     "Replace the checkpoint, all or nothing. Raises SourceError where that cannot be written; the old one stays."
     path, tensors = Path(settings.folder) / STATE, {}
     for name, p in params.items():
@@ -215,7 +217,7 @@ def save_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
         raise SourceError(f"the checkpoint of step {step} cannot be written ({e.strerror or e}). The one before it in "
                           f"{path.parent} is untouched: make room, run again, and it goes on from there") from e
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #69f00dc5
+# %% ../../nbs/10_finetuning/04_sft.ipynb #9efc6924
 def load_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: Training) -> int:
     "The number of steps done, and all as it was then. Raises InputError for another run's, CheckpointError."
     path = Path(settings.folder) / STATE
@@ -223,12 +225,13 @@ def load_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     file = SafetensorsFile(path)
     try: step, then = int(file.metadata["step"]), json.loads(file.metadata["settings"])
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} does not say where its run stands: it is damaged, or no checkpoint of `train`") from e
+        raise CheckpointError(f"{path} does not say where its run stands: it is damaged, or not of `train`") from e
     now = json.loads(same_run(settings))
     if other := next((k for k in now if then.get(k) != now[k]), None):
         raise InputError(f"{path} is of a run with {other} = {then.get(other)!r}, and this one has {now[other]!r}: "
                          "give the old value to go on, or another folder to begin anew")
-    if {n.split(":")[0] for n in file} != params.keys() or any(file.info(n).shape != p.shape for n, p in params.items()):
+    held = {n: file.info(n).shape for n in file if ":" not in n}
+    if held != {n: tuple(p.shape) for n, p in params.items()}:
         raise InputError(f"{path} holds other parameters than those that learn here: name another folder")
     with torch.no_grad():
         for name, p in params.items():
@@ -237,7 +240,7 @@ def load_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
             if both: optimizer.state[p] = dict(step=torch.tensor(float(step)), **both)
     return step
 
-# %% ../../nbs/10_finetuning/04_sft.ipynb #d0c3c967
+# %% ../../nbs/10_finetuning/04_sft.ipynb #102c6da1
 def recomputed(x: Tensor, layers, step, ops) -> Tensor:   # an `ops.blocks`
     "One block after another; of each only the input is kept, and backward computes the rest again."
     for block in layers: x = checkpoint(block, x, step, ops, use_reentrant=False)
