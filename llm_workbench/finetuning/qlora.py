@@ -49,7 +49,7 @@ def qlora(
     targeted(decoder, config.targets)                                     # before the work
     for name, module in decoder.named_modules():
         if isinstance(module, Adapted):
-            raise InputError("this decoder has an adapter already: merge it (`merged`) or take it off (`without`) first")
+            raise InputError("this decoder has an adapter already: merge it (`merged`) or take it off (`without`)")
         if isinstance(module, (PackedMatrix, PackedStack)) and in_blocks(name, module):
             raise InputError(f"{name} is packed already, as {module.format.name}: `adapt` takes this decoder as it is; "
                              f"for {format_of(format).name} load it dense (weights=\"dense\")")
@@ -104,7 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
             raise InputError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: give a rate and a decay "
                              "from 0 on, betas from 0 to below 1, and eps above 0")
         params = list(params)
-        if not params: raise InputError("nothing learns: give `trainable(decoder).values()` of a decoder with an adapter")
+        if not params: raise InputError("nothing learns: give `trainable(decoder).values()` of an adapted decoder")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, smallest=smallest))
 
     @torch.no_grad()
@@ -135,8 +135,8 @@ class AdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         "As torch's, which would turn codes into floats."
         super().load_state_dict(state_dict)
-        ids, params = ([p for g in groups for p in g["params"]] for groups in (state_dict["param_groups"], self.param_groups))
-        for i, p in zip(ids, params):
+        both = state_dict["param_groups"], self.param_groups
+        for i, p in zip(*([p for group in groups for p in group["params"]] for groups in both)):
             if i in state_dict["state"]:
                 self.state[p] = {k: t.to(p.device, copy=True) if isinstance(t, Tensor) else t
                                  for k, t in state_dict["state"][i].items()}
