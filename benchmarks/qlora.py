@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -58,8 +59,9 @@ def steps(weight):
     for name in ("nf4", "nf4_dq", "int4_g64"):
         packed = FORMATS[name].pack(weight)
         calls[f"{name}, C"] = lambda x, p=packed: packed_cpu.packed_linear(x, p)
+        if name == "int4_g64": continue
         calls[f"{name}, torch"] = lambda x, p=packed: packed_linear(x, p)
-        if name != "int4_g64": calls[f"{name}, bitsandbytes"] = linear4bit(packed)
+        calls[f"{name}, bitsandbytes"] = linear4bit(packed)
         if name == "nf4_dq": calls["nf4_dq, kept"] = lambda x, p=packed: unpacked_linear(x, p)
     return calls
 
@@ -67,7 +69,8 @@ def steps(weight):
 def times(shape, rounds):
     "Seconds of a step by each product in every round, and the bytes that each keeps for the backward pass."
     torch.manual_seed(0)
-    calls, kept = steps(torch.randn(shape) * 0.02), {}
+    weight, kept = torch.randn(shape) * 0.02, {}
+    calls = steps(weight)
     x, grad = torch.randn(TOKENS, shape[1], requires_grad=True), torch.randn(TOKENS, shape[0])
     found, grads = {name: [] for name in calls}, {}
     for turn in range(rounds + 1):                                    # the first is a warm-up
@@ -78,7 +81,7 @@ def times(shape, rounds):
             if turn: found[name].append(time.perf_counter() - start)
             grads[name] = x.grad
     for name, call in calls.items():
-        with kept_bytes(x) as count: call(x)
+        with kept_bytes(x, weight) as count: call(x)
         kept[name] = count()
     for name in ("nf4", "nf4_dq"):
         ours, theirs = grads[f"{name}, C"], grads[f"{name}, bitsandbytes"]
@@ -150,8 +153,9 @@ def main():
             print(f"{key:38} {statistics.median(values) * 1e3:8.1f} ms  {ratios[key]:5.2f} x dense  "
                   f"{kept[key] / 1e6:6.1f} MB kept", flush=True)
     for way in () if args.skip_model else WAYS:
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}        # what is freed goes back to the system
         command = [sys.executable, "-m", "benchmarks.qlora", "--one", way, "--threads", str(args.threads)]
-        models[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        models[way] = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
         m = models[way]
         print(f"{way:14} {m['seconds']:5.1f} s, weights {m['weights'] / 1e6:5.0f} MB, kept {m['kept'] / 1e6:5.0f} MB, "
               f"peak {m['peak'] / 1e6:5.0f} MB", flush=True)

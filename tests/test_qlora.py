@@ -42,11 +42,12 @@ def check_product(op, packed, shape=(2, 9), dtype=torch.float32, limit=1e-5):
     "Results and gradients are those of the dense matrix, and nothing is kept for them."
     g, (outs, ins) = torch.Generator().manual_seed(1), packed.shape
     x, bias = torch.randn(*shape, ins, generator=g).to(dtype), torch.randn(outs, generator=g).to(dtype)
+    grad = torch.randn(*shape, outs, generator=g).to(dtype)
     found = []
     for product in (op, lambda x, p, b: F.linear(x, p.unpack(dtype), b)):
         given = [t.clone().requires_grad_() for t in (x, bias)]
         with kept_bytes(*given) as kept: out = product(given[0], packed, given[1])
-        found.append([out.detach(), *torch.autograd.grad(out.float().tanh().sum(), given)])
+        found.append([out.detach(), *torch.autograd.grad(out, given, grad)])
         if product is op: assert not kept(), f"{kept()} bytes are kept for the backward pass"
     for what, got, want in zip(("results", "the gradient of x", "the gradient of the bias"), *found):
         assert got.dtype is dtype and got.shape == want.shape and apart(got, want) <= limit, what
@@ -130,7 +131,8 @@ class ForgetsTheBias(PackedProduct):
 class RoundsStraightThrough(PackedProduct):
     "Wrong: the gradient meant for the weights of a straight-through estimator, given to the input."
     @staticmethod
-    def backward(ctx, grad): return grad.sum(-1, keepdim=True).expand(*grad.shape[:-1], ctx.packed.shape[1]), *4 * [None]
+    def backward(ctx, grad):
+        return grad.sum(-1, keepdim=True).expand(*grad.shape[:-1], ctx.packed.shape[1]), None, None, None, None
 
 WRONG = {
     "codes rounded again": with_back(rounded_again), "scales forgotten in backward": with_back(without_scales),
@@ -297,7 +299,9 @@ def test_it_goes_on_where_it_was_stopped():
         same = all(map(torch.equal, whole[0], halves[0]))
         return same and all(torch.equal(s[k], t[k]) for s, t in zip(whole[1], halves[1]) for k in s if k != "step")
     assert resumed(lambda new, state: new.load_state_dict(state))
-    assert not resumed(lambda new, state: torch.optim.Optimizer.load_state_dict(new, state)), "torch's: codes as floats"
+    try: same = resumed(lambda new, state: torch.optim.Optimizer.load_state_dict(new, state))
+    except IndexError: same = False
+    assert not same, "torch's own makes floats of codes"
 
 
 def test_a_closure_and_groups():

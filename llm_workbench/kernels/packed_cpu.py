@@ -23,7 +23,7 @@ from . import cpu
 from .cpu import DEFINES, Kernel, compiled, takes
 from ..quantization.formats import FORMATS, PackedMatrix
 from ..quantization.gguf_blocks import IQ4_VALUES
-from ..quantization.nf4 import FP4, NF4, CodebookFormat
+from ..quantization.nf4 import FP4, NESTED, NF4, CodebookFormat, dynamic_map
 from ..quantization.packing import Packed, check_finite, check_weight
 
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #df2430ac
@@ -411,8 +411,12 @@ PIECE = 2**20   # weights unpacked at once: 4 MB of float32, 2 of bfloat16
 
 def readable(packed: Packed) -> Packed:
     "What is double quantized with its scales in float32; all else as it is."
-    if packed.format is not FORMATS["nf4_dq"]: return packed
-    return Packed(FORMATS["nf4"], packed.shape, packed[:].tensors)
+    if packed.format is not FORMATS["nf4_dq"] or not packed.data.is_cpu: return packed
+    packed.format.check(packed)
+    codes, nested, offset = (packed.tensors[n] for n in ("absmax", "nested_absmax", "nested_offset"))
+    scales = dynamic_map()[codes.flatten().int()]                             # in the order of `DoubleFormat.rows`
+    scales = scales.mul_(nested.repeat_interleave(NESTED)[:len(scales)]).add_(offset).view(codes.shape)
+    return Packed(FORMATS["nf4"], packed.shape, {"data": packed.data, "absmax": scales})
 
 def packed_linear(x: Tensor,                   # (..., ins)
                   packed: Packed,              # (outs, ins)
