@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VECTORS', 'TABLES', 'BLOCKS', 'FOUR', 'FIFTH', 'ROWS', 'MATRIX', 'DOTS', 'PLAIN', 'AS_THEY_ARE', 'PRODUCT', 'DENSE',
            'PIECE', 'TO_LEVELS', 'CPU', 'Blocks', 'Inputs', 'dots', 'product', 'unpacking', 'place', 'known', 'Plan',
-           'plan', 'packed_linear', 'unpack', 'to_levels', 'several']
+           'plan', 'readable', 'packed_linear', 'packed_back', 'unpack', 'to_levels', 'several']
 
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #22b33737
 import re
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architecture import matrices
+from ..architecture.matrices import PackedProduct
 from . import cpu
 from .cpu import DEFINES, Kernel, compiled, takes
 from ..quantization.formats import FORMATS, PackedMatrix
 from ..quantization.gguf_blocks import IQ4_VALUES
-from ..quantization.nf4 import FP4, NF4, CodebookFormat
+from ..quantization.nf4 import FP4, NESTED, NF4, CodebookFormat, dynamic_map
 from ..quantization.packing import Packed, check_finite, check_weight
 
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #df2430ac
@@ -408,31 +409,61 @@ def plan(*packed: Packed) -> Plan | None:
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #4c8a1594
 PIECE = 2**20   # weights unpacked at once: 4 MB of float32, 2 of bfloat16
 
+def readable(packed: Packed) -> Packed:
+    "What is double quantized with its scales in float32; all else as it is."
+    if packed.format is not FORMATS["nf4_dq"] or not packed.data.is_cpu: return packed
+    packed.format.check(packed)
+    codes, nested, offset = (packed.tensors[n] for n in ("absmax", "nested_absmax", "nested_offset"))
+    scales = dynamic_map()[codes.flatten().int()]                             # in the order of `DoubleFormat.rows`
+    scales = scales.mul_(nested.repeat_interleave(NESTED)[:len(scales)]).add_(offset).view(codes.shape)
+    return Packed(FORMATS["nf4"], packed.shape, {"data": packed.data, "absmax": scales})
+
 def packed_linear(x: Tensor,                   # (..., ins)
                   packed: Packed,              # (outs, ins)
                   bias: Tensor | None = None,  # (outs,)
                  ) -> Tensor:                  # (..., outs)
     "`architecture.matrices.packed_linear` in C."
-    found = plan(packed) if takes(x) and x.numel() and x.shape[-1] == packed.shape[-1] else None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():         # comes back here with gradients off
+        return PackedProduct.apply(x, packed, bias, packed_linear, packed_back)
+    fits = takes(x) and x.numel() and x.shape[-1] == packed.shape[-1]
+    found = plan(packed := readable(packed)) if fits else None
     if found is None: return matrices.packed_linear(x, packed, bias)
     out = found.multiply(x) if x.numel() <= ROWS * found.ins else _by_pieces(x, packed, found)
     return out if bias is None else out + bias
 
+def packed_back(grad: Tensor,                  # (..., outs), of the results
+                packed: Packed,                # (outs, ins)
+               ) -> Tensor:                    # (..., ins), of the inputs
+    "`architecture.matrices.unpacked_back`, unpacked in C."
+    grad = grad.contiguous()
+    found = plan(packed := readable(packed)) if takes(grad) and grad.numel() else None
+    if found is None: return matrices.unpacked_back(grad, packed)
+    flat, dx = grad.view(-1, grad.shape[-1]), grad.new_zeros(grad.numel() // grad.shape[-1], found.ins).float()
+    for first, last, piece in _pieces(packed, found, grad.dtype):
+        if grad.dtype is torch.float32: dx.addmm_(flat[:, first:last], piece)
+        else: dx += flat[:, first:last] @ piece
+    return dx.to(grad.dtype).view(*grad.shape[:-1], found.ins)
+
 def _by_pieces(x: Tensor, packed: Packed, found: Plan) -> Tensor:
     "Unpack some rows, multiply by them, go on."
-    (outs, ins), run = packed.shape, compiled(unpacking(packed.format.name), x.dtype)
+    out = x.new_empty(*x.shape[:-1], packed.shape[0])
+    for first, last, piece in _pieces(packed, found, x.dtype): out[..., first:last] = F.linear(x, piece)
+    return out
+
+def _pieces(packed: Packed, found: Plan, dtype: torch.dtype):
+    "Rows of the matrix in turn, as numbers in the same room: (first, last, (last - first, ins))."
+    (outs, ins), run = packed.shape, compiled(unpacking(packed.format.name), dtype)
     rows = min(outs, max(1, PIECE // ins))
-    piece, out = x.new_empty(rows, ins), x.new_empty(*x.shape[:-1], outs)
+    piece = torch.empty(rows, ins, dtype=dtype)
     for first in range(0, outs, rows):
         last = min(first + rows, outs)
         run(found.table.data_ptr(), piece.data_ptr(), first, last, ins)
-        out[..., first:last] = F.linear(x, piece[:last - first])
-    return out
+        yield first, last, piece[:last - first]
 
 # %% ../../nbs/09_kernels/02_packed_cpu.ipynb #3bfa45ca
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:   # (O, I)
     "`packed.unpack(dtype)` in C, where the kernels can read it."
-    found = plan(packed) if dtype in DEFINES else None
+    found = plan(packed := readable(packed)) if dtype in DEFINES else None
     if found is None: return packed.unpack(dtype)
     out = torch.empty(packed.shape, dtype=dtype)
     compiled(unpacking(packed.format.name), dtype)(found.table.data_ptr(), out.data_ptr(), 0, *packed.shape)

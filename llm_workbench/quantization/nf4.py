@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NF4', 'FP4', 'BLOCKS', 'CELLS', 'UNSURE', 'MARKS', 'CHUNK', 'nf4', 'fp4', 'NESTED', 'nf4_dq', 'BOOKS',
            'normal_levels', 'Codebook', 'inverse', 'float_levels', 'cells_of', 'CodebookFormat', 'dynamic_map',
-           'quantize_scales', 'DoubleFormat', 'to_bitsandbytes', 'codebook_format', 'from_bitsandbytes']
+           'blockwise', 'quantize_scales', 'DoubleFormat', 'to_bitsandbytes', 'codebook_format', 'from_bitsandbytes']
 
 # %% ../../nbs/08_quantization/04_nf4.ipynb #205ddc45
 import math
@@ -151,34 +151,41 @@ nf4, fp4 = CodebookFormat("nf4", NF4), CodebookFormat("fp4", FP4)
 
 # %% ../../nbs/08_quantization/04_nf4.ipynb #d47cf4a5
 @cache
-def dynamic_map() -> Tensor:       # (256,) float32, rising
-    "The 8-bit levels that bitsandbytes keeps scales and optimizer states in."
+def dynamic_map(signed: bool = True) -> Tensor:       # (256,) float32, rising
+    "The 8-bit levels that bitsandbytes keeps scales and optimizer states in; without signs, twice as many above zero."
     positive = []
-    for decade in range(7):                                                      # 2**decade levels within each
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+    for decade in range(7):                                                      # 2**decade levels within each, or
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)         # twice that
         positive += (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
-    return torch.tensor(sorted([*positive, *(-v for v in positive), 0.0, 1.0]))
+    return torch.tensor(sorted([*positive, *(-v for v in positive if signed), 0.0, 1.0]))
 
 # %% ../../nbs/08_quantization/04_nf4.ipynb #0077812c
-NESTED = 256                       # scales that share a nested scale
+NESTED = 256                       # numbers that share a scale; of scales, the nested one
 
 @cache
-def _dynamic_cells() -> Tensor:    # (65536,) uint8
-    levels, grid = dynamic_map(), torch.arange(65536) / 65535 * 2 - 1
+def _dynamic_cells(signed: bool) -> Tensor:    # (65536,) uint8
+    levels, grid = dynamic_map(signed), torch.arange(65536) / 65535 * 2 - 1
     return torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+def blockwise(
+    numbers: Tensor,               # (...) float32
+    signed: bool = True,           # False: none is below zero
+) -> tuple[Tensor, Tensor]:        # (...) uint8; (groups,) float32
+    "Codes of the dynamic map and the largest magnitude of each 256, as bitsandbytes' `quantize_blockwise`."
+    flat = numbers.flatten()
+    groups = F.pad(flat, (0, -len(flat) % NESTED)).view(-1, NESTED)
+    absmax = groups.abs().amax(1)
+    scaled = (groups * (1 / absmax)[:, None]).nan_to_num(nan=-1).clamp(-1, 1)     # 0 * inf: all are zero
+    cell = ((scaled + 1) * 0.5 * 65535 + 0.5).int().flatten()
+    codes = _dynamic_cells(signed).to(numbers.device).index_select(0, cell)[:len(flat)]
+    return codes.view(numbers.shape), absmax
 
 def quantize_scales(
     absmax: Tensor,                # (...) float32
 ) -> tuple[Tensor, Tensor, Tensor]:     # (...) uint8; (groups,) float32; () float32
     "Codes of the dynamic map, a nested scale for each 256 of them, and the mean that was taken off."
     offset = absmax.flatten().mean()
-    left = absmax.flatten() - offset
-    groups = F.pad(left, (0, -len(left) % NESTED)).view(-1, NESTED)
-    nested = groups.abs().amax(1)
-    scaled = (groups * (1 / nested)[:, None]).nan_to_num(nan=-1).clamp(-1, 1)     # 0 * inf: all scales alike
-    cell = ((scaled + 1) * 0.5 * 65535 + 0.5).int().flatten()
-    codes = _dynamic_cells().to(absmax.device).index_select(0, cell)[:len(left)]
-    return codes.view(absmax.shape), nested, offset
+    return *blockwise(absmax - offset), offset
 
 # %% ../../nbs/08_quantization/04_nf4.ipynb #52103ad8
 class DoubleFormat(CodebookFormat):
