@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from types import SimpleNamespace
 
 import torch
@@ -20,23 +21,21 @@ from torch import Tensor
 from ..architecture.decoder import Decoder
 from ..errors import InputError, UnsupportedError, did_you_mean
 from .data import IGNORE, Example, Rows, padded
-from .preferences import CHUNK, check_reference, token_logprobs
+from .preferences import check_reference, token_logprobs
 from ..inference.generation import Batch, check_prompts, whole
 from ..inference.sampling import Sampler
 
 # %% ../../nbs/10_finetuning/06_reinforcement.ipynb #09e2c715
 Reward = Callable[[str, str], float]     # prompt, answer -> how good it is
 
-def number_right(solve: Callable[[str], float],   # prompt -> the number that is right
-                ) -> Reward:
+def number_right(solve: Callable[[str], float]) -> Reward:   # prompt -> the number that is right
     "1.0 where the last number of an answer is the right one, else 0.0: what stands before it does not count."
     def reward(prompt: str, answer: str) -> float:
         found = re.findall(r"-?\d+(?:\.\d+)?", answer)
         return float(bool(found) and float(found[-1]) == solve(prompt))
     return reward
 
-def matches(pattern: str,    # a regular expression for the whole answer
-           ) -> Reward:
+def matches(pattern: str) -> Reward:    # a regular expression for the whole answer
     "1.0 where the whole answer has this form, else 0.0. Raises InputError for a pattern that is none."
     try: form = re.compile(pattern, re.DOTALL)
     except re.error as e: raise InputError(f"{pattern!r} is no regular expression: {e}") from e
@@ -85,52 +84,46 @@ def rollouts(
     "Draw n answers to each prompt. Raises InputError and ContextLengthError before the first token."
     n, config = whole("n", n, 1), decoder.config
     if not (isinstance(temperature, (int, float)) and 1e-3 <= temperature < 1e3):
-        raise InputError(f"temperature is {temperature!r}: give a number above 0, since a model that always gives the "
-                         "same answer learns nothing from a comparison; 1.0 is usual")
+        raise InputError(f"temperature is {temperature!r}: give a number above 0; equal answers teach nothing")
     prompts = check_prompts(prompts, max_new_tokens, config.max_position_embeddings, config.vocab_size)
     batch = _Drawn(decoder, [p for p in prompts for _ in range(n)], max_new_tokens=max_new_tokens, eos_ids=eos_ids,
                    sampler=Sampler(temperature=temperature), seed=seed)
     batch.kept = {row: [] for row in batch.rows}
     for _ in batch.steps(): pass
-    texts = [Example(r.prompt + r.tokens, [IGNORE] * len(r.prompt) + r.tokens) for r in batch.rows]
-    rows = padded(texts, decoder.device)
-    values = torch.tensor([value for row in batch.rows for value in batch.kept[row]], device=decoder.device)
-    drawn = rows.labels[:, 1:] != IGNORE
-    old = torch.zeros(drawn.shape, device=decoder.device).masked_scatter(drawn, values)
-    return Rollouts(rows, old, [r.prompt for r in batch.rows], [r.tokens for r in batch.rows], n, float(temperature))
+    prompts, answers = [row.prompt for row in batch.rows], [row.tokens for row in batch.rows]
+    rows = padded([Example(p + a, [IGNORE] * len(p) + a) for p, a in zip(prompts, answers)], decoder.device)
+    values = torch.tensor(sum(batch.kept.values(), []), device=decoder.device)
+    old = values.new_zeros(rows.labels[:, 1:].shape).masked_scatter(rows.labels[:, 1:] != IGNORE, values)
+    return Rollouts(rows, old, prompts, answers, n, float(temperature))
 
 # %% ../../nbs/10_finetuning/06_reinforcement.ipynb #3208880e
 def answer_logprobs(decoder: Decoder,
                     rows: Rows,
                     temperature: float = 1.0,   # that the answers were drawn at
-                    chunk: int = CHUNK,         # positions whose logits exist at a time
                    ) -> Tensor:                 # (B, T - 1), 0 where nothing is learned
     "Log-probabilities of drawn tokens, with gradient, under the distribution that they were drawn from."
     def logits(hidden): return decoder.logits(hidden).float() / temperature
-    tempered = decoder if temperature == 1 else SimpleNamespace(hidden=decoder.hidden, logits=logits)
-    return token_logprobs(tempered, rows, chunk)
+    return token_logprobs(SimpleNamespace(hidden=decoder.hidden, logits=logits), rows)
 
 # %% ../../nbs/10_finetuning/06_reinforcement.ipynb #c423356c
 ADVANTAGES = ("raw", "mean", "rloo", "centred", "group", "batch")
 EPSILON = 1e-4      # added to a standard deviation, as in trl
 
 def _among(name: str, value, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UnsupportedError(f"there is no {name} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
+    if value in known: return
+    raise UnsupportedError(f"there is no {name} {value!r}; there are {', '.join(known)}.{did_you_mean(value, known)}")
 
 def advantages(rewards: Tensor,      # (B,)
                group: int,           # answers to one prompt, which stand together
-               kind: str = "group",  # of ADVANTAGES
-              ) -> Tensor:           # (B,) float32
+               kind: str = "group") -> Tensor:   # of ADVANTAGES; -> (B,) float32
     "How much better each answer is than expected (trl 1.16, grpo_trainer.py, rloo_trainer.py). Raises InputError."
     _among("advantage", kind, ADVANTAGES)
     group = whole("group", group, 2 if kind not in ("raw", "mean") else 1)
     if rewards.ndim != 1 or not len(rewards) or len(rewards) % group:
         raise InputError(f"rewards have the shape {tuple(rewards.shape)}: give {group} for each prompt, in one row")
     if not rewards.isfinite().all():
-        raise InputError(f"the reward of answer {int((~rewards.isfinite()).nonzero()[0])} is no finite number: "
-                         "leave its group out, or decide what such an answer is worth")
-    r = rewards.double().view(-1, group)                 # (P, n); equal rewards have an advantage of 0, without rounding
+        raise InputError(f"the reward of answer {int((~rewards.isfinite()).nonzero()[0])} is no finite number")
+    r = rewards.double().view(-1, group)                      # (P, n); in float64, so that equals come out as 0
     if kind == "raw": a = r
     elif kind == "mean": a = r - r.mean()
     elif kind == "rloo": a = r - (r.sum(1, keepdim=True) - r) / (group - 1)
@@ -144,11 +137,12 @@ def graded(batch: Rollouts,
            reward: Reward,                             # prompt, answer -> number
            decode: Callable[[list[int]], str],         # token ids -> text, e.g. tokenizer.decode
            kind: str = "group",                        # of ADVANTAGES
-           beta: float = 0.0,                          # price of KL in the reward, as RLOO has it; needs `referred`
-          ) -> Rollouts:
+           beta: float = 0.0) -> Rollouts:             # price of KL in the reward, as RLOO has it; needs `referred`
     "The same rollouts with rewards and advantages. Raises InputError."
-    values = [float(reward(decode(p), decode(a))) for p, a in zip(batch.prompts, batch.answers)]
-    rewards = torch.tensor(values, device=batch.old.device)
+    values = [reward(decode(p), decode(a)) for p, a in zip(batch.prompts, batch.answers)]
+    if wrong := [v for v in values if not isinstance(v, Real)]:
+        raise InputError(f"the reward gave {wrong[0]!r}: it must give a number for every answer")
+    rewards = batch.old.new_tensor(values)
     if beta:
         if batch.reference is None: raise InputError(f"beta is {beta}: KL needs a reference; see `referred`")
         rewards = rewards - beta * ((batch.old - batch.reference) * batch.mask).sum(1)
@@ -157,20 +151,17 @@ def graded(batch: Rollouts,
 # %% ../../nbs/10_finetuning/06_reinforcement.ipynb #689c5003
 LEVELS = ("token", "sequence", "product")
 
-def importance(logprobs: Tensor,   # (B, T) of the policy
-               old: Tensor,        # (B, T) when the tokens were drawn
-               mask: Tensor,       # (B, T) bool, which were drawn
-               level: str,         # of LEVELS
-              ) -> Tensor:         # (B, T), or (B, 1) for whole answers
+def importance(logprobs: Tensor, old: Tensor,      # (B, T) of the policy, and when the tokens were drawn
+               mask: Tensor,                       # (B, T) bool, which were drawn
+               level: str) -> Tensor:              # of LEVELS; -> (B, T), or (B, 1) for whole answers
     "How much likelier tokens or answers have become (GSPO: arXiv 2507.18071, eq. 7)."
     change = (logprobs - old.detach()) * mask
     if level == "token": return change.exp()
     total = change.sum(1, keepdim=True)
     return (total / mask.sum(1, keepdim=True).clamp(min=1) if level == "sequence" else total).exp()
 
-def k3(logprobs: Tensor,    # (B, T) of the policy, for tokens that it drew
-       reference: Tensor,   # (B, T) of the same tokens under the reference
-      ) -> Tensor:          # (B, T), never below 0
+def k3(logprobs: Tensor,                # (B, T) of the policy, for tokens that it drew
+       reference: Tensor) -> Tensor:    # (B, T) of the same tokens under the reference; -> (B, T), never below 0
     "KL(policy | reference), estimated token by token (Schulman, 2020, Approximating KL divergence)."
     gap = reference.detach() - logprobs
     return gap.expm1() - gap
@@ -208,9 +199,9 @@ def policy_loss(
 ) -> tuple[Tensor, int]:             # what to divide, and by what
     "The loss of trl 1.16 (GRPOTrainer._compute_loss; RLOOTrainer's is kind grpo, level product). Raises InputError."
     if not (logprobs.shape == old.shape == mask.shape and advantages.shape == (len(mask),)):
-        raise InputError(f"log-probabilities {tuple(logprobs.shape)}, old ones {tuple(old.shape)}, mask "
-                         f"{tuple(mask.shape)} and advantages {tuple(advantages.shape)} do not belong together: "
-                         "give (B, T) three times, and (B,)")
+        shapes = [tuple(t.shape) for t in (logprobs, old, mask, advantages)]
+        raise InputError(f"log-probabilities, old ones, mask and advantages have the shapes {shapes}: give (B, T) "
+                         "three times, and (B,)")
     s, advantage = settings, advantages.detach()[:, None]                                    # (B, 1)
     ratio = importance(logprobs, old, mask, s.level)                                         # (B, T) or (B, 1)
     losses = -torch.min(ratio * advantage, ratio.clamp(1 - s.low, 1 + s.high) * advantage)
@@ -227,17 +218,14 @@ def _divided(losses: Tensor, mask: Tensor, s: PolicyLoss) -> tuple[Tensor, int]:
 
 # %% ../../nbs/10_finetuning/06_reinforcement.ipynb #affc8109
 def referred(batch: Rollouts,
-             reference: Decoder,   # the model before training, frozen
-             decoder: Decoder,     # the model in training, to make sure that it is another
-            ) -> Rollouts:
+             reference: Decoder,             # the model before training, frozen
+             decoder: Decoder) -> Rollouts:  # the model in training, to make sure that it is another
     "The same rollouts with the reference's log-probabilities. Raises InputError for one that would train along."
     check_reference(decoder, reference)
     with torch.no_grad(): return replace(batch, reference=answer_logprobs(reference, batch.rows, batch.temperature))
 
-def grpo_loss(decoder: Decoder,
-              batch: Rollouts,      # graded
-              settings: PolicyLoss = PolicyLoss(),
-             ) -> tuple[Tensor, int]:
+def grpo_loss(decoder: Decoder, batch: Rollouts,      # graded
+              settings: PolicyLoss = PolicyLoss()) -> tuple[Tensor, int]:
     "The loss of a step on rollouts: what to divide, and by what. Raises InputError."
     if batch.advantages is None: raise InputError("these rollouts have no advantages: give them with `graded`")
     logprobs = answer_logprobs(decoder, batch.rows, batch.temperature)
