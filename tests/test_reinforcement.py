@@ -82,7 +82,7 @@ def theirs(hf, batch, s, cls=None):
     trainer, same = cls.__new__(cls), lambda t, **_: t
     trainer.__dict__.update(
         accelerator=SimpleNamespace(gather=same, reduce=same, num_processes=1, autocast=nullcontext,
-                                    device=torch.device("cpu")),
+                                    is_main_process=False, device=torch.device("cpu")),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1), model=hf,
         aux_loss_enabled=False, use_vllm=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1, loss_type=s.kind, beta=s.beta,
