@@ -10,6 +10,7 @@ import torch
 from checks import tiny
 
 from llm_workbench import Decoder
+from llm_workbench.architecture.ops import TORCH
 from llm_workbench.errors import ContextLengthError, InputError, UnsupportedError
 from llm_workbench.finetuning import reinforcement as module
 from llm_workbench.finetuning.data import IGNORE, Example, padded
@@ -209,7 +210,7 @@ def test_the_reference_stands_still(world):
     values = [torch.full((2, 3), -1.0, requires_grad=True) for _ in range(3)] + [torch.ones(2, requires_grad=True)]
     loss = policy_loss(values[0], values[1], values[3], torch.ones(2, 3, dtype=torch.bool), setting(), values[2])[0]
     assert [s is None for s in torch.autograd.grad(loss, values, allow_unused=True)] == [False, True, True, True]
-    with pytest.raises(InputError, match="train along"): referred(batch, ours.with_ops(ours.ops), ours)
+    with pytest.raises(InputError, match="train along"): referred(batch, ours.with_ops(TORCH), ours)
 
 
 def test_a_reference_that_trains_along_moves(world, monkeypatch):
@@ -239,8 +240,10 @@ def trainer_of(kind, tmp_path, **settings):
     args = getattr(trl, f"{kind}Config")(
         tmp_path, use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
         temperature=T, gradient_checkpointing=False, dataloader_num_workers=0, report_to="none", beta=0.2, **settings)
-    return getattr(trl, f"{kind}Trainer")(tiny(), reward_funcs=lambda completions, **_: REWARDS[:len(completions)],
-                                          args=args, train_dataset=data, processing_class=tokenizer)
+    tiny().save_pretrained(tmp_path / "model")                          # trl reads its reference from there
+    def rewards(completions, **_): return REWARDS[:len(completions)]
+    return getattr(trl, f"{kind}Trainer")(str(tmp_path / "model"), reward_funcs=rewards, args=args,
+                                          train_dataset=data, processing_class=tokenizer)
 
 
 def drawn_by(trainer, kind, beta=0.0):
@@ -268,7 +271,7 @@ def test_a_real_grpo_trainer(tmp_path):
         assert torch.allclose(batch["advantages"], mine.advantages, atol=1e-6), scale
     want = trainer.compute_loss(trainer.model, batch)
     total, n = grpo_loss(ours, mine, PolicyLoss(beta=0.2))               # trl's default: dapo
-    assert abs(total.item() / n - want.item()) < 1e-6 * max(1, abs(want.item())) and want.item() > 1e-3
+    assert abs(total.item() / n - want.item()) < 1e-6 * max(1, abs(want.item())) and abs(want.item()) > 1e-4
     got, theirs_ = gradients(ours, total / n), gradients(trainer.model, want, "model.")
     scale = max(g.abs().max() for g in theirs_.values())
     assert all((got[name] - theirs_[name]).abs().max() < 1e-5 * scale for name in got.keys() & theirs_.keys())
