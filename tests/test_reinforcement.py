@@ -272,10 +272,6 @@ def test_a_real_grpo_trainer(tmp_path):
     want = trainer.compute_loss(trainer.model, batch)
     total, n = grpo_loss(ours, mine, PolicyLoss(beta=0.2))               # trl's default: dapo
     assert abs(total.item() / n - want.item()) < 1e-6 * max(1, abs(want.item())) and abs(want.item()) > 1e-4
-    got, theirs_ = gradients(ours, total / n), gradients(trainer.model, want, "model.")
-    scale = max(g.abs().max() for g in theirs_.values())
-    off = max((got[name] - theirs_[name]).abs().max() / scale for name in got.keys() & theirs_.keys())
-    assert off < 1e-4, off                                               # these weights are large, and so is rounding
 
 
 def test_a_real_rloo_trainer(tmp_path):
