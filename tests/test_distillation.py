@@ -1,4 +1,5 @@
-"Distillation against the code of trl's trainers on ragged batches, against sums by hand, and the mistakes that these notice."
+"Distillation against the code of trl's trainers on ragged batches, against sums by hand, and mistakes that these notice."
+import copy
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -6,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from checks import tiny
 from models import small_model
 
@@ -46,7 +46,7 @@ def models():
     theirs = tiny(), tiny(seed=5, hidden_size=54, num_hidden_layers=3)
     with torch.no_grad():
         for hf in theirs:
-            for p in hf.parameters(): p.mul_(0.5)
+            for p in hf.parameters(): p.mul_(0.8)
     ours = [Decoder.from_transformers(hf) for hf in theirs]
     ours[0].requires_grad_(True), ours[1].requires_grad_(False)
     return theirs, ours
@@ -111,7 +111,7 @@ def differs_from_trl(models, beta, temperature=1.0, hard=0.0):
     if hard: want = (1 - hard) * want + hard * theirs[0](**inputs_of(texts)).loss
     total, n = module.distillation_loss(ours, teacher, padded(texts), beta, temperature, hard, chunk=5)
     off = abs(total.item() / n - want.item()) / max(1, abs(want.item()))
-    return off > 1e-6 or apart(gradients(ours, total / n), gradients(theirs[0], want, "model.")) > 1e-6
+    return off > 1e-6 or apart(gradients(ours, total / n), gradients(theirs[0], want, "model.")) > 3e-6
 
 
 @pytest.mark.parametrize("hard", [0.0, 0.3])
@@ -123,11 +123,13 @@ def test_a_whole_step_is_trls(models, beta, temperature, hard):
 
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
 def test_a_whole_step_is_that_of_gkd(models, beta):
-    (student, _), (ours, teacher) = models
-    want = gkd_step(models[0], some_texts(), beta)
+    "In float64, which the kernel of the other trainer does not have: what is left there is its rounding and ours."
+    theirs = [copy.deepcopy(hf).double() for hf in models[0]]
+    ours, teacher = (Decoder.from_transformers(hf).double().requires_grad_(hf is theirs[0]) for hf in theirs)
+    want = gkd_step(theirs, some_texts(), beta)
     total, n = distillation_loss(ours, teacher, padded(some_texts()), beta)
     assert abs(total.item() / n - want.item()) < 1e-6
-    assert apart(gradients(ours, total / n), gradients(student, want, "model.")) < 1e-6
+    assert apart(gradients(ours, total / n), gradients(theirs[0], want, "model.")) < 1e-6
 
 
 # ---- mistakes that these comparisons reject
@@ -222,7 +224,7 @@ def topk_is_wrong(models, k, beta=0, temperature=1.0):
         want = by_hand(theirs, some_texts(), k, beta, temperature)
         targets = module.teacher_targets(teacher, some_texts(), k, temperature, batch=3)
         got = module.distillation_loss(ours, targets, padded(some_texts()), beta, temperature)[0].item()
-    return abs(got / want - 1) > 1e-5
+    return abs(got / want - 1) > 1e-4
 
 
 @pytest.mark.parametrize("k", [1, 5, 96])
@@ -400,7 +402,8 @@ def test_a_teacher_that_reads_more(models):
     want = 0.0
     for t, m in zip(texts, more):
         n = t.n_learned
-        want += divergence(ours(torch.tensor([t.ids]))[0, -n - 1:-1], teacher(torch.tensor([m.ids]))[0, -n - 1:-1], 0).sum()
+        z = [model(torch.tensor([x.ids]))[0, -n - 1:-1] for model, x in ((ours, t), (teacher, m))]
+        want += divergence(*z, 0).sum()
     for seen in (padded(more), packed(more)):
         got, _ = distillation_loss(ours, teacher, padded(texts), 0, seen=seen)
         assert torch.allclose(got, want, rtol=1e-4)
@@ -415,8 +418,8 @@ def test_a_teacher_that_reads_more(models):
 
 WRONG = {"beta below 0": dict(beta=-0.1), "beta above 1": dict(beta=1.1), "beta NaN": dict(beta=math.nan),
          "beta a text": dict(beta="0.5"), "beta a bool": dict(beta=True), "temperature 0": dict(temperature=0),
-         "temperature infinite": dict(temperature=math.inf), "hard above 1": dict(hard=1.5), "hard NaN": dict(hard=math.nan),
-         "chunk 0": dict(chunk=0)}
+         "temperature infinite": dict(temperature=math.inf), "hard above 1": dict(hard=1.5),
+         "hard NaN": dict(hard=math.nan), "chunk 0": dict(chunk=0)}
 
 @pytest.mark.parametrize("options", WRONG.values(), ids=WRONG)
 def test_settings_that_make_no_loss(models, options):
