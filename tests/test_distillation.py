@@ -1,4 +1,4 @@
-"Distillation against the code of trl's trainers on ragged batches, against sums by hand, and mistakes that these notice."
+"Distillation against trl's trainers on ragged batches, against sums by hand, and the mistakes that these notice."
 import copy
 import math
 from collections import defaultdict
@@ -277,7 +277,8 @@ def test_targets_of_other_texts(models):
     fails = lambda t, match: pytest.raises(InputError, match=match)
     one = texts[4]
     for other in (Example([*one.ids[:-1], 1 + one.ids[-1] % 90], [*one.labels[:-1], 1 + one.ids[-1] % 90]),
-                  Example(one.ids, [*one.labels[:-1], IGNORE]), Example(one.ids[:-1], one.labels[:-1]), some_texts(1)[0]):
+                  Example(one.ids, [*one.labels[:-1], IGNORE]), Example(one.ids[:-1], one.labels[:-1]),
+                  some_texts(1)[0]):
         with fails(other, "text 1 is none of the 7"): distillation_loss(ours, targets, padded([texts[0], other]))
     with pytest.raises(InputError, match="at temperature 1, and the loss is at 2"):
         distillation_loss(ours, targets, padded(texts), temperature=2.0)

@@ -242,7 +242,7 @@ def distillation_loss(
         return (1 - hard) * soft + hard * F.nll_loss(_log_probs(logits, 1.0), labels[part], reduction="sum")
     return _in_chunks(loss_of, chunk, rows.hidden(decoder)[:, :-1][learned], decoder.lm_head), n
 
-# %% ../../nbs/10_finetuning/07_distillation.ipynb #d1500045
+# %% ../../nbs/10_finetuning/07_distillation.ipynb #d1500042
 def on_policy_rows(
     decoder: Decoder,                    # the writer: the student, or its teacher for sequence-level distillation
     prompts: Sequence[Sequence[int]],    # token ids
