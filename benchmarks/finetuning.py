@@ -86,7 +86,8 @@ def TRL(args, what, again):
                            bf16=False, gradient_checkpointing=again, train_sampling_strategy="sequential",
                            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
         trainer = SFTTrainer(model, config, train_dataset=data, callbacks=[clock],
-                             peft_config=lora if what == "lora" else None, processing_class=AutoTokenizer.from_pretrained(path.parent, **gguf))
+                             peft_config=lora if what == "lora" else None,
+                             processing_class=AutoTokenizer.from_pretrained(path.parent, **gguf))
         trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return dict(loss=losses, ends=ends, before=clock.before, peak=watched(False))

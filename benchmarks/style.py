@@ -59,7 +59,8 @@ def main():
     kept = [sum(map(in_manner, said)) for said in (before, after)]
     for row in told[:4]: print(*row.items(), sep="\n", end="\n\n")
     out = record("style", {"training loss": log}, "nats a token", loss=loss, in_manner=kept, minutes=minutes,
-                 steps=args.steps, answers=told, settings=dict(rank=8, lr=args.lr, texts=args.size, threads=args.threads))
+                 steps=args.steps, answers=told,
+                 settings=dict(rank=8, lr=args.lr, texts=args.size, threads=args.threads))
     print(f"loss on held-out answers {loss[0]:.2f} -> {loss[1]:.2f}, in the manner {kept[0]} -> {kept[1]} of "
           f"{len(told)}; written to {out.relative_to(out.parents[3])}")
 

@@ -46,7 +46,8 @@ def hygiene():
 # Two processes at a time, and the cores shared among their threads. Where a chapter starts more of them than there are
 # cores, waiting must not be spinning: that is many times slower.
 WORKERS = min(2, os.cpu_count())
-SHARED = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // WORKERS)), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+SHARED = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // WORKERS)), "OMP_WAIT_POLICY": "PASSIVE",
+          "GOMP_SPINCOUNT": "0"}
 
 
 def notebooks():
