@@ -84,7 +84,7 @@ def theirs(hf, batch, s, cls=None):
     trainer.__dict__.update(
         accelerator=SimpleNamespace(gather=same, reduce=same, num_processes=1, autocast=nullcontext,
                                     is_main_process=False, device=torch.device("cpu")),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1), model=hf,
+        args=SimpleNamespace(use_bias_correction_kl=s.unbiased, delta=None, steps_per_generation=1), model=hf,
         aux_loss_enabled=False, use_vllm=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1, loss_type=s.kind, beta=s.beta,
         importance_sampling_level=s.level, epsilon_low=s.low, epsilon_high=s.high, max_completion_length=s.longest,
@@ -103,12 +103,12 @@ def gradients(model, loss, prefix=""):
     return {n.removeprefix(prefix): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def differs(world, s, cls=None):
+def differs(world, s, cls=None, ours=None):
     "Whether loss or gradients of a whole step are others than trl's."
-    hf, ours, batch = world
+    hf, decoder, batch = world
     want = theirs(hf, batch, s, cls)
-    total, n = module.grpo_loss(ours, batch, s)
-    got, theirs_ = gradients(ours, total / n), gradients(hf, want, "model.")
+    total, n = module.grpo_loss(decoder, batch, ours or s)
+    got, theirs_ = gradients(decoder, total / n), gradients(hf, want, "model.")
     shared = got.keys() & theirs_.keys()
     assert len(shared) > 15, "the two models name their parameters differently"
     scale = max(theirs_[name].abs().max() for name in shared)
@@ -124,6 +124,12 @@ def setting(kind="dapo", level="token", beta=0.3, low=0.02, high=0.03):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_whole_step_is_trls(world, kind, level, beta): assert not differs(world, setting(kind, level, beta))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_price_without_the_ratio_is_trls_too(world, level):
+    s = replace(setting("dapo", level), unbiased=False)
+    assert not differs(world, s) and differs(world, s, ours=replace(s, unbiased=True))
 
 
 @pytest.mark.parametrize("low, high", [(0.2, 0.28), (0.001, 0.001)])
@@ -162,7 +168,7 @@ def with_clip(choose):
     "The loss with another choice between the ratio and the clipped one."
     def mutant(logprobs, old, advantages, mask, s, reference):
         a, ratio = advantages[:, None], module.importance(logprobs, old, mask, s.level)
-        losses = -choose(ratio * a, ratio.clamp(1 - s.low, 1 + s.high) * a) + s.beta * k3(logprobs, reference)
+        losses = -choose(ratio * a, ratio.clamp(1 - s.low, 1 + s.high) * a) + s.beta * k3(logprobs, reference) * ratio
         return module._divided(losses * mask, mask, s)
     return mutant
 
@@ -272,6 +278,9 @@ def test_a_real_grpo_trainer(tmp_path):
     want = trainer.compute_loss(trainer.model, batch)
     total, n = grpo_loss(ours, mine, PolicyLoss(beta=0.2))               # trl's default: dapo
     assert abs(total.item() / n - want.item()) < 1e-6 * max(1, abs(want.item())) and abs(want.item()) > 1e-4
+    got, theirs_ = gradients(ours, total / n), gradients(trainer.model, want, "model.")
+    scale = max(g.abs().max() for g in theirs_.values())
+    assert all((got[name] - theirs_[name]).abs().max() < 1e-5 * scale for name in got.keys() & theirs_.keys())
 
 
 def test_a_real_rloo_trainer(tmp_path):

@@ -178,6 +178,7 @@ class PolicyLoss:
     high: float = 0.2            # and up to 1 + high; DAPO takes 0.28
     beta: float = 0.0            # price of KL, k3
     longest: int | None = None   # tokens that an answer may have; dr_grpo divides by it
+    unbiased: bool = True        # k3 times the ratio, whose gradient is that of KL; False: k3 alone
 
     def __post_init__(self):
         _among("loss", self.kind, LOSSES)
@@ -207,7 +208,7 @@ def policy_loss(
     losses = -torch.min(ratio * advantage, ratio.clamp(1 - s.low, 1 + s.high) * advantage)
     if s.beta:
         if reference is None: raise InputError(f"beta is {s.beta}: KL needs a reference; see `referred`")
-        losses = losses + s.beta * k3(logprobs, reference)
+        losses = losses + s.beta * k3(logprobs, reference) * (ratio if s.unbiased else 1)
     return _divided(losses * mask, mask, s)                                                  # (B, T)
 
 def _divided(losses: Tensor, mask: Tensor, s: PolicyLoss) -> tuple[Tensor, int]:
