@@ -1,5 +1,5 @@
 """A hundred adapters over one base: how many tokens a second when all rows of a batch are written together, against
-changing the adapter between texts, and against peft's mixed batch?
+changing the adapter between texts, and (--peft) against peft's mixed batch?
 
     python -m benchmarks.adapters                       # SmolLM2, rank 8 in all seven matrices, two threads
     python -m benchmarks.adapters --adapters 16 --new 4
@@ -81,6 +81,7 @@ def main():
     parser.add_argument("--new", type=int, default=8, help="tokens that each text is continued by")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peft", action="store_true", help="also peft, which takes minutes to take in its adapters")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     base = load(weights="dense", ops=TORCH).decoder
@@ -90,13 +91,14 @@ def main():
     def mixed():
         with using(together, names): return by_decoder(together, tokens, args.new)
     def turns(): return torch.cat([by_decoder(adapted[n], tokens[i:i + 1], args.new) for i, n in enumerate(names)])
-    peft = peft_model(base, adapted, args.rank)
+    peft = peft_model(base, adapted, args.rank) if args.peft else None
     with using(together, names): scores = together.logits(together.hidden(tokens)[:, -1])
     alone = torch.cat([adapted[n].logits(adapted[n].hidden(tokens[i:i + 1])[:, -1]) for i, n in enumerate(names)])
-    theirs = peft(tokens, adapter_names=names, logits_to_keep=1).logits[:, -1]
-    apart = max(((scores - other).abs().max() / other.abs().max()).item() for other in (alone, theirs))
+    others = [alone] + ([peft(tokens, adapter_names=names, logits_to_keep=1).logits[:, -1]] if peft else [])
+    apart = max(((scores - other).abs().max() / other.abs().max()).item() for other in others)
     assert apart < 1e-5, f"scores are {apart:.0e} of the largest apart: nothing to compare"
-    ways = {"one batch": mixed, "in turns": turns, "peft, one batch": lambda: by_peft(peft, tokens, args.new, names)}
+    ways = {"one batch": mixed, "in turns": turns}
+    if peft: ways["peft, one batch"] = lambda: by_peft(peft, tokens, args.new, names)
     samples = {name: [] for name in ways}
     for turn in range(args.rounds):
         for name, run in ways.items():
