@@ -4,8 +4,8 @@ changing the adapter between texts, and (--peft) against peft's mixed batch?
     python -m benchmarks.adapters                       # SmolLM2, rank 8 in all seven matrices, two threads
     python -m benchmarks.adapters --adapters 16 --new 4
 
-Every text has an adapter of its own and is 16 tokens long; what is timed is reading it and writing `--new` tokens behind
-it, greedily, with a KV cache. "In turns" does one text after the other, each with its adapter; peft mixes by
+Every text has an adapter of its own and is 16 tokens long; timed is reading it and writing `--new` tokens behind it,
+greedily, with a KV cache. "In turns" does one text after the other, each with its adapter; peft mixes by
 `adapter_names`. Before anything is timed, the scores of all rows are compared: further apart than 1e-5 of the largest,
 and nothing is written.
 """
