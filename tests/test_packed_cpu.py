@@ -30,6 +30,7 @@ def used(monkeypatch):
 @torch.inference_mode()
 def test_products_and_unpacking_of_odd_shapes(name, monkeypatch):
     names, draw = used(monkeypatch), random.Random(name)
+    torch.manual_seed(draw.randrange(99))
     for _ in range(6):
         packed = packed_in(name, draw.choice([1, 3, 17, 130]), draw.choice([1, 2, 5]), draw.randrange(99))
         rows = draw.choice([1, 2, ROWS - 1, ROWS, ROWS + 1, 40])
@@ -40,7 +41,10 @@ def test_products_and_unpacking_of_odd_shapes(name, monkeypatch):
         want = matrices.linear(x.double(), packed.unpack(torch.float64), None if bias is None else bias.double())
         got = CPU.packed_linear(x, packed, bias)
         assert got.dtype is dtype and got.shape == want.shape
-        assert worst(got.double(), want) <= (3e-6 if dtype is torch.float32 else 2e-2) * want.abs().max()
+        # what cancels in a sum (a single number may be all of it) leaves the rounding of its parts
+        parts = matrices.linear(x.double().abs(), packed.unpack(torch.float64).abs()).max()
+        limit = (3e-6 if dtype is torch.float32 else 2e-2) * want.abs().max() + 1e-7 * parts
+        assert worst(got.double(), want) <= limit
     assert len(names) >= 6, "a fallback was tested instead of the kernel"
     packed = packed_in(name)
     eye = torch.eye(packed.shape[1])
