@@ -339,8 +339,8 @@ def test_resources():
 def test_resources_of_every_launch():
     "All masks at once, the largest variant of every kernel. A soft cap spills a few registers in rare shapes."
     everything, launches = dict(WINDOW=True, SOFTCAP=True, LENGTHS=True), []
-    for D, dtypes in {80: ["fp32"], 128: ["bf16"], 256: ["bf16", "fp32"]}.items():   # narrow, usual, widest
-        for dtype, kind in ((name, dict(bf16=torch.bfloat16, fp32=torch.float32)[name]) for name in dtypes):
+    for D in (32, 80, 128, 256):
+        for dtype, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for there in (True, False):
                 name, both = f"{D} {dtype} {there}", flash.backward_configs(D, kind, there, True)
                 launches += [flash.launch("flash_kernel", D, flash.forward_config(D, kind, T, there), dtype,
