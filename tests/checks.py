@@ -58,6 +58,21 @@ def some_tokens(B=2, T=14, seed=1):
 def worst(a, b): return (a.float() - b.float()).abs().max().item()
 
 
+def gradients(model, loss, prefix=""):
+    "By name; names of transformers without their beginning."
+    model.zero_grad()
+    loss.backward()
+    return {n.removeprefix(prefix): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def apart(got, want):
+    "The largest difference, in units of the largest value of all."
+    shared = got.keys() & want.keys()
+    assert len(shared) > 15, "the two models name their parameters differently"
+    scale = max(want[n].abs().max() for n in shared)
+    return max(((got[n] - want[n]).abs().max() / scale).item() for n in shared)
+
+
 @torch.inference_mode()
 def matches_transformers(hf, change=lambda decoder: decoder, tolerance=1e-4):
     "Logits equal those of transformers, on text longer than a window."

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import tiny
+from checks import apart, gradients, tiny
 from models import small_model
 
 from llm_workbench import Decoder
@@ -87,20 +87,6 @@ def gkd_step(theirs, texts, beta):
     "The same by the experimental trainer. Its temperature is used for sampling only."
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
     return bare(GKDTrainer, teacher_model=theirs[1], beta=beta).compute_loss(theirs[0], inputs_of(texts))
-
-
-def gradients(model, loss, prefix=""):
-    model.zero_grad()
-    loss.backward()
-    return {n.removeprefix(prefix): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def apart(got, want):
-    "The largest difference, in units of the largest value of all."
-    shared = got.keys() & want.keys()
-    assert len(shared) > 15, "the two models name their parameters differently"
-    scale = max(want[n].abs().max() for n in shared)
-    return max(((got[n] - want[n]).abs().max() / scale).item() for n in shared)
 
 
 def differs_from_trl(models, beta, temperature=1.0, hard=0.0):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import tiny
+from checks import apart, gradients, tiny
 from models import small_model
 from torch import nn
 
@@ -113,21 +113,6 @@ def trl_step(theirs, pairs, kind, beta, smoothing=0.0):
                    f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0], beta=beta,
                    label_smoothing=smoothing, use_weighting=False)
     return trainer._compute_loss(policy, inputs_of([c for c, _ in pairs] + [r for _, r in pairs]), False)
-
-
-def gradients(model, loss, prefix=""):
-    "By name; names of transformers without their beginning."
-    model.zero_grad()
-    loss.backward()
-    return {n.removeprefix(prefix): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def apart(got, want):
-    "The largest difference, in units of the largest value of all."
-    shared = got.keys() & want.keys()
-    assert len(shared) > 15, "the two models name their parameters differently"
-    scale = max(want[n].abs().max() for n in shared)
-    return max(((got[n] - want[n]).abs().max() / scale).item() for n in shared)
 
 
 def differs_from_trl(models, kind, beta=0.3, smoothing=0.0):

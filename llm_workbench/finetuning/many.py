@@ -15,7 +15,7 @@ from torch import Tensor
 from ..architecture.decoder import Decoder
 from ..architecture.matrices import Matrix, swapped
 from ..errors import InputError, UnsupportedError, did_you_mean
-from .lora import Adapted, find_adapted, product_of
+from .lora import Adapted, Around, find_adapted, product_of
 from ..inference.generation import Batch
 
 # %% ../../nbs/10_finetuning/09_many.ipynb #af4fd9ea
@@ -23,7 +23,7 @@ class Chosen:
     "Which adapter each row of the batch has; all matrices of a decoder look at the same one."
     rows: Tensor | None = None      # (B,) int64; None: no row has any
 
-class Many(Matrix):
+class Many(Around):
     "A frozen matrix and the changes of many adapters, of which every row of a batch gets one."
     def __init__(self, base: Matrix, A: Tensor, B: Tensor, chosen: Chosen):   # A (N + 1, in, r), B (N + 1, r, out)
         super().__init__()
@@ -42,12 +42,6 @@ class Many(Matrix):
 
     def dense(self, dtype=None) -> Tensor:
         raise InputError("a matrix with many adapters is no single one: take one of the adapted decoders")
-    @property
-    def bias(self) -> Tensor | None: return self.base.bias
-    @property
-    def device(self) -> torch.device: return self.base.device
-    @property
-    def dtype(self) -> torch.dtype: return self.base.dtype
     def extra_repr(self) -> str: return f"{len(self.A) - 1} adapters, r={self.A.shape[2]}"
 
 # %% ../../nbs/10_finetuning/09_many.ipynb #37c60f4a

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'FREE', 'token_logprobs', 'logprobs', 'pair', 'Pairs', 'paired', 'Kind', 'dpo_loss', 'mismatched',
-           'kl_level', 'kto_loss', 'orpo_loss', 'cpo_loss', 'simpo_loss', 'check_reference', 'reference_logprobs',
-           'preference_loss']
+           'kl_level', 'kto_loss', 'orpo_loss', 'cpo_loss', 'simpo_loss', 'check_reference', 'trained_in',
+           'reference_logprobs', 'preference_loss']
 
 # %% ../../nbs/10_finetuning/05_preferences.ipynb #97db2dd7
 import math
@@ -296,11 +296,14 @@ def check_reference(decoder: Decoder, reference: Decoder) -> None:
     if sizes[0] != sizes[1]:
         raise InputError(f"the model has a vocabulary of {sizes[0]} tokens and the reference one of {sizes[1]}: "
                          "log-probabilities of different tokens do not compare; take the model before training")
+    if name := trained_in(decoder, reference):
+        raise InputError(f"the reference would train along: {name} is the very tensor that is trained; "
+                         "use copy.deepcopy(decoder).requires_grad_(False), or a frozen base under an adapter")
+
+def trained_in(decoder: Decoder, other: Decoder) -> str | None:
+    "The name of a parameter of `other` that is the very tensor that trains in `decoder`; None: there is none."
     training = {p.untyped_storage().data_ptr() for p in decoder.parameters() if p.requires_grad}
-    for name, p in reference.named_parameters():
-        if p.untyped_storage().data_ptr() in training:
-            raise InputError(f"the reference would train along: {name} is the very tensor that is trained; "
-                             "use copy.deepcopy(decoder).requires_grad_(False), or a frozen base under an adapter")
+    return next((n for n, p in other.named_parameters() if p.untyped_storage().data_ptr() in training), None)
 
 @torch.no_grad()
 def reference_logprobs(reference: Decoder,        # any decoder, e.g. the base of an adapter
