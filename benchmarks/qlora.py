@@ -81,7 +81,7 @@ def times(shape, rounds):
             if turn: found[name].append(time.perf_counter() - start)
             grads[name] = x.grad
     for name, call in calls.items():
-        with kept_bytes(x, weight) as count: call(x)
+        with kept_bytes(x, weight) as count: out = call(x)
         kept[name] = count()
     for name in ("nf4", "nf4_dq"):
         ours, theirs = grads[f"{name}, C"], grads[f"{name}, bitsandbytes"]

@@ -47,8 +47,8 @@ def check_product(op, packed, shape=(2, 9), dtype=torch.float32, limit=1e-5):
     for product in (op, lambda x, p, b: F.linear(x, p.unpack(dtype), b)):
         given = [t.clone().requires_grad_() for t in (x, bias)]
         with kept_bytes(*given) as kept: out = product(given[0], packed, given[1])
-        found.append([out.detach(), *torch.autograd.grad(out, given, grad)])
         if product is op: assert not kept(), f"{kept()} bytes are kept for the backward pass"
+        found.append([out.detach(), *torch.autograd.grad(out, given, grad)])
     for what, got, want in zip(("results", "the gradient of x", "the gradient of the bias"), *found):
         assert got.dtype is dtype and got.shape == want.shape and apart(got, want) <= limit, what
 
@@ -225,7 +225,9 @@ def test_kept_bytes_counts_each_storage_once():
     assert kept() == 800
     with kept_bytes(a) as kept: c = a * b + a[:5].exp().sum() + (b.T * a).sum()
     assert kept() == 400 + 200 and c is not None
-    with kept_bytes() as kept, torch.no_grad(): a * b
+    del c
+    assert kept() == 0, "what nobody can go back through any more is not kept"
+    with kept_bytes() as kept, torch.no_grad(): c = a * b
     assert kept() == 0
 
 
