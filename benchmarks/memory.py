@@ -1,0 +1,159 @@
+"""Is the memory of a training step what `finetuning.memory.plan` says before it is run?
+
+    python -m benchmarks.memory                     # fifteen kinds of training, about five minutes on one thread
+    python -m benchmarks.memory --only "QLoRA"      # those whose name holds this; nothing is written
+
+Every kind is a process of its own: three steps of AdamW through `train_step`, in float32, as `train` takes them. What
+is measured is the process' largest resident set during the last two steps (VmHWM, forgotten before them) above the
+resident set from before the model was there, after a model of a few thousand numbers has trained a step, so that
+libraries are loaded. What is freed goes back to the system at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_).
+Beside it stands what `Watch` counts in one step more: torch's storages, without the allocator. Weights are random,
+except those of the embedded model.
+"""
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from benchmarks.peer_process import memory
+from benchmarks.record import record
+
+WIDE = dict(vocab_size=16_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16,
+            num_key_value_heads=4, head_dim=64)                                                    # 100 million numbers
+DEEP = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=10, num_attention_heads=8,
+            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)                          # 49 million
+SMOL = None                                                                                        # the embedded model
+SHAPES = {"wide": WIDE, "deep": DEEP, "SmolLM2": SMOL}
+CASES = {  # name: (shape, method, lengths, rank, blocks computed again)
+    "full, wide, 512": ("wide", "full", [512], 8, False),
+    "full, wide, 3 texts, again": ("wide", "full", [700, 200, 600], 8, True),
+    "full, deep, 1,024": ("deep", "full", [1024], 8, False),
+    "full, deep, 2,048, again": ("deep", "full", [2048], 8, True),
+    "LoRA, wide, 768": ("wide", "lora", [768], 8, False),
+    "LoRA, wide, r = 64, 2,048, again": ("wide", "lora", [2048], 64, True),
+    "LoRA, deep, 3 texts": ("deep", "lora", [700, 200, 600], 16, False),
+    "LoRA, deep, 2,048, again": ("deep", "lora", [2048], 16, True),
+    "QLoRA, wide, 1,024": ("wide", "qlora", [1024], 8, False),
+    "QLoRA, wide, r = 64, 2,048, again": ("wide", "qlora", [2048], 64, True),
+    "QLoRA, deep, 3 texts": ("deep", "qlora", [700, 200, 600], 16, False),
+    "QLoRA, deep, 3,072, again": ("deep", "qlora", [3072], 16, True),
+    "LoRA, SmolLM2, 512": ("SmolLM2", "lora", [512], 8, False),
+    "QLoRA, SmolLM2, 1,024, again": ("SmolLM2", "qlora", [1024], 16, True),
+    "full, SmolLM2, 256": ("SmolLM2", "full", [256], 8, False),
+}
+
+
+def config_of(shape):
+    from llm_workbench import ModelConfig, load
+    return load().decoder.config if SHAPES[shape] is None else ModelConfig(max_position_embeddings=4096,
+                                                                           **SHAPES[shape])
+
+
+def decoder_of(shape, method, rank, again):
+    "What is trained; nothing else of the making of it stays."
+    from llm_workbench import Decoder, load
+    from llm_workbench.architecture.ops import TORCH
+    from llm_workbench.finetuning.lora import LoRAConfig, adapt
+    from llm_workbench.finetuning.qlora import qlora
+    from llm_workbench.finetuning.sft import recomputed
+    ops, lora = TORCH.but(blocks=recomputed) if again else TORCH, LoRAConfig(rank, 2.0 * rank)
+    if SHAPES[shape] is None: decoder = load(weights="dense", ops=ops).decoder
+    else: decoder = Decoder(config_of(shape), ops)
+    if method == "full": return decoder.requires_grad_(True)
+    return (adapt if method == "lora" else qlora)(decoder, lora)
+
+
+def rows_of(lengths, vocabulary):
+    from llm_workbench.finetuning.data import Example, packed
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(vocabulary, (n,), generator=g).tolist() for n in lengths]
+    return packed([Example(text, text) for text in texts])
+
+
+def one_case(name):
+    "A process of its own: what a step takes above what was there before the model."
+    from llm_workbench import Decoder, ModelConfig
+    from llm_workbench.architecture.ops import TORCH
+    from llm_workbench.finetuning.lora import trainable
+    from llm_workbench.finetuning.memory import Watch
+    from llm_workbench.finetuning.qlora import qlora
+    from llm_workbench.finetuning.sft import Training, adamw, token_loss, train_step
+    shape, method, lengths, rank, again = CASES[name]
+    def training(decoder, rows):
+        params = trainable(decoder)
+        settings = Training(3, lr=1e-5)
+        optimizer = adamw(params.values(), settings)
+        def step(i): return train_step(decoder, lambda _: rows, settings, token_loss, i, params, optimizer)
+        return step, optimizer
+    small = Decoder(ModelConfig(64, 64, 128, 2, 4, 2, 16), TORCH)
+    for decoder in (qlora(small), small.requires_grad_(True)): training(decoder.train(), rows_of([40], 64))[0](0)
+    del small, decoder
+    if SHAPES[shape] is None: config_of(shape)                        # the file and its tokenizer have been read
+    gc.collect()
+    before = memory("VmRSS")
+    decoder = decoder_of(shape, method, rank, again).train()
+    rows = rows_of(lengths, decoder.config.vocab_size)
+    step, optimizer = training(decoder, rows)
+    step(0)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")                     # the largest so far: forgotten
+    start = time.perf_counter()
+    for i in (1, 2): step(i)
+    seconds, peak = (time.perf_counter() - start) / 2, memory("VmHWM") - before
+    optimizer.zero_grad()
+    held = decoder.nbytes + sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+    with Watch() as watch: step(3)
+    print("\n" + json.dumps(dict(seconds=seconds, resident=peak, counted=held + watch.peak)))
+
+
+def planned(name):
+    from llm_workbench.finetuning.lora import LoRAConfig
+    from llm_workbench.finetuning.memory import plan
+    shape, method, lengths, rank, again = CASES[name]
+    return plan(config_of(shape), method, lengths, LoRAConfig(rank, 2.0 * rank), recompute=again)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.one: return one_case(args.one)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+                        "OMP_NUM_THREADS": "1"}
+    samples, cases = {}, {}
+    for name in (n for n in CASES if args.only in n):
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
+        runs = []
+        for _ in range(args.rounds):
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            if done.returncode: sys.exit(f"{name}:\n{done.stdout}\n{done.stderr}")
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+        p = planned(name)
+        samples[name] = [run["resident"] for run in runs]
+        measured = sorted(samples[name])[(len(runs) - 1) // 2]
+        cases[name] = dict(planned=p.total, when=p.when, resident=measured, counted=runs[0]["counted"],
+                           seconds=runs[0]["seconds"], parts={k: getattr(p, k) for k in (
+                               "weights", "gradients", "optimizer", "kept", "scratch")})
+        print(f"{name:36} planned {p.total / 1e6:7.1f} MB ({p.when}), resident {measured / 1e6:7.1f} "
+              f"({p.total / measured - 1:+.1%}), counted {runs[0]['counted'] / 1e6:7.1f} "
+              f"({p.total / runs[0]['counted'] - 1:+.1%}), {runs[0]['seconds']:.1f} s a step", flush=True)
+    if args.only: return
+    shapes = {name: shape or "SmolLM2-135M-Instruct" for name, shape in SHAPES.items()}
+    out = record("memory_plan", samples, "bytes", cases=cases, shapes=shapes, setup={
+        name: dict(zip(("shape", "method", "lengths", "rank", "again"), case)) for name, case in CASES.items()})
+    print(f"written to {out.relative_to(out.parents[3])}")
+
+
+if __name__ == "__main__":
+    main()
