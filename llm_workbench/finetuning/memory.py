@@ -10,10 +10,13 @@ __all__ = ['METHODS', 'OPTIMIZERS', 'QKV', 'O', 'DOWN', 'Watch', 'Work', 'work_o
 # %% ../../nbs/10_finetuning/11_memory.ipynb #8075ee99
 import math
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,17 +30,18 @@ from ..quantization.formats import Format, format_of, shape_of
 
 # %% ../../nbs/10_finetuning/11_memory.ipynb #e5c318a8
 class Watch(TorchDispatchMode):
-    "Counts the bytes of every storage that torch makes while it runs, for as long as it lives."
-    def __init__(self):
+    "Counts the bytes of every storage that torch makes while it runs, and of what is held, for as long as it lives."
+    def __init__(self, held: Iterable[Tensor] = ()):     # what is there before
         super().__init__()
         self.now = self.peak = 0
-        self.line: list[int] = []               # bytes behind each operation
+        self.line: list[int] = []                        # bytes behind each operation
+        for storage in {(s := t.untyped_storage())._cdata: s for t in held}.values(): self._born(storage)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(out):                                   # a view has the storage of what was given
-            if isinstance(t, torch.Tensor) and (s := t.untyped_storage())._cdata not in given: self._born(s)
+            if isinstance(t, Tensor) and (s := t.untyped_storage())._cdata not in given: self._born(s)
         self.line.append(self.now)
         return out
 
@@ -73,9 +77,16 @@ class Work:
     def reached(self, layer: int, *names: str) -> bool:
         "Whether a gradient passes behind these matrices: something before them learns, or they do."
         return self.lora is None or layer > self.first or self.of(layer, *names) > 0
-    @property
+    @cached_property
     def first(self) -> int: return min(int(name.split(".")[1]) for name in self.around if name.startswith("layers."))
-    def gradients(self, *prefix: str) -> int: return sum(b for n, b in self.learns.items() if n.startswith(prefix))
+    @cached_property
+    def gradients(self) -> Counter:
+        "Bytes of the gradients of each module, those inside it included; of all under an empty name."
+        found = Counter()
+        for name, nbytes in self.learns.items():
+            words = name.split(".")
+            for end in range(len(words)): found[".".join(words[:end])] += nbytes
+        return found
 
 # %% ../../nbs/10_finetuning/11_memory.ipynb #36c6279b
 def work_of(config: ModelConfig, method: str, lengths: Sequence[int], lora: LoRAConfig = LoRAConfig(), *,
@@ -170,12 +181,12 @@ def mlp_keeps(work: Work, layer: int) -> dict[str, int]:
 def scores_take(work: Work, chunk: int) -> int:
     "Bytes of a chunk of scores and their gradients, beyond the head's sum of gradients."
     c, a, learned = work.config, work.dtype.itemsize, work.tokens - len(work.lengths)
-    n, head = min(chunk, learned), c.vocab_size * c.hidden_size * a if work.lora is None else 0
-    before = head if learned > chunk else 0                          # what the chunk before has left
-    bound = n * c.vocab_size * a if c.logit_softcap else 0
-    widened = 4 * c.vocab_size * c.hidden_size if head and a < 4 else 0
-    return max(3 * 4 * n * c.vocab_size + bound + before,
-               n * (c.vocab_size + c.hidden_size) * a + head + before, widened)
+    head = c.vocab_size * c.hidden_size * a if work.lora is None else 0
+    each = c.vocab_size * (3 * 4 + (a if c.logit_softcap else 0)), (c.vocab_size + c.hidden_size) * a  # of a position
+    def takes(n, before): return before + max(n * each[0], n * each[1] + head)
+    widened = 4 * c.vocab_size * c.hidden_size if head and a < 4 else 0      # before the first chunk
+    second = takes(min(chunk, learned - chunk), head) if learned > chunk else 0     # the first one's gradient is there
+    return max(takes(min(chunk, learned), 0), second, widened)
 
 # %% ../../nbs/10_finetuning/11_memory.ipynb #e3286757
 @dataclass(frozen=True)
@@ -197,20 +208,33 @@ def averages(work: Work, optimizer: str) -> int:
     return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in counts)
 
 def unpacking(work: Work, layer: int, name: str) -> int:
-    "Bytes of a matrix while it is unpacked; 0 where it is dense."
+    "Bytes of a matrix while it is unpacked, a million weights at a time; 0 where it is dense."
     if work.format is None: return 0
-    n = math.prod(work.shapes[f"layers.{layer}.{name}"])
-    return n * work.dtype.itemsize + 6 * min(n, 2**20)               # pairs of a piece, and where they stand
+    n, piece = math.prod(work.shapes[f"layers.{layer}.{name}"]), 2**20
+    before = 4 * piece if n > piece else 0                           # the piece before is let go when the next is there
+    return n * work.dtype.itemsize + n // 16 + before + 6 * min(piece, n - piece if before else n)
 
 # %% ../../nbs/10_finetuning/11_memory.ipynb #e6dd6bd5
-def block_takes(work: Work, layer: int) -> tuple[int, int]:
-    "Bytes that backward makes in the second half of a block, and in the first: gradients on their way."
-    c, n, a = work.config, work.tokens, work.dtype.itemsize
-    x, wide, heads = n * c.hidden_size * a, n * c.intermediate_size * a, n * c.head_dim * a
+def block_takes(work: Work, layer: int) -> dict[str, tuple[int, int]]:
+    "Moments of a block by name: bytes that are kept of it, and bytes that come and go."
+    c, n, a, D = work.config, work.tokens, work.dtype.itemsize, work.config.head_dim
+    first, second = attention_keeps(work, layer), mlp_keeps(work, layer)
+    one, both, ups = sum(first.values()), sum(first.values()) + sum(second.values()), names_up(c)
+    x, wide, heads, keys = (n * a * size for size in (c.hidden_size, c.intermediate_size,
+                                                      c.num_attention_heads * D, c.num_key_value_heads * D))
+    last = input_keeps(work, c.intermediate_size, work.of(layer, DOWN), True)
+    def adds(name, size): return n * size * (a + 12) if work.lora and work.of(layer, name) else n * size * a
+    narrow = 2 * x if a < 4 else 0                                   # in 16 bits, what is kept is a copy of what is used
+    turning = one - first.get("attention", 0) - input_keeps(work, c.num_attention_heads * D, work.of(layer, O))
     mlp = max(x + 2 * wide, x + wide + unpacking(work, layer, DOWN))
     if a < 4 and work.lora and work.of(layer, DOWN): mlp = max(mlp, x + 4 * n * (c.hidden_size + c.intermediate_size))
-    turned = x + 4 * heads * (c.num_attention_heads + c.num_key_value_heads)
-    return mlp, max(turned, 2 * x + unpacking(work, layer, O))
+    texts = min(2, len(work.lengths))                                # gradients of several are put together
+    return {"forward, turning": (turning + keys, 5 * (heads + keys)),
+            "forward, up": (both - second["mlp"] + (len(ups) - 1) * wide - last, narrow + adds(ups[-1], c.intermediate_size)),
+            "forward, down": (both, narrow + wide * bool(work.lora and (a < 4 or work.lora.dropout)) +
+                              adds(DOWN, c.hidden_size)),
+            "MLP": (both, mlp),
+            "attention": (one, max(x + texts * (heads + 2 * keys), 2 * x + unpacking(work, layer, O)))}
 
 def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", chunk: int = CHUNK) -> list[Plan]:
     "The moments of a step at which memory may be fullest, in their order."
@@ -218,28 +242,30 @@ def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", ch
     x, hidden = n * c.hidden_size * a, (n - len(work.lengths)) * c.hidden_size * a      # the stream; what is learned on
     kinds = {c.layer_type(i) for i in range(c.num_hidden_layers) if c.rope(i)}
     tables, norm = len(kinds) * 2 * n * (c.rotary_dim or c.head_dim) * a, norm_keeps(work, n, c.hidden_size)
-    firsts, seconds = ([sum(of(work, i).values()) for i in range(c.num_hidden_layers)]
-                       for of in (attention_keeps, mlp_keeps))
-    stored = [x] * c.num_hidden_layers if recompute else [p + q for p, q in zip(firsts, seconds)]
-    head = "embed_tokens." if c.tie_word_embeddings else "lm_head."
+    blocks = [block_takes(work, i) for i in range(c.num_hidden_layers)]
+    stored = [x if recompute else block["MLP"][0] for block in blocks]
+    head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
     sums = 4 * c.vocab_size * c.hidden_size if full else 0
     plans, kept, shared = [], sum(stored) + tables, x if a == 4 and c.block != "post" else 0
     def at(when, gradients, kept, scratch):
         plans.append(Plan(work.weights, gradients, averages(work, optimizer), kept, scratch, when))
     at("scores", sums, kept + norm, 2 * hidden + scores_take(work, chunk))
-    at("head", sums, kept + norm, 2 * hidden + sums + (work.gradients(head) if full and a < 4 else 0))
-    done = work.gradients(head) if full else 0
-    at("last norm", done, kept + norm, x + 6 * n * c.hidden_size * 4)
+    at("head", sums, kept + norm, 2 * hidden + sums + (work.gradients[head] if full and a < 4 else 0))
+    done = work.gradients[head] if full else 0
+    at("last norm", done, kept + norm, x + 4 * n * c.hidden_size * 4)
     for i in reversed(range(c.num_hidden_layers)):
         kept -= stored[i]
         again = x - shared * work.reached(i) if recompute else 0     # the block's input, which its norm keeps as well
-        mlp, attention = block_takes(work, i)
-        at(f"block {i}, MLP", done + work.gradients(f"layers.{i}.{DOWN}"), kept + again + firsts[i] + seconds[i], mlp)
-        done += work.gradients(f"layers.{i}.mlp")
-        at(f"block {i}, attention", done + work.gradients(f"layers.{i}.{O}"), kept + again + firsts[i], attention)
-        done += work.gradients(f"layers.{i}.") - work.gradients(f"layers.{i}.mlp")
-    every = work.gradients("")
-    if full: at("embedding", every, tables, x + (work.gradients(head) if c.tie_word_embeddings else 0))
+        name, new = f"layers.{i}", {"MLP": f"layers.{i}.{DOWN}", "attention": f"layers.{i}.{O}"}
+        for moment, (own, scratch) in blocks[i].items():
+            forward = moment.startswith("forward")
+            if forward and not recompute and i + 1 < c.num_hidden_layers: continue
+            if moment == "attention": done += work.gradients[f"{name}.mlp"]
+            there = 0 if forward and not recompute else done + work.gradients[new.get(moment, "none")]
+            at(f"block {i}, {moment}", there, kept + again + own, scratch + x * (forward and recompute))
+        done += work.gradients[name] - work.gradients[f"{name}.mlp"]
+    every = work.gradients[""]
+    if full: at("embedding", every, tables, x + (work.gradients[head] if c.tie_word_embeddings else 0))
     widest = max(work.learns.values()) * 4 // (a if full else 4)
     at("optimizer", every, 0, 0 if optimizer == "adamw" else 8 * widest)
     return plans
