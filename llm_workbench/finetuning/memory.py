@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'OPTIMIZERS', 'QKV', 'O', 'DOWN', 'Watch', 'Work', 'work_of', 'check_plan', 'norm_keeps', 'input_keeps',
            'names_up', 'attention_keeps', 'mlp_keeps', 'scores_take', 'Plan', 'averages', 'unpacking', 'block_takes',
-           'moments', 'plan']
+           'moments', 'plan', 'longest']
 
 # %% ../../nbs/10_finetuning/11_memory.ipynb #8075ee99
+import bisect
 import math
 import weakref
 from collections import Counter
@@ -224,13 +225,14 @@ def block_takes(work: Work, layer: int) -> dict[str, tuple[int, int]]:
                                                       c.num_attention_heads * D, c.num_key_value_heads * D))
     last = input_keeps(work, c.intermediate_size, work.of(layer, DOWN), True)
     def adds(name, size): return n * size * (a + 12) if work.lora and work.of(layer, name) else n * size * a
-    narrow = 2 * x if a < 4 else 0                                   # in 16 bits, what is kept is a copy of what is used
+    narrow = 2 * x if a < 4 else 0 if work.of(layer, *ups) else x    # what is used, where it is not what is kept
     turning = one - first.get("attention", 0) - input_keeps(work, c.num_attention_heads * D, work.of(layer, O))
     mlp = max(x + 2 * wide, x + wide + unpacking(work, layer, DOWN))
     if a < 4 and work.lora and work.of(layer, DOWN): mlp = max(mlp, x + 4 * n * (c.hidden_size + c.intermediate_size))
     texts = min(2, len(work.lengths))                                # gradients of several are put together
     return {"forward, turning": (turning + keys, 5 * (heads + keys)),
-            "forward, up": (both - second["mlp"] + (len(ups) - 1) * wide - last, narrow + adds(ups[-1], c.intermediate_size)),
+            "forward, up": (both - second["mlp"] + (len(ups) - 1) * wide - last,
+                            narrow + adds(ups[-1], c.intermediate_size)),
             "forward, down": (both, narrow + wide * bool(work.lora and (a < 4 or work.lora.dropout)) +
                               adds(DOWN, c.hidden_size)),
             "MLP": (both, mlp),
@@ -267,7 +269,7 @@ def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", ch
     every = work.gradients[""]
     if full: at("embedding", every, tables, x + (work.gradients[head] if c.tie_word_embeddings else 0))
     widest = max(work.learns.values()) * 4 // (a if full else 4)
-    at("optimizer", every, 0, 0 if optimizer == "adamw" else 8 * widest)
+    at("optimizer", every, 0, 0 if optimizer == "adamw" else (8 if a == 4 or not full else 9) * widest)
     return plans
 
 # %% ../../nbs/10_finetuning/11_memory.ipynb #c3b9a88a
@@ -289,3 +291,20 @@ def plan(
     if not isinstance(chunk, int) or chunk < 1: raise InputError(f"chunk is {chunk!r}: give a number of positions")
     work = work_of(config, method, lengths, lora, dtype=dtype, format=format)
     return max(moments(work, recompute=recompute, optimizer=optimizer, chunk=chunk), key=lambda p: p.total)
+
+# %% ../../nbs/10_finetuning/11_memory.ipynb #6c595916
+def longest(
+    memory: int,                 # bytes
+    config: ModelConfig,
+    method: str,
+    texts: int = 1,              # of a step
+    lora: LoRAConfig = LoRAConfig(),
+    *, dtype: torch.dtype = torch.float32, format: str | Format = "nf4_dq",
+    **how,                       # recompute, optimizer, chunk: see `plan`
+) -> int:                        # tokens of each text, up to the trained context; 0: not even 2 fit
+    "The longest texts of a step that fits. Raises what `plan` raises."
+    plan(config, method, [2] * texts, lora, dtype=dtype, format=format, **how)        # or says what is wrong
+    work = work_of(config, method, [2] * texts, lora, dtype=dtype, format=format)
+    def total(n): return max(p.total for p in moments(replace(work, lengths=(n,) * texts), **how))
+    fitting = bisect.bisect_right(range(2, config.max_position_embeddings + 1), memory, key=total)
+    return fitting + 1 if fitting else 0
