@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import llm_workbench as wb
 from benchmarks.peer_process import memory
 from benchmarks.record import record
 from llm_workbench.architecture.matrices import packed_linear, unpacked_linear
+from llm_workbench.finetuning.data import Example, packed
 from llm_workbench.finetuning.lora import LoRAConfig, adapt, trainable
 from llm_workbench.finetuning.qlora import kept_bytes, qlora
+from llm_workbench.finetuning.sft import token_loss
 from llm_workbench.kernels import packed_cpu
 from llm_workbench.quantization.formats import FORMATS
 from llm_workbench.quantization.nf4 import to_bitsandbytes
@@ -89,15 +90,6 @@ def times(shape, rounds):
     return found, kept
 
 
-def loss_of(decoder, tokens, size=64):
-    "The mean loss of the next token; logits a piece of the text at a time, and again in the backward pass."
-    hidden, total = decoder.hidden(tokens[:, :-1]), 0.0
-    def of(h, t): return F.cross_entropy(decoder.lm_head(h, decoder.ops)[0], t[0], reduction="sum")
-    for h, t in zip(hidden.split(size, 1), tokens[:, 1:].split(size, 1)):
-        total = total + checkpoint(of, h, t, use_reentrant=False)
-    return total / (tokens.shape[1] - 1)
-
-
 def model_of(way):
     "The embedded model in float32, ready for one way of training."
     decoder, config = wb.load(weights="dense").decoder, LoRAConfig(r=16, alpha=32)
@@ -113,7 +105,8 @@ def one_model(way, threads):
     torch.manual_seed(0)
     decoder = model_of(way)
     optimizer = torch.optim.AdamW(trainable(decoder).values(), lr=1e-3 if way != "full" else 1e-5)
-    tokens = torch.randint(0, 49152, (1, TOKENS + 1))
+    ids = torch.randint(0, 49152, (TOKENS,)).tolist()
+    rows = packed([Example(ids, ids)])
     gc.collect()
     held, seconds = memory("VmRSS"), []
     try: Path("/proc/self/clear_refs").write_text("5")                # the largest so far: forgotten
@@ -121,17 +114,17 @@ def one_model(way, threads):
     for step in range(2):
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = loss_of(decoder, tokens)
-        loss.backward()
+        loss, n = token_loss(decoder, rows)
+        (loss / n).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
     peak, there = memory("VmHWM"), [*decoder.parameters(), *decoder.buffers()]
-    with kept_bytes(*there) as count: last = loss_of(decoder, tokens)
+    with kept_bytes(*there) as count: last, _ = token_loss(decoder, rows)
     kept = count()
     weights = sum(t.nbytes for t in {id(t): t for t in there}.values())
     learns = sum(p.numel() for p in trainable(decoder).values())
     print(json.dumps(dict(seconds=seconds[1], kept=kept, before=held, peak=peak, weights=weights, learns=learns,
-                          losses=[loss.item(), last.item()])))
+                          losses=[loss.item() / n, last.item() / n])))
 
 
 def main():

@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -107,6 +108,7 @@ TopP = typer.Option(parser=_number(float, 1e-9, 1, "a number above 0 and up to 1
                     help="Sample from the likeliest tokens that hold this probability.")
 MaxTokens = typer.Option(parser=_number(int, 1, 2**31, "a whole number from 1 up"), metavar="COUNT",
                          help="Longest answer, in tokens.")
+Adapter = typer.Option(metavar="FOLDER", help="An adapter in peft's format, such as `tune` writes.")
 Seed = typer.Option(parser=_number(int, 0, 2**63 - 1, "a whole number from 0 up"), metavar="NUMBER",
                     help="Makes sampling repeatable.")
 
@@ -120,6 +122,7 @@ def chat(
     top_p: Annotated[float, TopP] = 0.9,
     max_tokens: Annotated[int, MaxTokens] = 512,
     seed: Annotated[Optional[int], Seed] = None,
+    adapter: Annotated[Optional[str], Adapter] = None,
 ):
     "Talk with a model. /help lists what can be typed beside messages; Ctrl-C stops an answer."
     if prompt is not None and not prompt.strip(): raise _fail("the prompt is empty: write a message after --prompt")
@@ -129,11 +132,18 @@ def chat(
     try:
         import llm_workbench
         lm = llm_workbench.load(model)
+        if adapter is not None: lm = _adapted(lm, adapter)
         start = [dict(role="system", content=system)] if system else []
         if prompt is not None: _answer(lm, [*start, dict(role="user", content=prompt)], options, [])
         else: _converse(lm, start, options)
     except WorkbenchError as e: raise _fail(e) from None
     except KeyboardInterrupt: raise typer.Exit(130) from None
+
+
+def _adapted(lm, folder):
+    from dataclasses import replace
+    from llm_workbench.finetuning.lora import load_adapter
+    return replace(lm, decoder=load_adapter(lm.decoder, folder))
 
 
 def _answer(lm, messages, options, said: list):
@@ -184,6 +194,111 @@ def _turn(lm, messages, options):
         _fail(f"{e} Here: /reset starts a new conversation.")
         return messages[:-1]
     return [*messages, dict(role="assistant", content="".join(said))]
+
+
+# ------------------------------------------------------------------------------------------------------------ tune
+Count = _number(int, 1, 2**31, "a whole number from 1 up")
+Data = typer.Argument(metavar="DATA", show_default=False, help="Lines of JSON with messages; prompt and completion; or "
+                                                                "prompt, chosen and rejected.")
+Out = typer.Argument(metavar="OUT", show_default=False, help="A folder for the adapter, the log and the checkpoint.")
+ModelOption = typer.Option(metavar="MODEL", show_default=False, help=Model.help)
+Method = typer.Option(metavar="NAME", help="lora, dora, qlora or full.")
+Epochs = typer.Option(parser=_number(float, 1e-9, 1e9, "a number above 0"), metavar="NUMBER",
+                      help="Times that every text is seen.")
+Steps = typer.Option(parser=Count, metavar="COUNT", help="Steps, instead of epochs.")
+Texts = typer.Option(parser=Count, metavar="COUNT", help="Texts of a step.")
+Length = typer.Option(parser=Count, metavar="TOKENS", help="Longest text, and longest row of texts.")
+Rate = typer.Option(parser=_number(float, 1e-12, 1e3, "a number above 0"), metavar="NUMBER",
+                    help="Learning rate; by default 5e-4 for adapters, 5e-5 for full, a tenth of it for preferences.")
+Rank = typer.Option(parser=Count, metavar="COUNT", help="Rank of the adapter.")
+Held = typer.Option(parser=_number(float, 0, 0.999, "a share from 0 to below 1"), metavar="SHARE",
+                    help="Share of the texts that is not learned but asked before and after.")
+Every = typer.Option(parser=Count, metavar="COUNT", help="Steps between checkpoints.")
+Recompute = typer.Option("--recompute", help="Compute blocks twice instead of keeping what is inside them.")
+DryRun = typer.Option("--dry-run", help="Say what would be learned, and the memory that it takes; train nothing.")
+Anyway = typer.Option("--anyway", help="Begin even where the plan needs more memory than is free.")
+
+
+@app.command()
+def tune(
+    data: Annotated[str, Data],
+    out: Annotated[str, Out],
+    model: Annotated[Optional[str], ModelOption] = None,
+    method: Annotated[str, Method] = "lora",
+    epochs: Annotated[float, Epochs] = 3.0,
+    steps: Annotated[Optional[int], Steps] = None,
+    batch: Annotated[int, Texts] = 8,
+    length: Annotated[int, Length] = 512,
+    lr: Annotated[Optional[float], Rate] = None,
+    rank: Annotated[int, Rank] = 8,
+    held: Annotated[float, Held] = 0.1,
+    every: Annotated[int, Every] = 20,
+    seed: Annotated[int, Seed] = 0,
+    recompute: Annotated[bool, Recompute] = False,
+    dry_run: Annotated[bool, DryRun] = False,
+    anyway: Annotated[bool, Anyway] = False,
+):
+    "Fine-tune a model on a file of texts. Started again after an interruption, it goes on where it stood."
+    try:
+        import llm_workbench
+        from llm_workbench.families.loading import read_config
+        from llm_workbench.families.opening import open_checkpoint
+        from llm_workbench.finetuning import tuning
+        job = tuning.Job(data, out, method, epochs, steps, batch, length, lr, rank, None, held, recompute, seed, every)
+        checkpoint = open_checkpoint(model)
+        config, texts = read_config(checkpoint.config), tuning.material(checkpoint.tokenizer, job)
+        tuning.check_folder(Path(out), tuning.asked_of(job, texts, checkpoint.card.name))
+        need, free = _bill(job, texts, config)
+        if dry_run: return
+        if need > free and not anyway:
+            raise _fail(f"the run needs {_size(need)} and {_size(free)} are free: try --recompute, --method qlora or a "
+                        "smaller --length; --anyway begins nevertheless")
+        result = tuning.tune(llm_workbench.load(model, weights="dense"), job, texts, _line(texts.steps(job)))
+    except WorkbenchError as e: raise _fail(e) from None
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if result.after is not None: print(f"loss on texts held out: {result.before:.3f} before, {result.after:.3f} after")
+    print(f"written: {result.path}" + ("" if method == "full" else
+          f"\nTalk with it: llm-workbench chat {model + ' ' if model else ''}--adapter {result.path}"))
+
+
+def _size(nbytes) -> str: return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _bill(job, texts, config) -> tuple[float, float]:
+    "Say what will be done and what it needs; bytes needed, bytes free."
+    import psutil
+    from llm_workbench.errors import UnsupportedError
+    from llm_workbench.finetuning import tuning
+    learns, every = tuning.learned(config, job)
+    print(f"{len(texts.train)} {texts.kind} to learn from ({texts.tokens():,} tokens), {len(texts.held)} held out, "
+          f"{texts.cut} shortened, {texts.lost} left out as too long")
+    print(f"{job.method}: {learns:,} of {every:,} parameters learn, in {texts.steps(job)} steps of {job.batch} texts")
+    free = psutil.virtual_memory().available
+    try: plan = tuning.demand(config, job, texts)
+    except UnsupportedError as e:
+        print(f"memory: not planned, {e}", flush=True)
+        return 0, free
+    parts = ", ".join(f"{name} {_size(n)}" for name, n in vars(plan).items() if name != "when")
+    print(f"memory: {_size(plan.total)} of {_size(free)} that are free; at the fullest moment {parts}", flush=True)
+    return plan.total, free
+
+
+def _line(steps):
+    "A `log` that shows where a run stands: in a terminal in one line that changes."
+    import psutil
+    first, me = [], psutil.Process()
+    def log(step, metrics):
+        first.append(step) if not first else None
+        left = metrics["seconds"] / (step + 1 - first[0]) * (steps - step - 1)
+        text = (f"step {step + 1} of {steps}   loss {metrics['loss']:.3f}   "
+                f"{metrics['tokens'] / metrics['seconds']:.0f} learned tokens/s   {_size(me.memory_info().rss)}   "
+                f"{left // 60:.0f}:{left % 60:02.0f} left")
+        last = step + 1 == steps
+        if sys.stdout.isatty(): print(f"\r{text:79}", end="\n" if last else "", flush=True)
+        else: print(text, flush=True)
+    return log
 
 
 if __name__ == "__main__": app()

@@ -184,10 +184,10 @@ def train(
             for step in range(first, settings.steps):
                 value, norm, n = train_step(decoder, rows_of, settings, loss, step, params, optimizer)
                 tokens += n
-                if settings.folder and ((step + 1) % settings.every == 0 or step + 1 == settings.steps):
-                    save_state(params, optimizer, settings, step + 1)
                 if log: log(step, dict(loss=value, norm=norm, lr=settings.lr_at(step), tokens=tokens,
                                        seconds=time.perf_counter() - start))
+                if settings.folder and ((step + 1) % settings.every == 0 or step + 1 == settings.steps):
+                    save_state(params, optimizer, settings, step + 1)        # last: what is kept was also logged
         finally: decoder.eval()
     return decoder
 
