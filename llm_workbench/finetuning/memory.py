@@ -114,7 +114,7 @@ def check_plan(config, method, lengths, lora, dtype):
     "Raise InputError or UnsupportedError for what cannot be planned."
     if method not in METHODS:
         raise InputError(f"method is one of {', '.join(METHODS)}, not {method!r}.{did_you_mean(str(method), METHODS)}")
-    if not lengths or not all(isinstance(n, int) and n > 1 for n in lengths):
+    if not isinstance(lengths, Sequence) or not lengths or not all(isinstance(n, int) and n > 1 for n in lengths):
         raise InputError(f"lengths are {lengths!r}: give the tokens of each text of a step, 2 or more")
     if max(lengths) > config.max_position_embeddings:
         raise InputError(f"a text of {max(lengths)} tokens is longer than the {config.max_position_embeddings} that "
@@ -134,7 +134,7 @@ def norm_keeps(work: Work, vectors: int, size: int) -> int:
     c, a = work.config, work.dtype.itemsize
     weighed = 4 if c.norm == "layer" or c.norm_weigh_first else a
     learns = work.lora is None and (c.norm == "rms" or c.norm_weight)
-    made = size * weighed if c.norm == "rms" and (c.norm_offset or weighed > a) else 0       # a weight made for the call
+    made = size * weighed if c.norm == "rms" and (c.norm_offset or weighed > a) else 0       # made for the call
     return vectors * (4 * size + 4 + (size * weighed if learns else 0)) + made
 
 def input_keeps(work: Work, width: int, count: int, reached: bool = True) -> int:   # reached: a gradient goes further
@@ -284,7 +284,7 @@ def plan(
     chunk: int = CHUNK,                      # positions whose scores exist at a time
     format: str | Format = "nf4_dq",         # of a packed base
 ) -> Plan:
-    "The fullest moment of a step of `sft.train`. Raises InputError, UnsupportedError (experts, latent attention, DoRA)."
+    "The fullest moment of a step of `sft.train`. Raises InputError, UnsupportedError for what is not counted."
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {optimizer!r}."
                          f"{did_you_mean(str(optimizer), OPTIMIZERS)}")
