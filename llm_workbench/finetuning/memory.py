@@ -79,7 +79,10 @@ class Work:
         "Whether a gradient passes behind these matrices: something before them learns, or they do."
         return self.lora is None or layer > self.first or self.of(layer, *names) > 0
     @cached_property
-    def first(self) -> int: return min(int(name.split(".")[1]) for name in self.around if name.startswith("layers."))
+    def first(self) -> int:
+        "The first block in which something learns."
+        blocks = [int(name.split(".")[1]) for name in self.around if name.startswith("layers.")]
+        return min(blocks, default=self.config.num_hidden_layers)
     @cached_property
     def gradients(self) -> Counter:
         "Bytes of the gradients of each module, those inside it included; of all under an empty name."
@@ -156,12 +159,12 @@ def attention_keeps(work: Work, layer: int) -> dict[str, int]:
     if not work.reached(layer, *QKV): return dict(inputs=input_keeps(work, H * D, work.of(layer, O), False))
     norms = (work.reached(layer) and c.block != "post") * norm_keeps(work, n, C)
     norms += (c.block in ("post", "sandwich")) * norm_keeps(work, n, C)
-    if c.qk_norm:
-        of = (lambda heads: (n, heads * D)) if c.qk_norm == "all" else lambda heads: (n * heads, D)
-        norms += norm_keeps(work, *of(H)) + norm_keeps(work, *of(K))
+    passed = {name: heads for name, heads in zip(QKV, (H, K, K)) if work.reached(layer, name)}     # by a gradient
+    for name in passed.keys() & set(QKV[:2]) if c.qk_norm else ():
+        norms += norm_keeps(work, *((n, passed[name] * D) if c.qk_norm == "all" else (n * passed[name], D)))
     first = QKV + (names_up(c) if c.block == "parallel" else ())                # which then share their input
     inputs = input_keeps(work, C, work.of(layer, *first), work.reached(layer))
-    numbers = (2 * H + 2 * K) * D + ((H + 2 * K) * D if c.clip_qkv else 0)
+    numbers = (2 * H + 2 * K) * D + (sum(passed.values()) * D if c.clip_qkv else 0)
     masks = sum(m * m * a for m in work.lengths if window and m > window)
     return dict(norms=norms, inputs=inputs + input_keeps(work, H * D, work.of(layer, O)),
                 attention=n * (numbers * a + 4 * H) + masks)
@@ -183,7 +186,8 @@ def scores_take(work: Work, chunk: int) -> int:
     "Bytes of a chunk of scores and their gradients, beyond the head's sum of gradients."
     c, a, learned = work.config, work.dtype.itemsize, work.tokens - len(work.lengths)
     head = c.vocab_size * c.hidden_size * a if work.lora is None else 0
-    each = c.vocab_size * (3 * 4 + (a if c.logit_softcap else 0)), (c.vocab_size + c.hidden_size) * a  # of a position
+    copies = 3 * 4 + (a if c.logit_softcap else 0) if "lm_head" not in work.around else 3 * 4 + a    # with an adapter
+    each = c.vocab_size * copies, (c.vocab_size + c.hidden_size) * a              # of a position
     def takes(n, before): return before + max(n * each[0], n * each[1] + head)
     widened = 4 * c.vocab_size * c.hidden_size if head and a < 4 else 0      # before the first chunk
     second = takes(min(chunk, learned - chunk), head) if learned > chunk else 0     # the first one's gradient is there
@@ -247,13 +251,13 @@ def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", ch
     blocks = [block_takes(work, i) for i in range(c.num_hidden_layers)]
     stored = [x if recompute else block["MLP"][0] for block in blocks]
     head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
-    sums = 4 * c.vocab_size * c.hidden_size if full else 0
+    sums = 4 * c.vocab_size * c.hidden_size if full else work.gradients[head]
     plans, kept, shared = [], sum(stored) + tables, x if a == 4 and c.block != "post" else 0
     def at(when, gradients, kept, scratch):
         plans.append(Plan(work.weights, gradients, averages(work, optimizer), kept, scratch, when))
     at("scores", sums, kept + norm, 2 * hidden + scores_take(work, chunk))
-    at("head", sums, kept + norm, 2 * hidden + sums + (work.gradients[head] if full and a < 4 else 0))
-    done = work.gradients[head] if full else 0
+    at("head", sums, kept + norm, 2 * hidden + sums + (work.gradients[head] if a < 4 else 0))
+    done = work.gradients[head]
     at("last norm", done, kept + norm, x + 4 * n * c.hidden_size * 4)
     for i in reversed(range(c.num_hidden_layers)):
         kept -= stored[i]
