@@ -255,6 +255,8 @@ def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", ch
     plans, kept, shared = [], sum(stored) + tables, x if a == 4 and c.block != "post" else 0
     def at(when, gradients, kept, scratch):
         plans.append(Plan(work.weights, gradients, averages(work, optimizer), kept, scratch, when))
+    for moment, (own, scratch) in blocks[-1].items():
+        if moment.startswith("forward"): at(f"block {len(blocks) - 1}, {moment}", 0, kept - stored[-1] + own, scratch)
     at("scores", sums, kept + norm, 2 * hidden + scores_take(work, chunk))
     at("head", sums, kept + norm, 2 * hidden + sums + (work.gradients[head] if a < 4 else 0))
     done = work.gradients[head]
@@ -264,11 +266,11 @@ def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", ch
         again = x - shared * work.reached(i) if recompute else 0     # the block's input, which its norm keeps as well
         name, new = f"layers.{i}", {"MLP": f"layers.{i}.{DOWN}", "attention": f"layers.{i}.{O}"}
         for moment, (own, scratch) in blocks[i].items():
-            forward = moment.startswith("forward")
-            if forward and not recompute and i + 1 < c.num_hidden_layers: continue
+            forward = moment.startswith("forward")                   # once more
+            if forward and not recompute: continue
             if moment == "attention": done += work.gradients[f"{name}.mlp"]
-            there = 0 if forward and not recompute else done + work.gradients[new.get(moment, "none")]
-            at(f"block {i}, {moment}", there, kept + again + own, scratch + x * (forward and recompute))
+            there = done + work.gradients[new.get(moment, "none")]
+            at(f"block {i}, {moment}", there, kept + again + own, scratch + x * forward)
         done += work.gradients[name] - work.gradients[f"{name}.mlp"]
     every = work.gradients[""]
     if full: at("embedding", every, tables, x + (work.gradients[head] if c.tie_word_embeddings else 0))
