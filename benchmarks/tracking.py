@@ -1,7 +1,8 @@
 """What trackers cost, what they keep of a run, what a kill takes from them, and what they make of a step that comes twice.
 
     python tools/peers.py tracking       # their environment, once
-    python -m benchmarks.tracking        # 400 steps of eight metrics each, three times
+    python -m benchmarks.tracking        # 200 steps of eight metrics each, twice
+    python -m benchmarks.tracking mlflow # only this one; the others' committed results stay
 
 Everything is written by the adapters of llm_workbench.finetuning.tracking, in processes of that environment, and read back
 from the trackers' own files.
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-peers" / "tracking" / "bin" / "python"
 KINDS = ("lines of JSON", "trackio", "mlflow", "wandb", "tensorboard")
+ANSWER = "answer: "
 ODD = {"nan": math.nan, "infinity": math.inf, "-infinity": -math.inf}
 
 
@@ -135,10 +137,10 @@ def environment():
 
 
 def inside(role, kind, folder, *more):
-    "What a role answers: the last line that it prints."
+    "What a role answers, among all that trackers print."
     done = subprocess.run(command(role, kind, folder, *more), env=environment(), cwd=folder, capture_output=True, text=True)
     if done.returncode: sys.exit(f"{kind}, {role}: {done.stderr[-1500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith(ANSWER))[len(ANSWER):])
 
 
 def killed(kind, folder, after=150):
@@ -182,7 +184,7 @@ def measured(kind, steps, repeats, place):
     folder.mkdir()
     told = killed(kind, folder)
     there = [step for step, _ in inside("rows", kind, folder)]
-    result |= dict(told=told + 1, lost=told + 1 - len(there))
+    result |= dict(told=told + 1, lost=len(set(range(told + 1)) - set(there)))
     for filtered, name in ((True, "again"), (False, "again, unfiltered")):          # two more parts of the same run
         first = told - 20 if filtered else told
         inside("write", kind, folder, first, told + 21 if filtered else told + 41, filtered)
@@ -195,14 +197,14 @@ def main():
     if sys.argv[1:2] == ["--inside"]:
         role, kind, folder, *more = sys.argv[2:]
         answer = ROLES[role](kind, Path(folder), *map(json.loads, more))
-        return print("\n" + json.dumps(answer))
+        return print("\n" + ANSWER + json.dumps(answer))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("kinds", nargs="*", default=KINDS)
     args = parser.parse_args()
     if not PYTHON.exists(): sys.exit("the trackers' environment is not there: python tools/peers.py tracking")
-    from benchmarks.record import record
+    from benchmarks.record import record, recorded
     ask = "import json; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in %r}))"
     versions = json.loads(subprocess.run([PYTHON, "-c", ask % (KINDS[1:],)], capture_output=True, text=True,
                                          env=environment(), check=True).stdout)
@@ -211,7 +213,10 @@ def main():
         for kind in args.kinds:
             found[kind], samples[kind] = measured(kind, args.steps, args.repeats, Path(place))
             print(f"{kind}: {sorted(samples[kind])[len(samples[kind]) // 2]:.0f} us a step;", found[kind], flush=True)
-    if list(args.kinds) != list(KINDS): return
+    try: old = recorded("tracking") if len(found) < len(KINDS) else {}
+    except OSError: old = {}
+    found, samples = ({kind: both[kind] for kind in KINDS if kind in both}
+                      for both in (old.get("trackers", {}) | found, old.get("samples", {}) | samples))
     out = record("tracking", samples, "microseconds a step, in the call", trackers=found, versions=versions,
                  settings=dict(steps=args.steps, repeats=args.repeats, metrics=len(run_of(1)[0])))
     print(f"written to {out.relative_to(out.parents[3])}")
