@@ -1,11 +1,11 @@
-"""What trackers cost, what they keep of a run, what a kill takes from them, and what they make of a step that comes twice.
+"""What trackers cost, what they keep of a run, what a kill takes from them, and what they make of a step made again.
 
     python tools/peers.py tracking       # their environment, once
     python -m benchmarks.tracking        # 200 steps of eight metrics each, twice
     python -m benchmarks.tracking mlflow # only this one; the others' committed results stay
 
-Everything is written by the adapters of llm_workbench.finetuning.tracking, in processes of that environment, and read back
-from the trackers' own files.
+Everything is written by the adapters of llm_workbench.finetuning.tracking, in processes of that environment, and read
+back from the trackers' own files.
 """
 import argparse
 import json
@@ -103,7 +103,7 @@ def rows(kind, folder):
 
 
 def wandb_rows(path):
-    "History of a .wandb file: a log of LevelDB's form (blocks of 32 KB, records cut at their ends) of protobuf records."
+    "History of a .wandb file: LevelDB's form of a log (blocks of 32 KB, records cut at their ends), of protobuf."
     from wandb.proto.wandb_internal_pb2 import Record
     data, at, whole = path.read_bytes(), 7, b""                  # 7: the file's own head
     while at + 7 <= len(data):
@@ -127,7 +127,8 @@ ROLES = dict(cost=cost, odd=odd, write=write, rows=rows)
 # --- from outside -----------------------------------------------------------------------------------------------------
 
 def command(role, kind, folder, *more):
-    return [str(PYTHON), "-P", str(Path(__file__).resolve()), "--inside", role, kind, str(folder), *map(json.dumps, more)]
+    script = str(Path(__file__).resolve())
+    return [str(PYTHON), "-P", script, "--inside", role, kind, str(folder), *map(json.dumps, more)]
 
 
 def environment():
@@ -138,7 +139,8 @@ def environment():
 
 def inside(role, kind, folder, *more):
     "What a role answers, among all that trackers print."
-    done = subprocess.run(command(role, kind, folder, *more), env=environment(), cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command(role, kind, folder, *more), env=environment(), cwd=folder, text=True,
+                          capture_output=True)
     if done.returncode: sys.exit(f"{kind}, {role}: {done.stderr[-1500:]}")
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith(ANSWER))[len(ANSWER):])
 

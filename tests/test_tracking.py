@@ -50,7 +50,7 @@ def killed(path, first, after):
     return told[-1]
 
 def check_log(kind, tmp_path):
-    "Steps 0 to 9, half a line as a crash leaves it, on from step 7, half a line again: each step once, each line whole."
+    "Steps 0 to 9, half a line as a crash leaves it, on from step 7, half a line again, step 14: each once, all whole."
     path = tmp_path / "log" / METRICS
     with kind(path) as log:
         for step in range(10): log(step, dict(loss=step + 0.5))
@@ -58,7 +58,7 @@ def check_log(kind, tmp_path):
     with kind(path) as log:
         for step in range(7, 14): log(step, dict(loss=-step - 0.5))
     with path.open("ab") as file: file.write(b'{"step": 14, "lo')
-    with kind(path) as log: log(14, dict(loss=-14.5))                   # a checkpoint of the last step: nothing to replace
+    with kind(path) as log: log(14, dict(loss=-14.5))              # a checkpoint of the last step: nothing to replace
     assert steps(path) == list(range(15)), "a step is missing or there twice"
     assert [row["loss"] for row in lines(path)] == [i + 0.5 if i < 7 else -i - 0.5 for i in range(15)], "an old line"
     assert [row["part"] for row in lines(path)] == [(i >= 7) + (i >= 14) for i in range(15)]
@@ -371,10 +371,12 @@ def test_every_nth_line_has_the_loss_of_all_its_tokens():
     assert [step for step, _ in found] == [4, 9, 14, 19, 22]
     for step, metrics in found:
         part = slice(step // 5 * 5, step + 1)
-        assert metrics["loss"] == pytest.approx(np.average(losses[part], weights=counts[part])) and metrics["lr"] == step
+        assert metrics["loss"] == pytest.approx(np.average(losses[part], weights=counts[part]))
+        assert metrics["lr"] == step
     found.clear()
     log = Every(2, lambda step, metrics: found.append(metrics["loss"]))
-    for step, loss, tokens in ((0, 1.0, 10), (1, 2.0, 40), (2, 1.0, 15), (3, 2.0, 20)): log(step, dict(loss=loss, tokens=tokens))
+    for step, loss, tokens in ((0, 1.0, 10), (1, 2.0, 40), (2, 1.0, 15), (3, 2.0, 20)):
+        log(step, dict(loss=loss, tokens=tokens))
     assert found == [pytest.approx((10 + 2 * 30) / 40), pytest.approx((15 + 2 * 5) / 20)], "tokens counted anew"
 
 def test_speed_and_time_left_are_of_the_window():
@@ -435,7 +437,8 @@ def test_the_callback_merges_what_belongs_to_a_step_and_drops_the_summary():
     callback, state = as_callback(lambda step, metrics: found.append((step, metrics))), TrainerState()
     callback.on_train_begin(None, state, None)
     for state.global_step, logs in ((1, dict(loss=3.0, grad_norm=torch.tensor(2.0), learning_rate=1e-3)),
-                                    (1, dict(eval_loss=2.5)), (2, dict(loss=2.0)), (2, dict(train_runtime=1.0, train_loss=2.5))):
+                                    (1, dict(eval_loss=2.5)), (2, dict(loss=2.0)),
+                                    (2, dict(train_runtime=1.0, train_loss=2.5))):
         callback.on_log(None, state, None, logs=logs)
         if "eval_loss" in logs: callback.on_step_begin(None, state, None)
     state.is_world_process_zero = False
@@ -456,7 +459,7 @@ def test_a_library_that_is_not_here_is_named(tmp_path, monkeypatch):
         with pytest.raises(UnsupportedError, match="pip install"): make()
 
 def test_the_module_needs_no_torch_and_no_pandas(root):
-    code = "import sys; import llm_workbench.finetuning.tracking; sys.exit(bool({'torch', 'pandas'} & sys.modules.keys()))"
+    code = "import sys, llm_workbench.finetuning.tracking; sys.exit(bool({'torch', 'pandas'} & sys.modules.keys()))"
     assert not subprocess.run([sys.executable, "-c", code], cwd=root).returncode
 
 @pytest.mark.parametrize("kind", ["trackio", "wandb", "tensorboard"])      # mlflow takes half a minute: the benchmark
