@@ -2,7 +2,7 @@
 
     python tools/peers.py tracking       # their environment, once
     python -m benchmarks.tracking        # 200 steps of eight metrics each, twice
-    python -m benchmarks.tracking mlflow # only this one; the others' committed results stay
+    python -m benchmarks.tracking mlflow --repeats 1        # only this one; the others' recorded results stay
 
 Everything is written by the adapters of llm_workbench.finetuning.tracking, in processes of that environment, and read
 back from the trackers' own files.
@@ -47,7 +47,7 @@ def opened(kind, folder):
 
 
 def cost(kind, folder, steps):
-    "Seconds to begin and to end, microseconds of each call, CPU of this process for a step."
+    "Seconds to begin and to end, microseconds of each call, CPU of this process for a step; and a last, odd step."
     start = time.perf_counter()
     log = opened(kind, folder)
     begun, cpu, calls = time.perf_counter() - start, time.process_time(), []
@@ -55,16 +55,12 @@ def cost(kind, folder, steps):
         at = time.perf_counter()
         log(step, metrics)
         calls.append(round(1e6 * (time.perf_counter() - at), 1))
+    log(steps, ODD)
     at = time.perf_counter()
     log.close()
     ended, cpu = time.perf_counter() - at, time.process_time() - cpu
     assert not log.said, log.said
     return dict(begin=begun, end=ended, calls=calls, cpu=1e3 * cpu / steps)
-
-
-def odd(kind, folder):
-    with opened(kind, folder) as log: log(0, ODD)
-    return log.said
 
 
 def write(kind, folder, first, last, filtered):
@@ -121,7 +117,7 @@ def wandb_rows(path):
         yield step, {k: float(v) if isinstance(v, str) else v for k, v in items.items() if k[0] != "_"}
 
 
-ROLES = dict(cost=cost, odd=odd, write=write, rows=rows)
+ROLES = dict(cost=cost, write=write, rows=rows)
 
 
 # --- from outside -----------------------------------------------------------------------------------------------------
@@ -175,11 +171,7 @@ def measured(kind, steps, repeats, place):
         one = inside("cost", kind, folder, steps)
         calls += one["calls"]
         begins.append(one["begin"]), ends.append(one["end"]), cpus.append(one["cpu"])
-    kept, room = inside("rows", kind, folder), size(folder)
-    strange = place / f"{kind} odd"
-    strange.mkdir()
-    inside("odd", kind, strange)
-    (_, found), = inside("rows", kind, strange)
+    (*kept, (_, found)), room = inside("rows", kind, folder), size(folder)
     result = dict(begin=begins, end=ends, cpu=cpus, bytes=room, apart=apart(kept, run_of(steps)),
                   odd={name: str(found.get(name)) for name in ODD})
     folder = place / f"{kind} killed"
@@ -220,7 +212,7 @@ def main():
     found, samples = ({kind: both[kind] for kind in KINDS if kind in both}
                       for both in (old.get("trackers", {}) | found, old.get("samples", {}) | samples))
     out = record("tracking", samples, "microseconds a step, in the call", trackers=found, versions=versions,
-                 settings=dict(steps=args.steps, repeats=args.repeats, metrics=len(run_of(1)[0])))
+                 settings=dict(steps=args.steps, metrics=len(run_of(1)[0])))
     print(f"written to {out.relative_to(out.parents[3])}")
 
 
