@@ -2,7 +2,7 @@
 
     python tools/peers.py tracking       # their environment, once
     python -m benchmarks.tracking        # 200 steps of eight metrics each, twice
-    python -m benchmarks.tracking mlflow --repeats 1        # only this one; the others' recorded results stay
+    python -m benchmarks.tracking mlflow --steps 60 --repeats 1     # only this one; the others' recorded results stay
 
 Everything is written by the adapters of llm_workbench.finetuning.tracking, in processes of that environment, and read
 back from the trackers' own files.
@@ -172,7 +172,7 @@ def measured(kind, steps, repeats, place):
         calls += one["calls"]
         begins.append(one["begin"]), ends.append(one["end"]), cpus.append(one["cpu"])
     (*kept, (_, found)), room = inside("rows", kind, folder), size(folder)
-    result = dict(begin=begins, end=ends, cpu=cpus, bytes=room, apart=apart(kept, run_of(steps)),
+    result = dict(steps=steps, begin=begins, end=ends, cpu=cpus, bytes=room, apart=apart(kept, run_of(steps)),
                   odd={name: str(found.get(name)) for name in ODD})
     folder = place / f"{kind} killed"
     folder.mkdir()
@@ -212,7 +212,7 @@ def main():
     found, samples = ({kind: both[kind] for kind in KINDS if kind in both}
                       for both in (old.get("trackers", {}) | found, old.get("samples", {}) | samples))
     out = record("tracking", samples, "microseconds a step, in the call", trackers=found, versions=versions,
-                 settings=dict(steps=args.steps, metrics=len(run_of(1)[0])))
+                 settings=dict(metrics=len(run_of(1)[0])))
     print(f"written to {out.relative_to(out.parents[3])}")
 
 
