@@ -180,9 +180,9 @@ def goes_on(tune, lm, make, at):
     folder = make(out="stopped").out
     later = tune(lm, make(out="stopped"), material(lm.tokenizer, make()))
     assert bytes_of(whole) == bytes_of(later) and (whole.before, whole.after) == (later.before, later.after)
-    steps = [json.loads(line)["step"] for line in (folder / tuning.LOG).read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (folder / tuning.METRICS).read_text().splitlines()]
     assert steps == list(range(5))
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "job.json", "log.jsonl", "report.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "job.json", "metrics.jsonl", "report.json"]
 
 
 @pytest.mark.parametrize("at", range(5))
@@ -195,7 +195,7 @@ def test_runs_that_go_on_wrongly_are_rejected(lm, job, monkeypatch):
         (job.out / "training.safetensors").unlink(missing_ok=True)
         return tune(lm, job, replace(texts, train=texts.train[::-1]) if job.out.exists() else texts, log)
     with pytest.raises(AssertionError): goes_on(anew, lm, job, 3)
-    monkeypatch.setattr(tuning, "rewind", lambda path, step: None)
+    monkeypatch.setattr(tuning.JsonLines, "rewind", lambda self, step: None)
     def other(out="run", **changes): return job(rank=3, out=f"{out} 2", **changes)
     with pytest.raises(AssertionError): goes_on(tune, lm, other, 2)
 
