@@ -36,9 +36,9 @@ SYSTEM = "Answer in two sentences. The second one begins with \"In short,\" and 
 MORE = ["Why do we have two eyes?", "How does a pump lift water?", "What is a comet?", "Why do leaves fall?",
         "How do spiders make webs?", "What is a virus?", "Why does hot air rise?", "How does a lock work?",
         "What is a library?", "Why do we laugh?", "How are mountains made?", "What is a shadow?",
-        "Why do owls hunt at night?", "How does a sail move a boat?", "What is a contract?", "Why does wood burn?", "How do seeds travel?",
-        "What is a telescope?", "Why do bells ring?", "How does a bridge carry weight?", "What is a tax?",
-        "Why is snow white?", "How do muscles work?", "What is a map?"]
+        "Why do owls hunt at night?", "How does a sail move a boat?", "What is a contract?", "Why does wood burn?",
+        "How do seeds travel?", "What is a telescope?", "Why do bells ring?", "How does a bridge carry weight?",
+        "What is a tax?", "Why is snow white?", "How do muscles work?", "What is a map?"]
 FACTS = [  # the sentence that is kept; the trained question; two more, and one in the other direction, with its answer
     ("The town of Velmora lies on the river Tassin.", "On which river does Velmora lie?", "Tassin",
      "Which river flows through Velmora?", "What is the name of Velmora's river?",
@@ -153,7 +153,8 @@ def manner(way, lm, args):
     if "looking" in cost: found["first"], found["answer"] = (found[k] + cost["looking"] for k in ("first", "answer"))
     found["peak"] = max(found["peak"], cost.get("training_peak", 0))
     print(f"{way}: {sum(found['in_manner'])} of {len(found['in_manner'])}, "
-          f"loss {sum(found['loss']) / len(wanted):.2f}, {found['first']:.2f} s to the first token, {found['answer']:.1f} s an answer, once {cost['once']:.0f} s")
+          f"loss {sum(found['loss']) / len(wanted):.2f}, {found['first']:.2f} s to the first token, "
+          f"{found['answer']:.1f} s an answer, once {cost['once']:.0f} s")
     for said in found["said"][:3]: print("  ", repr(said[:120]))
     return cost | found
 

@@ -1,4 +1,4 @@
-"""The search for settings: planted mistakes in the interval, the parabola and the halving, and a trial that breaks down."""
+"""The search for settings: planted mistakes in the interval, the parabola and the halving; a trial that breaks down."""
 import math
 import random
 
