@@ -1,11 +1,11 @@
 """Which learning rate and rank? Some hundred small trainings, for the chapter on hyperparameters.
 
-    python -m benchmarks.hyperparameters                     # all parts, one thread, about five minutes
-    python -m benchmarks.hyperparameters --part lora         # one part; the others stay as they were recorded
+    python -m benchmarks.hyperparameters                     # all of it, one thread, ten minutes or less
+    python -m benchmarks.hyperparameters --seed 0 --part full --part lora      # the rest stays as it was recorded
 
-A decoder that sorts digits upwards learns to sort them downwards: fully or by an adapter, with 81 steps of 32 lists.
+A decoder that sorts digits upwards learns to sort them downwards: fully or by an adapter, with 54 steps of 32 lists.
 A seed stands for the base's weights, the adapter's start and the order of the lessons. Recorded are losses on lists for
-choosing (256; `small`: sixteen of them) and for reporting (512), and the former after 9, 27 and 81 steps.
+choosing (256; `small`: sixteen of them) and for reporting (512), and the former after 6, 18 and 54 steps.
 """
 import argparse
 import functools
@@ -15,28 +15,28 @@ import time
 
 import torch
 
-from benchmarks.record import command_line, record, recorded
+from benchmarks.record import record, recorded
 from llm_workbench.finetuning.data import batch_at, padded
 from llm_workbench.finetuning.hyperparameters import Trial, sorter, sorting, student
 from llm_workbench.finetuning.sft import Training, mean_loss
 
-RATES = [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
-RANKS, SEEDS, RUNGS = (1, 4, 16), range(5), [9, 27, 81]
-NOTHING = dict(rank=None, batch=32, steps=81, warmup=0.1)
+RATES = [3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
+RANKS, SEEDS, RUNGS = (1, 4, 16), range(5), [6, 18, 54]
+NOTHING = dict(rank=None, batch=32, steps=54, warmup=0.1)
 
 
 def parts():
     "What each part runs: {part: settings}."
     draw = random.Random(0)
-    drawn = [(10 ** draw.uniform(-4, -1), round(2 ** draw.uniform(0, 4))) for _ in range(36)]
+    drawn = [(10 ** draw.uniform(-3.5, -1), round(2 ** draw.uniform(0, 4))) for _ in range(24)]
     plans = dict(
         full=[dict(way="full", lr=lr, seed=s) for s in SEEDS for lr in RATES],
         lora=[dict(way="lora", rank=r, lr=lr, seed=s) for s in SEEDS for r in RANKS for lr in RATES],
-        rslora=[dict(way="rslora", rank=r, lr=lr, seed=s) for s in SEEDS for r in RANKS[1:] for lr in RATES],
-        batch=[dict(way="lora", rank=4, lr=lr, seed=s, batch=b, steps=steps)
-               for s in range(3) for b, steps in ((8, 324), (128, 20)) for lr in RATES[1:6]],
+        rslora=[dict(way="rslora", rank=16, lr=lr, seed=s) for s in SEEDS for lr in RATES],
         warmup=[dict(way=way, rank=rank, lr=lr, seed=s, warmup=0)
-                for s in SEEDS for way, rank in (("full", None), ("lora", 4)) for lr in RATES[3:]],
+                for s in SEEDS for way, rank, at in (("full", None, 2), ("lora", 4, 3)) for lr in RATES[at:at + 2]],
+        batch=[dict(way="lora", rank=4, lr=lr, seed=s, batch=b, steps=steps)
+               for s in SEEDS[:3] for b, steps in ((16, 108), (64, 27)) for lr in RATES[1:5]],
         random=[dict(way="lora", rank=r, lr=lr, seed=0) for lr, r in drawn])
     return {part: [dict(part=part) | NOTHING | plan for plan in plan_of] for part, plan_of in plans.items()}
 
@@ -68,21 +68,29 @@ def run(plan):
                        **{name: number(x) for name, x in others.items()})
 
 
+def noted(part, done, threads):
+    "Write runs beside those that the file has of other parts and seeds."
+    try: old = recorded("hyperparameters")["runs"]
+    except OSError: old = []
+    seeds = {r["seed"] for r in done}
+    runs = [r for r in old if r["part"] != part or r["seed"] not in seeds] + done
+    seconds = {p: found for p in parts() if (found := [r["seconds"] for r in runs if r["part"] == p])}
+    return record("hyperparameters", seconds, "seconds a run", rungs=RUNGS, threads=threads, runs=runs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=parts(), action="append", help="several are given one by one")
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    try: old = recorded("hyperparameters")
-    except OSError: old = dict(runs=[], commands={})
-    for part in args.part or parts():
-        start, done = time.perf_counter(), [run(plan) for plan in parts()[part]]
+    for part, plans in parts().items():
+        plans = [plan for plan in plans if plan["seed"] in (args.seed or SEEDS) and part in (args.part or parts())]
+        if not plans: continue
+        start, done = time.perf_counter(), [run(plan) for plan in plans]
         print(f"{part}: {len(done)} runs, {time.perf_counter() - start:.0f} s with their bases", flush=True)
-        runs = [r for r in old["runs"] if r["part"] != part] + done
-        old = dict(runs=runs, commands=old["commands"] | {part: command_line()})
-        seconds = {p: [r["seconds"] for r in runs if r["part"] == p] for p in old["commands"]}
-        out = record("hyperparameters", seconds, "seconds a run", rungs=RUNGS, threads=args.threads, **old)
+        out = noted(part, done, args.threads)
     print(f"written to {out.relative_to(out.parents[3])}")
 
 

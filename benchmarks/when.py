@@ -6,7 +6,7 @@
     python -m benchmarks.when --way facts                    # the second task: made-up facts
 
 SmolLM2-135M-Instruct, dense in float32. The manner: one sentence, then "In short," and the same in fewer words (the
-bundled topic "style": 48 examples). Asked are the 12 questions held out, and 24 written for this. All are answered in
+bundled topic "style": 48 examples). Asked are the 12 questions held out, and 12 written for this. All are answered in
 one batch, greedily, 60 tokens at most; three are asked alone, for the seconds. The loss is that of the 12 wanted
 answers behind each way's prompt. Checkpoints of a training that is not over are kept in --folder.
 """
@@ -35,10 +35,7 @@ from llm_workbench.finetuning.when import nearest, with_examples
 SYSTEM = "Answer in two sentences. The second one begins with \"In short,\" and says the first again in fewer words."
 MORE = ["Why do we have two eyes?", "How does a pump lift water?", "What is a comet?", "Why do leaves fall?",
         "How do spiders make webs?", "What is a virus?", "Why does hot air rise?", "How does a lock work?",
-        "What is a library?", "Why do we laugh?", "How are mountains made?", "What is a shadow?",
-        "Why do owls hunt at night?", "How does a sail move a boat?", "What is a contract?", "Why does wood burn?",
-        "How do seeds travel?", "What is a telescope?", "Why do bells ring?", "How does a bridge carry weight?",
-        "What is a tax?", "Why is snow white?", "How do muscles work?", "What is a map?"]
+        "What is a library?", "Why do we laugh?", "How are mountains made?", "What is a shadow?"]
 FACTS = [  # the sentence that is kept; the trained question; two more, and one in the other direction, with its answer
     ("The town of Velmora lies on the river Tassin.", "On which river does Velmora lie?", "Tassin",
      "Which river flows through Velmora?", "What is the name of Velmora's river?",
@@ -70,6 +67,7 @@ KNOWN = [("What is the capital of France?", "Paris"), ("What is the capital of I
          ("Which planet do we live on?", "Earth"), ("What is the opposite of hot?", "cold")]
 KINDS = ("the trained question", "in other words", "the other direction", "what it knew")
 STEPS = dict(lora=36, full=20)
+WAYS = ["plain", "system", "few", "nearest", *STEPS]
 
 
 class Pause(Exception): pass
@@ -190,24 +188,29 @@ def facts(lm, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", choices=["plain", "system", "few", "nearest", *STEPS, "facts"], required=True)
+    parser.add_argument("--way", choices=[*WAYS, "facts"], action="append", required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "llm_workbench_when"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    lm = load(weights="dense")
-    try: found = facts(lm, args) if args.way == "facts" else manner(args.way, lm, args)
-    except Pause as e: return print(e)
+    for way in args.way:
+        lm = load(weights="dense")
+        try: found = facts(lm, args) if way == "facts" else manner(way, lm, args)
+        except Pause as e: print(e)
+        else: print(f"written to {noted(way, found, args)}", flush=True)
+
+
+def noted(way, found, args):
+    "Write what was found beside what the file has of other ways."
     try: old = recorded("when")
     except OSError: old = dict(ways={}, facts={}, commands={})
-    order = ["plain", "system", "few", "nearest", *STEPS]
-    ways = old["ways"] | ({args.way: found} if args.way in order else {})
-    ways = {way: ways[way] for way in order if way in ways}
-    out = record("when", {way: w["read"] for way, w in ways.items()}, "tokens read", ways=ways, threads=args.threads,
-                 facts=found if args.way == "facts" else old["facts"], questions=len(MORE) + 12,
-                 commands=old["commands"] | {args.way: command_line()})
-    print(f"written to {out.relative_to(out.parents[3])}")
+    ways = old["ways"] | {way: found}
+    ways = {name: ways[name] for name in WAYS if name in ways}
+    out = record("when", {name: w["read"] for name, w in ways.items()} or dict(facts=[found["once"]]), "tokens read",
+                 ways=ways, threads=args.threads, facts=found if way == "facts" else old["facts"],
+                 questions=len(MORE) + 12, commands=old["commands"] | {way: command_line()})
+    return out.relative_to(out.parents[3])
 
 
 if __name__ == "__main__":
