@@ -10,7 +10,6 @@ choosing (256; `small`: sixteen of them) and for reporting (512), and the former
 import argparse
 import functools
 import math
-import random
 import time
 
 import torch
@@ -27,8 +26,6 @@ NOTHING = dict(rank=None, batch=32, steps=54, warmup=0.1)
 
 def parts():
     "What each part runs: {part: settings}."
-    draw = random.Random(0)
-    drawn = [(10 ** draw.uniform(-3.5, -1), round(2 ** draw.uniform(0, 4))) for _ in range(24)]
     plans = dict(
         full=[dict(way="full", lr=lr, seed=s) for s in SEEDS for lr in RATES],
         lora=[dict(way="lora", rank=r, lr=lr, seed=s) for s in SEEDS for r in RANKS for lr in RATES],
@@ -37,12 +34,13 @@ def parts():
                 for s in SEEDS for way, rank, at in (("full", None, 2), ("lora", 4, 3)) for lr in RATES[at:at + 2]],
         batch=[dict(way="lora", rank=4, lr=lr, seed=s, batch=b, steps=steps)
                for s in SEEDS[:3] for b, steps in ((16, 108), (64, 27)) for lr in RATES[1:5]],
-        random=[dict(way="lora", rank=r, lr=lr, seed=0) for lr, r in drawn])
+        wide=[dict(way=way, rank=rank, lr=lr, seed=s, width=256)
+              for s in SEEDS[:4] for way, rank, at in (("full", None, 0), ("lora", 16, 1)) for lr in RATES[at:at + 4]])
     return {part: [dict(part=part) | NOTHING | plan for plan in plan_of] for part, plan_of in plans.items()}
 
 
 @functools.cache
-def lessons(seed): return sorter(seed), sorting("train", 4000, seed, down=True)
+def lessons(seed, width): return sorter(seed, width=width), sorting("train", 4000, seed, down=True)
 
 
 @functools.cache
@@ -55,7 +53,7 @@ def number(loss): return round(loss, 6) if math.isfinite(loss) else None     # J
 
 
 def run(plan):
-    base, texts = lessons(plan["seed"])
+    base, texts = lessons(plan["seed"], plan.get("width", 64))
     settings = Training(plan["steps"], lr=plan["lr"], warmup=plan["warmup"], seed=plan["seed"])
     def rows_of(step): return padded(batch_at(texts, plan["batch"], plan["seed"], step))
     start = time.perf_counter()

@@ -1,14 +1,14 @@
 """Prompt, examples, retrieval, adapter or full training: what does each reach on one task, and what does it cost?
 
     python -m benchmarks.when --way plain                    # or system, few, nearest: under a minute each, one thread
-    python -m benchmarks.when --way lora                     # trains half of its steps; the same again ends and asks
-    python -m benchmarks.when --way full
-    python -m benchmarks.when --way facts                    # the second task: made-up facts
+    python -m benchmarks.when --way lora                     # trains half of its steps; again: the rest; again: asks
+    python -m benchmarks.when --way full                     # also in three calls
+    python -m benchmarks.when --way facts                    # the second task, made-up facts, in two calls
 
 SmolLM2-135M-Instruct, dense in float32. The manner: one sentence, then "In short," and the same in fewer words (the
 bundled topic "style": 48 examples). Asked are the 12 questions held out, and 12 written for this. All are answered in
-one batch, greedily, 60 tokens at most; three are asked alone, for the seconds. The loss is that of the 12 wanted
-answers behind each way's prompt. Checkpoints of a training that is not over are kept in --folder.
+one batch, greedily, 60 tokens at most; three are asked alone, for the seconds until the first token and for each more.
+The loss is that of the 12 wanted answers behind each way's prompt. Checkpoints of a training that is not over are kept in --folder.
 """
 import argparse
 import json
@@ -66,7 +66,7 @@ KNOWN = [("What is the capital of France?", "Paris"), ("What is the capital of I
          ("What do bees make?", "honey"), ("In which country is Tokyo?", "Japan"),
          ("Which planet do we live on?", "Earth"), ("What is the opposite of hot?", "cold")]
 KINDS = ("the trained question", "in other words", "the other direction", "what it knew")
-STEPS = dict(lora=36, full=20)
+STEPS = dict(lora=24, full=12)
 WAYS = ["plain", "system", "few", "nearest", *STEPS]
 
 
@@ -74,8 +74,8 @@ class Pause(Exception): pass
 
 
 def trained(student, name, rows_of, settings, args):
-    """Train up to the next checkpoint; only the last part returns, the others raise Pause. Time and memory are those of
-    steps without writing a checkpoint."""
+    """Train up to the next checkpoint and raise Pause; return when nothing is left to do. Time and memory are those of
+    steps that write no checkpoint."""
     folder = Path(args.folder) / name
     settings, notes, part = replace(settings, folder=folder), folder / "parts.json", {}
     before = watched(True)
@@ -86,7 +86,7 @@ def trained(student, name, rows_of, settings, args):
             part.update(steps=step + 2, seconds=seconds, peak=watched(False))
         if left: return
         notes.write_text(json.dumps((json.loads(notes.read_text()) if notes.exists() else []) + [part]))
-        if step + 1 < settings.steps: raise Pause(f"{step + 1} of {settings.steps} steps: the same again goes on")
+        raise Pause(f"{step + 1} of {settings.steps} steps are made: the same again goes on")
     train(student, rows_of, settings, log=log)
     parts = json.loads(notes.read_text())
     return dict(once=sum(p["seconds"] for p in parts), training_peak=max(p["peak"] for p in parts), before=before,
@@ -94,14 +94,13 @@ def trained(student, name, rows_of, settings, args):
 
 
 def alone(lm, ids):
-    "Seconds until the first token, and until all are written."
+    "Seconds until the first token, and for each token more."
     def timed(new):
         start = time.perf_counter()
-        tokens = lm.generate_ids([ids], max_new_tokens=new)[0]
-        return time.perf_counter() - start, len(tokens)
-    timed(2)
-    (first, _), (whole, written) = timed(1), timed(60)
-    return first, whole, written
+        lm.generate_ids([ids], max_new_tokens=new, stop_at_eos=False)
+        return time.perf_counter() - start
+    first = timed(1)
+    return first, (timed(9) - first) / 8
 
 
 def asked(lm, prompt, wanted):
@@ -109,13 +108,13 @@ def asked(lm, prompt, wanted):
     questions = [*wanted, *MORE]
     ids = [list(lm.chat_ids(prompt(q))) for q in questions]
     watched(True)
-    said = [done.text for done in lm.generate(ids, max_new_tokens=60)]
-    peak = watched(False)
-    three = [alone(lm, i) for i in ids[:3]]
+    done = lm.generate(ids, max_new_tokens=60)
+    peak, said, written = watched(False), [d.text for d in done], sum(len(d.tokens) for d in done) / len(done)
+    first, more = (sum(x) / 3 for x in zip(*(alone(lm, i) for i in ids[:3])))
     rows = [example(lm.tokenizer, prompt(q) + [dict(role="assistant", content=a)], "last") for q, a in wanted.items()]
-    first, answer, written = (sum(x) / 3 for x in zip(*three))
     return dict(in_manner=[bool(in_manner(s)) for s in said], loss=[mean_loss(lm.decoder, [padded([r])]) for r in rows],
-                read=[len(i) for i in ids], first=first, answer=answer, written=written, peak=peak, said=said)
+                read=[len(i) for i in ids], first=first, answer=first + more * (written - 1), written=written, peak=peak,
+                said=said)
 
 
 def manner(way, lm, args):
@@ -158,6 +157,10 @@ def manner(way, lm, args):
 
 
 def facts(lm, args):
+    pairs = [(dict(role="user", content=f[1]), dict(role="assistant", content=f[0])) for f in FACTS]
+    texts = [example(lm.tokenizer, list(pair)) for pair in pairs]
+    student = adapt(lm.decoder.with_ops(TORCH), LoRAConfig(8, 16))
+    cost = trained(student, "facts", lambda step: packed(texts), Training(12, lr=1e-3, every=12), args)
     notes, asked_for = [f[0] for f in FACTS], []
     for _, trained_, answer, one, two, other, back in FACTS:
         asked_for += [(trained_, answer, 0), (one, answer, 1), (two, answer, 1), (other, back, 2)]
@@ -167,14 +170,10 @@ def facts(lm, args):
     found = nearest(vectors, lm.embed(questions), 1)[:, 0].tolist()
     def told(lm, prompts):
         ids = [list(lm.chat_ids(p)) for p in prompts]
-        return [done.text for done in lm.generate(ids, max_new_tokens=24)]
+        return [done.text for done in lm.generate(ids, max_new_tokens=16)]
     looked_up = [f"{notes[i]}\n\n{q}" for i, q in zip(found, questions)]
     given = [f"{notes[i // 4] if i < 32 else notes[found[i]]}\n\n{q}" for i, q in enumerate(questions)]
     said = {"plain": told(lm, questions), "looked up": told(lm, looked_up), "the right sentence given": told(lm, given)}
-    pairs = [(dict(role="user", content=f[1]), dict(role="assistant", content=f[0])) for f in FACTS]
-    texts = [example(lm.tokenizer, list(pair)) for pair in pairs]
-    student = adapt(lm.decoder.with_ops(TORCH), LoRAConfig(8, 16))
-    cost = trained(student, "facts", lambda step: packed(texts), Training(12, lr=1e-3, every=12), args)
     said["adapter"] = told(replace(lm, decoder=merged(student).with_ops(lm.decoder.ops)), questions)
     hits = {way: {kind: [a.lower() in s.lower() for s, a, k in zip(texts_, answers, kinds) if k == i]
                   for i, kind in enumerate(KINDS)} for way, texts_ in said.items()}
