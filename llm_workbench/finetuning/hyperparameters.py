@@ -6,7 +6,7 @@
 __all__ = ['SEP', 'END', 'SPLITS', 'split_of', 'sorting', 'sorter', 'student', 'Trial', 't_quantile', 't_interval', 'lowest',
            'halving', 'steps_of']
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #8e9490ed
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #a11ef21b
 import copy
 import hashlib
 import math
@@ -24,7 +24,7 @@ from .data import IGNORE, Example, batch_at, padded
 from .lora import LoRAConfig, adapt, trainable
 from .sft import Training, TrainingError, adamw, mean_loss, token_loss, train, train_step
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #a8633245
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #9b0bed2d
 SEP, END = 10, 11             # tokens beside the ten digits
 SPLITS = ("train", "validation", "test")
 
@@ -43,7 +43,7 @@ def sorting(split: str, n: int, seed: int = 0, down: bool = False) -> list[Examp
         found.append(Example(digits + [SEP] + answer, [IGNORE] * (len(digits) + 1) + answer))
     return found
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #ac0b169f
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #00b7c725
 def sorter(seed: int,           # of its weights, and of the order of its lessons
            steps: int = 200,
            width: int = 64,     # C, a multiple of 16
@@ -64,7 +64,7 @@ def student(base: Decoder, way: str, rank: int | None = None, alpha: float = 16.
     if way not in ("lora", "rslora"): raise InputError(f"way is full, lora or rslora, not {way!r}")
     return adapt(base, LoRAConfig(rank, alpha, rslora=way == "rslora"), seed)
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #29320219
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #fc474d05
 class Trial:
     "A training that is taken some steps further, and asked how good it is."
     def __init__(self, decoder: Decoder,
@@ -92,7 +92,7 @@ class Trial:
         loss = mean_loss(self.decoder, self.exam)
         return loss if math.isfinite(loss) else math.inf
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #dccfce46
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #6d1122ec
 def t_quantile(p: float, freedom: int) -> float:
     "Where a share `p` of Student's distribution lies below: to five digits."
     angle = (np.arange(400_000) + 0.5) / 400_000 * math.pi - math.pi / 2
@@ -107,7 +107,7 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     half = t_quantile((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     return float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half)
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #f4b7eb82
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #c1a950e5
 def lowest(rates: Sequence[float], losses: Sequence[float]) -> float:
     "The rate where a parabola through the best and its two neighbours (in logarithms) is lowest; at an edge the edge."
     if len(rates) != len(losses) or len(rates) < 3 or sorted(set(rates)) != list(rates) or rates[0] <= 0:
@@ -119,7 +119,7 @@ def lowest(rates: Sequence[float], losses: Sequence[float]) -> float:
     a, b, _ = np.polyfit(x - x[1], y, 2)
     return float(rates[i] * math.exp(-b / (2 * a))) if a > 0 else float(rates[i])
 
-# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #054188a6
+# %% ../../nbs/10_finetuning/13_hyperparameters.ipynb #177818ac
 def halving(trials: Mapping[Hashable, Callable[[int], float]],   # each: steps -> loss after so many, such as `Trial.to`
             rungs: Sequence[int],                                # steps after which all that are left are compared
             keep: float = 1 / 3,                                 # share that goes on, rounded up

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_examples', 'nearest', 'at_most', 'exact_interval', 'sign_test', 'break_even']
 
-# %% ../../nbs/10_finetuning/14_when.ipynb #3e41e85e
+# %% ../../nbs/10_finetuning/14_when.ipynb #b9c99c8e
 import math
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-# %% ../../nbs/10_finetuning/14_when.ipynb #56fb09e6
+# %% ../../nbs/10_finetuning/14_when.ipynb #4c60fe30
 def with_examples(
     examples: Sequence[list[dict]],      # conversations to learn from
     question: str,
@@ -39,7 +39,7 @@ def nearest(
     if not 1 <= k <= len(kept): raise InputError(f"k is {k}, and there are {len(kept)} texts")
     return (asked @ kept.T).topk(k).indices.flip(-1)
 
-# %% ../../nbs/10_finetuning/14_when.ipynb #d4a7cb57
+# %% ../../nbs/10_finetuning/14_when.ipynb #ddf170e5
 def at_most(k: int, n: int, p: float) -> float:
     "Probability of k hits or fewer in n draws."
     return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
@@ -63,7 +63,7 @@ def sign_test(better: int, worse: int) -> float:
     if better < 0 or worse < 0: raise InputError("numbers of questions are 0 or more")
     return min(1.0, 2 * at_most(min(better, worse), better + worse, 0.5)) if better + worse else 1.0
 
-# %% ../../nbs/10_finetuning/14_when.ipynb #12168447
+# %% ../../nbs/10_finetuning/14_when.ipynb #63cb7e09
 def break_even(
     once: float,        # what is paid before the first question; any unit
     each: float,        # then, with each question
