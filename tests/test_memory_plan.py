@@ -174,7 +174,7 @@ def all_at_once(monkeypatch):
     (frozen_too, "LoRA, small chunks"), (all_scores, "LoRA, small chunks"), (averages_in_16_bits, "full, short"),
     (kept_though_recomputed, "full, recomputed"), (kept_though_recomputed, "QLoRA, recomputed"),
     (packed_as_16_bits, "QLoRA"), (unpacked_and_kept, "QLoRA"), (inputs_three_times, "LoRA"),
-    (all_at_once, "full, large vocabulary, tied")])
+    (all_at_once, "full")])
 def test_wrong_counts_are_seen(wrong, name, monkeypatch):
     assert abs(off(name)) < 0.05
     wrong(monkeypatch)
