@@ -42,7 +42,7 @@ CASES = {  # name: (shape, method, lengths, rank, blocks computed again)
     "LoRA, deep, 700, again": ("deep", "lora", [700], 16, True),
     "QLoRA, wide, 600": ("wide", "qlora", [600], 8, False),
     "QLoRA, deep, 3 texts": ("deep", "qlora", [300, 200, 300], 16, False),
-    "QLoRA, deep, 1,000, again": ("deep", "qlora", [1000], 16, True),
+    "QLoRA, wide, r = 64, 600, again": ("wide", "qlora", [600], 64, True),
     "LoRA, SmolLM2, 256": ("SmolLM2", "lora", [256], 8, False),
     "QLoRA, SmolLM2, 512, again": ("SmolLM2", "qlora", [512], 16, True),
     "full, SmolLM2, 128": ("SmolLM2", "full", [128], 8, False),
