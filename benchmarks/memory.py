@@ -1,6 +1,6 @@
 """Is the memory of a training step what `finetuning.memory.plan` says before it is run?
 
-    python -m benchmarks.memory                     # thirteen kinds of training, about four minutes on one thread
+    python -m benchmarks.memory                     # twelve kinds of training, about four minutes on one thread
     python -m benchmarks.memory --only "QLoRA"      # those whose name holds this; nothing is written
 
 Every kind is a process of its own: two steps of AdamW through `train_step`, in float32, as `train` takes them. What
@@ -45,7 +45,6 @@ CASES = {  # name: (shape, method, lengths, rank, blocks computed again)
     "QLoRA, wide, r = 64, 600, again": ("wide", "qlora", [600], 64, True),
     "LoRA, SmolLM2, 256": ("SmolLM2", "lora", [256], 8, False),
     "QLoRA, SmolLM2, 512, again": ("SmolLM2", "qlora", [512], 16, True),
-    "full, SmolLM2, 128": ("SmolLM2", "full", [128], 8, False),
 }
 
 
