@@ -247,18 +247,22 @@ def block_takes(work: Work, layer: int) -> dict[str, tuple[int, int]]:
             "attention": (one, max(x + texts * (heads + 2 * keys), 2 * x + unpacking(work, layer, O)))}
 
 def moments(work: Work, *, recompute: bool = False, optimizer: str = "adamw", chunk: int = CHUNK) -> list[Plan]:
-    "The moments of a step at which memory may be fullest, in their order."
+    "The moments of a step at which memory may be fullest, in their order. Raises InputError."
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {optimizer!r}."
+                         f"{did_you_mean(str(optimizer), OPTIMIZERS)}")
+    if not isinstance(chunk, int) or chunk < 1: raise InputError(f"chunk is {chunk!r}: give a number of positions")
     c, n, a, full = work.config, work.tokens, work.dtype.itemsize, work.lora is None
     x, hidden = n * c.hidden_size * a, (n - len(work.lengths)) * c.hidden_size * a      # the stream; what is learned on
     kinds = {c.layer_type(i) for i in range(c.num_hidden_layers) if c.rope(i)}
     tables, norm = len(kinds) * 2 * n * (c.rotary_dim or c.head_dim) * a, norm_keeps(work, n, c.hidden_size)
     blocks = [block_takes(work, i) for i in range(c.num_hidden_layers)]
     stored = [x if recompute else block["MLP"][0] for block in blocks]
-    head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+    head, both_averages = "embed_tokens" if c.tie_word_embeddings else "lm_head", averages(work, optimizer)
     sums = 4 * c.vocab_size * c.hidden_size if full else work.gradients[head]
     plans, kept, shared = [], sum(stored) + tables, x if keeps_input(work) and c.block != "post" else 0
     def at(when, gradients, kept, scratch):
-        plans.append(Plan(work.weights, gradients, averages(work, optimizer), kept, scratch, when))
+        plans.append(Plan(work.weights, gradients, both_averages, kept, scratch, when))
     for moment, (own, scratch) in blocks[-1].items():
         if moment.startswith("forward"): at(f"block {len(blocks) - 1}, {moment}", 0, kept - stored[-1] + own, scratch)
     at("scores", sums, kept + norm, 2 * hidden + scores_take(work, chunk))
@@ -295,10 +299,6 @@ def plan(
     format: str | Format = "nf4_dq",         # of a packed base
 ) -> Plan:
     "The fullest moment of a step of `sft.train`. Raises InputError, UnsupportedError for what is not counted."
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {optimizer!r}."
-                         f"{did_you_mean(str(optimizer), OPTIMIZERS)}")
-    if not isinstance(chunk, int) or chunk < 1: raise InputError(f"chunk is {chunk!r}: give a number of positions")
     work = work_of(config, method, lengths, lora, dtype=dtype, format=format)
     return max(moments(work, recompute=recompute, optimizer=optimizer, chunk=chunk), key=lambda p: p.total)
 
@@ -313,7 +313,6 @@ def longest(
     **how,                       # recompute, optimizer, chunk: see `plan`
 ) -> int:                        # tokens of each text, up to the trained context; 0: not even 2 fit
     "The longest texts of a step that fits. Raises what `plan` raises."
-    plan(config, method, [2] * texts, lora, dtype=dtype, format=format, **how)        # or says what is wrong
     work = work_of(config, method, [2] * texts, lora, dtype=dtype, format=format)
     def total(n): return max(p.total for p in moments(replace(work, lengths=(n,) * texts), **how))
     fitting = bisect.bisect_right(range(2, config.max_position_embeddings + 1), memory, key=total)
