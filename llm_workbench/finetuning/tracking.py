@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'SPOKEN', 'Log', 'SAY', 'SETTINGS', 'METRICS', 'COUNTS', 
            'memory_bytes', 'Metered', 'front_end', 'minutes', 'Live', 'as_callback', 'needed', 'Trackio', 'MLflow',
            'WandB', 'TensorBoard', 'Every']
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #1f0e4694
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #d4fb31f8
 import hashlib
 import html
 import importlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:        # no torch and no pandas up here: a tracker's own envir
     from matplotlib.figure import Figure
     from transformers import TrainerCallback
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #f0fa05cf
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #8cb6a512
 def fingerprint(items: Iterable,   # texts: dataclasses such as Example, or whatever JSON knows
                ) -> str:           # sixteen hexadecimal digits
     "Changes with every item and with their order. Raises InputError for what JSON does not know."
@@ -49,7 +49,7 @@ def fingerprint(items: Iterable,   # texts: dataclasses such as Example, or what
             raise InputError(f"a fingerprint is made of texts, numbers, lists and dictionaries: {e}") from e
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #e3caab6f
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #afa21f26
 PACKAGES = ("llm-workbench", "torch", "transformers", "trl", "peft", "numpy")
 
 def versions() -> dict[str, str]:
@@ -68,7 +68,7 @@ def as_values(settings) -> dict:       # a dataclass such as Training, or a dict
     if is_dataclass(settings): settings = {f.name: getattr(settings, f.name) for f in fields(settings)}
     return json.loads(json.dumps(settings or {}, default=str))
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #8a8f0197
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #e0757ce1
 SPOKEN = ("NaN", "Infinity", "-Infinity")    # how files here spell what JSON cannot; float() of Python reads all three
 
 def numbers(metrics: dict) -> tuple[dict, list[str]]:
@@ -86,7 +86,7 @@ def spoken(value): return value if not isinstance(value, float) or math.isfinite
 
 def heard(value): return float(value) if value in SPOKEN else value
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #a8363775
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #aaeb42d4
 Log = Callable[[int, dict], None]      # what `train` calls: step from 0 on, metrics by name
 SAY = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Tracker:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #789747ed
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #79278ae0
 class Called(Tracker):
     "A plain function as a tracker."
     def __init__(self, log: Log):
@@ -150,7 +150,7 @@ def both(*logs: Log | None) -> Tracker:    # None: no log
     "One log that calls all of these; none of them can stop the run, or the others."
     return Both(logs)
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #7f0d7c23
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #cecad084
 def whole_lines(path: Path) -> tuple[list[tuple[int, dict]], int, list[str]]:
     "Rows of a file of JSON lines, with the byte where each begins; where the last whole line ends; what is wrong."
     rows, at, wrong = [], 0, []
@@ -168,7 +168,7 @@ def whole_lines(path: Path) -> tuple[list[tuple[int, dict]], int, list[str]]:
             at += len(line)
     return rows, at, wrong
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #0917784a
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #6d8c7d40
 class JsonLines(Tracker):
     "A line a step. Goes on in a file that is there: half a line is dropped, steps that are made again are replaced."
     def __init__(self, path: str | Path):   # raises SourceError where it cannot be opened
@@ -207,7 +207,7 @@ class JsonLines(Tracker):
 
     def finish(self): self.file.close()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #a00e0e3e
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #4a1285d9
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
 
 def open_run(
@@ -250,7 +250,7 @@ def read_settings(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SourceError(f"{path} is no description of a run that `open_run` wrote: {e}") from e
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #4ac2feb8
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #688a7cc8
 @dataclass
 class Run:
     "A run as it stands on the disk."
@@ -283,7 +283,7 @@ def read_runs(folder: str | Path) -> dict[str, Run]:
     if not found: raise SourceError(f"there is no {METRICS} in {folder} or below it")
     return {str(path.parent.relative_to(folder)): read_run(path.parent) for path in found}
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #a176f8c7
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #6a18282e
 class Average:
     "An exponential average, corrected for its beginning; what is no number is passed over."
     def __init__(self, keep: float = 0.9):    # share of what was that stays at a step: 0 smooths nothing
@@ -301,7 +301,7 @@ def smoothed(values: Iterable[float], keep: float = 0.9) -> list[float]:
     average = Average(keep)
     return [average.add(value) for value in values]
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #caa7993d
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #08fa8b96
 def compared(runs: dict[str, Run], metric: str = "loss", keep: float = 0.9) -> "pd.DataFrame":
     "A row a run: the settings in which the runs differ, then how each ended. Raises InputError for an unknown metric."
     import pandas as pd
@@ -334,7 +334,7 @@ def curves(runs: dict[str, Run], metric: str = "loss", keep: float = 0.9) -> "Fi
     ax.legend()
     return fig
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #7ada513b
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #19ff6ee0
 def memory_bytes() -> float:
     "Memory of this process: on the GPU where torch uses one, else in RAM; NaN where that cannot be known."
     torch = sys.modules.get("torch")
@@ -362,7 +362,7 @@ class Metered(Tracker):
 
     def finish(self): self.log.close()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #994af66f
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #2579361c
 def front_end() -> bool:
     "Is this a kernel with somebody's page behind it?"
     ipython = sys.modules.get("IPython")
@@ -414,7 +414,7 @@ class Live(Tracker):
     def finish(self):
         if self.curve and front_end(): self.show()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #912a0301
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #a13de3ed
 THEIRS = {"grad_norm": "norm", "learning_rate": "lr"}      # transformers' names -> those of `train`
 
 def as_callback(log: Log) -> "TrainerCallback":
@@ -442,7 +442,7 @@ def as_callback(log: Log) -> "TrainerCallback":
 
     return Callback()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #07153536
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #1582f16e
 def needed(module: str):
     "Import a tracker's library. Raises UnsupportedError where it is not installed."
     try: return importlib.import_module(module)
@@ -471,7 +471,7 @@ class Trackio(Tracker):
 
     def finish(self): self.run.finish()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #6a5bfd5a
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #ec5edb0b
 class MLflow(Tracker):
     "MLflow, in an SQLite file. Its own store of plain files is refused since 3.17; `mlflow-skinny` has no SQLite."
     def __init__(self, database: str | Path, experiment: str, name: str, settings=None):
@@ -501,7 +501,7 @@ class MLflow(Tracker):
 
     def finish(self): self.client.set_terminated(self.id)
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #a15f5673
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #2cbb3be9
 class WandB(Tracker):
     "Weights & Biases, offline unless WANDB_MODE says otherwise: a .wandb file for each part of a run."
     def __init__(self, folder: str | Path, project: str, name: str, settings=None):
@@ -533,7 +533,7 @@ class TensorBoard(Tracker):
 
     def finish(self): self.file.close()
 
-# %% ../../nbs/10_finetuning/10_tracking.ipynb #27f5d892
+# %% ../../nbs/10_finetuning/10_tracking.ipynb #78592014
 class Every(Tracker):
     "A line for `n` steps: the loss is that of their tokens, all else what it was last."
     def __init__(self, n: int, log: Log, means: tuple[str, ...] = ("loss",)):
