@@ -1,4 +1,4 @@
-"""Tracking: what a kill, a full disk, a NaN and a failing tracker leave behind; mistakes that the checks reject; and the
+"""Tracking: what a kill, a full disk, a NaN and a failing tracker leave behind; mistakes that checks reject; and the
 trackers' own files, where their environment is there."""
 import json
 import math
