@@ -1,4 +1,4 @@
-"""Tracking: what a kill, a full disk, a NaN and a failing tracker leave behind; mistakes that the checks reject; and the
+"""Tracking: what a kill, a full disk, a NaN and a failing tracker leave behind; mistakes that checks reject; and the
 trackers' own files, where their environment is there."""
 import json
 import math
@@ -181,8 +181,8 @@ def check_guard(make_both, caplog):
     broken, seen, given = Broken(OSError(28, "No space left on device")), [], dict(PLAIN)
     log = make_both(broken, lambda step, metrics: seen.append((step, metrics)), None)
     for step in range(60):
+        for one in getattr(log, "logs", ()): one.rests_until = -math.inf        # each step is tried
         log(step, given)
-        time.sleep(0.0005)
     log.close()
     assert given == PLAIN, "the caller's metrics were changed"
     assert seen == [(step, PLAIN) for step in range(60)], "the other tracker missed something"
@@ -469,7 +469,7 @@ def test_what_trackers_keep_is_what_was_logged(kind, tmp_path):
     bench.inside("write", kind, tmp_path, 8, 20, True)
     kept = bench.inside("rows", kind, tmp_path)
     if kind == "wandb": kept = sorted(dict(kept).items())                # two files
-    assert bench.apart(kept, bench.run_of(20)) <= (1e-7 if kind == "tensorboard" else 0)
+    assert bench.apart(kept, bench.run_of(10_000)[:20]) <= (1e-7 if kind == "tensorboard" else 0)
 
 def test_the_committed_result_says_what_the_chapter_says(root):
     for path in (root / "benchmarks" / "results").glob("*/tracking.json"):
