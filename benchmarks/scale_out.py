@@ -125,15 +125,19 @@ def main():
     parser.add_argument("--only", nargs="+", help="words of launchers or ways: " + ", ".join(sorted({r[0] for r in RUNS})))
     args = parser.parse_args()
     chosen = [r for r in RUNS if not args.only or any(word in f"{r[0]} {r[1]}".lower() for word in args.only)]
-    try: before = recorded("scale_out") if args.only else {}
-    except OSError: before = {}
-    want, rows = oracles(), []
+    want, rows, failed = oracles(), [], []
     for launcher, way, method, dtype, command, environment in chosen:
         if environment and not Path(python_of(environment)).exists():
             print(f"{launcher} {way}: left out, python tools/peers.py {environment} makes its environment")
             continue
-        rows.append(measure(launcher, way, method, dtype, command, environment, want[method, dtype]))
+        try: rows.append(measure(launcher, way, method, dtype, command, environment, want[method, dtype]))
+        except RuntimeError as e:
+            failed.append(f"{launcher} {way}")
+            print(f"{failed[-1]} failed:\n{e}", flush=True)
+            continue
         print({k: rows[-1][k] for k in ("launcher", "way", "method", "dtype", "seconds", "apart")}, flush=True)
+    try: before = recorded("scale_out") if args.only else {}
+    except OSError: before = {}
     new = {(r["launcher"], r["way"], r["method"], r["dtype"]) for r in rows}
     rows += [r for r in before.get("rows", []) if (r["launcher"], r["way"], r["method"], r["dtype"]) not in new]
     order = [r[:4] for r in RUNS]
@@ -146,6 +150,7 @@ def main():
     out = record("scale_out", samples, "seconds with starting the processes", rows=rows, notes=NOTES, versions=versions,
                  settings=SETTINGS, deepspeed_configs=configs)
     print(f"written to {out.relative_to(ROOT)}")
+    if failed: sys.exit(f"Without {', '.join(failed)}, whose last words are above.")
 
 
 if __name__ == "__main__":
