@@ -12,6 +12,7 @@ import json
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,8 +98,10 @@ def by_zero1(decoder, settings, ranks):
 def by_deepspeed(decoder, settings, ranks, stage):
     "The same training with a DeepSpeed engine, which averages over parts and ranks: hence the factor."
     import deepspeed
+    deepspeed.ops.__compatible_ops__.clear()      # its C++ all-reduce is compiled when used, for minutes; gloo is there
     config = dict(train_batch_size=PARTS, train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True,
-                  gradient_accumulation_steps=PARTS // ranks.size, gradient_clipping=settings.clip, steps_per_print=10**9,
+                  gradient_accumulation_steps=PARTS // ranks.size, gradient_clipping=settings.clip,
+                  steps_per_print=10**9,
                   zero_optimization=dict(stage=stage, overlap_comm=False, reduce_bucket_size=10**6))
     params = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adamw(params, settings).param_groups, lr=settings.lr)
@@ -119,8 +122,8 @@ def by_deepspeed(decoder, settings, ranks, stage):
     return found
 
 
-OTHERS = dict(accelerate=by_accelerate, zero1=by_zero1,
-              **{f"deepspeed{stage}": (lambda d, s, r, stage=stage: by_deepspeed(d, s, r, stage)) for stage in (1, 2, 3)})
+OTHERS = dict(accelerate=by_accelerate, zero1=by_zero1)
+OTHERS |= {f"deepspeed{stage}": partial(by_deepspeed, stage=stage) for stage in (1, 2, 3)}
 
 
 def run(way, method, settings, ranks, dtype=torch.float64, log=None):

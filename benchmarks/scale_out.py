@@ -1,11 +1,12 @@
 """Does one training end in the same parameters, whoever starts it and whoever shares the work?
 
-    python tools/peers.py ray deepspeed        # two environments, 3 GB; without them their rows are left out
+    python tools/peers.py ray deepspeed        # two environments, 2.4 GB; without them their rows are left out
     python -m benchmarks.scale_out             # everything, about four minutes on two cores
     python -m benchmarks.scale_out --only ray  # one launcher again; the other rows stay
+    python -m benchmarks.scale_out --only configs   # only what DeepSpeed reads in generated configurations
 
-Eight steps of benchmarks/distributed.py: one process, and two processes by torchrun, accelerate, Ray Train and DeepSpeed.
-`apart` is the largest difference of a parameter from one process, in units of the largest parameter of its tensor.
+Eight steps of benchmarks/distributed.py: one process, and two by torchrun, accelerate, Ray Train and DeepSpeed. `apart`
+is the largest difference of a parameter from one process, in units of the largest parameter of its tensor.
 """
 import argparse
 import json
@@ -33,8 +34,8 @@ HOME = ROOT / ".venv-peers"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
-ALONE = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "2", "--mixed_precision",
-         "no", "--dynamo_backend", "no")
+ALONE = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "2",
+         "--mixed_precision", "no", "--dynamo_backend", "no")
 WORK = ("-m", "benchmarks.distributed")
 # launcher, way, method, dtype; what starts it, and the environment of tools/peers.py
 RUNS = [
@@ -45,11 +46,13 @@ RUNS = [
     ("accelerate launch --cpu", "hand", "full", "float64", (*ALONE, *WORK), ""),
     *[("accelerate launch --multi_gpu", way, "full", "float64", (*ACCELERATE, *WORK), "")
       for way in ("fsdp", "accelerate")],
-    *[("Ray Train", way, "full", "float64", ("-m", "benchmarks.scale_out_peer", "ray"), "ray") for way in ("ddp", "fsdp")],
+    *[("Ray Train", way, "full", "float64", ("-m", "benchmarks.scale_out_peer", "ray"), "ray")
+      for way in ("ddp", "fsdp")],
     *[("torchrun", f"deepspeed{stage}", "full", "float64", (*TORCHRUN, *WORK), "deepspeed") for stage in (1, 2, 3)],
 ]
-NOTES = ["on two cores; every process has one thread", "accelerate launch --cpu --num_processes 2 starts ONE process "
-         "(it leaves starting several to mpirun); --multi_gpu starts two on a machine without GPUs, too"]
+NOTES = ["on two cores that other programs used as well, one thread a process: read `apart`, not the seconds",
+         "accelerate launch --cpu --num_processes 2 starts ONE process (it leaves starting several to mpirun); "
+         "--multi_gpu starts two, on a machine without GPUs as well"]
 
 
 def python_of(environment): return str(HOME / environment / "bin" / "python") if environment else sys.executable
@@ -97,8 +100,8 @@ def measure(launcher, way, method, dtype, command, environment, want):
 
 def checked():
     "What DeepSpeed and transformers read in configurations that are generated, and in one that is wrong."
-    jobs = [Job(batch=128, micro=2, nodes=n, stage=s, offload=o) for n in (1, 2) for s in (1, 2, 3) for o in (False, True)
-            if s > 1 or not o]
+    jobs = [Job(batch=128, micro=2, nodes=n, stage=s, offload=o)
+            for n in (1, 2) for s in (1, 2, 3) for o in (False, True) if s > 1 or not o]
     entries = [dict(ranks=job.ranks, config=deepspeed_config(job)) for job in jobs]
     wrong = dict(ranks=8, config=deepspeed_config(jobs[0]) | dict(train_batch_size=100))
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -120,36 +123,41 @@ def version(package, environment):
     return found.name.split("-")[1] if found else None
 
 
+def keep(rows, configs=None):
+    "Write these rows and those that were there before; the path."
+    try: before = recorded("scale_out")
+    except OSError: before = {}
+    key = lambda r: (r["launcher"], r["way"], r["method"], r["dtype"])
+    order = [r[:4] for r in RUNS]
+    found = {key(r): r for r in (*before.get("rows", []), *rows) if key(r) in order}
+    rows = sorted(found.values(), key=lambda r: order.index(key(r)))
+    versions = dict(torch=torch.__version__, accelerate=metadata.version("accelerate"), ray=version("ray", "ray"),
+                    deepspeed=version("deepspeed", "deepspeed"))
+    return record("scale_out", {" ".join(key(r)): [r["seconds"]] for r in rows}, "seconds with starting the processes",
+                  rows=rows, notes=NOTES, versions=versions, settings=SETTINGS,
+                  deepspeed_configs=configs or before.get("deepspeed_configs"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="words of launchers or ways: " + ", ".join(sorted({r[0] for r in RUNS})))
+    known = ", ".join(sorted({r[0] for r in RUNS}))
+    parser.add_argument("--only", nargs="+", help=f"words of launchers or ways: {known}")
     args = parser.parse_args()
-    chosen = [r for r in RUNS if not args.only or any(word in f"{r[0]} {r[1]}".lower() for word in args.only)]
-    want, rows, failed = oracles(), [], []
+    chosen = [r for r in RUNS if not args.only or any(word in f"{r[0]} {r[1]} {r[2]} {r[3]}".lower()
+                                                      for word in args.only)]
+    want, failed = oracles(), []
     for launcher, way, method, dtype, command, environment in chosen:
         if environment and not Path(python_of(environment)).exists():
             print(f"{launcher} {way}: left out, python tools/peers.py {environment} makes its environment")
             continue
-        try: rows.append(measure(launcher, way, method, dtype, command, environment, want[method, dtype]))
+        try: row = measure(launcher, way, method, dtype, command, environment, want[method, dtype])
         except RuntimeError as e:
             failed.append(f"{launcher} {way}")
             print(f"{failed[-1]} failed:\n{e}", flush=True)
             continue
-        print({k: rows[-1][k] for k in ("launcher", "way", "method", "dtype", "seconds", "apart")}, flush=True)
-    try: before = recorded("scale_out") if args.only else {}
-    except OSError: before = {}
-    new = {(r["launcher"], r["way"], r["method"], r["dtype"]) for r in rows}
-    rows += [r for r in before.get("rows", []) if (r["launcher"], r["way"], r["method"], r["dtype"]) not in new]
-    order = [r[:4] for r in RUNS]
-    rows.sort(key=lambda r: order.index((r["launcher"], r["way"], r["method"], r["dtype"])))
-    versions = dict(torch=torch.__version__, accelerate=metadata.version("accelerate"), ray=version("ray", "ray"),
-                    deepspeed=version("deepspeed", "deepspeed"))
-    asked = not args.only or "deepspeed" in args.only
-    configs = checked() if asked and Path(python_of("deepspeed")).exists() else before.get("deepspeed_configs")
-    samples = {" ".join(map(str, (r["launcher"], r["way"], r["method"], r["dtype"]))): [r["seconds"]] for r in rows}
-    out = record("scale_out", samples, "seconds with starting the processes", rows=rows, notes=NOTES, versions=versions,
-                 settings=SETTINGS, deepspeed_configs=configs)
-    print(f"written to {out.relative_to(ROOT)}")
+        keep([row])
+        print({k: row[k] for k in ("launcher", "way", "method", "dtype", "seconds", "apart")}, flush=True)
+    if (not args.only or "configs" in args.only) and Path(python_of("deepspeed")).exists(): keep([], checked())
     if failed: sys.exit(f"Without {', '.join(failed)}, whose last words are above.")
 
 

