@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -37,6 +38,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines
 ALONE = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "2",
          "--mixed_precision", "no", "--dynamo_backend", "no")
 WORK = ("-m", "benchmarks.distributed")
+INSIDE = "float64, its optimizer float32"      # DeepSpeed keeps a copy of the parameters in float32 and steps that
 # launcher, way, method, dtype; what starts it, and the environment of tools/peers.py
 RUNS = [
     ("python", "hand", "full", "float64", WORK, ""),
@@ -48,7 +50,7 @@ RUNS = [
       for way in ("fsdp", "accelerate")],
     *[("Ray Train", way, "full", "float64", ("-m", "benchmarks.scale_out_peer", "ray"), "ray")
       for way in ("ddp", "fsdp")],
-    *[("torchrun", f"deepspeed{stage}", "full", "float64", (*TORCHRUN, *WORK), "deepspeed") for stage in (1, 2, 3)],
+    *[("torchrun", f"deepspeed{stage}", "full", INSIDE, (*TORCHRUN, *WORK), "deepspeed") for stage in (1, 2, 3)],
 ]
 NOTES = ["on two cores that other programs used as well, one thread a process: read `apart`, not the seconds",
          "accelerate launch --cpu --num_processes 2 starts ONE process (it leaves starting several to mpirun); "
@@ -69,15 +71,12 @@ def call(command, environment=""):
     return done.stdout
 
 
-def oracles():
-    "What learned in one process, by method and dtype."
+@cache
+def alone(method, dtype):
+    "What learned in one process. With dropout, the number of a part decides what is drawn, as in `scale_out.train`."
     torch.set_num_threads(1)
-    settings, found = sft.Training(**SETTINGS), {}
-    for dtype in ("float64", "float32"):
-        one = sft.train(learner("full", getattr(torch, dtype)), rows_of, settings)
-        two = train(learner("lora", getattr(torch, dtype)), rows_of, settings)
-        found |= {("full", dtype): trainable(one), ("lora", dtype): trainable(two)}
-    return found
+    loop = sft.train if method == "full" else train
+    return trainable(loop(learner(method, getattr(torch, dtype)), rows_of, sft.Training(**SETTINGS)))
 
 
 def apart(path, want):
@@ -88,7 +87,8 @@ def apart(path, want):
 def measure(launcher, way, method, dtype, command, environment, want):
     "One row."
     with tempfile.TemporaryDirectory() as out:
-        more = (way, out) if launcher == "Ray Train" else ("--runs", f"{way}:{method}", "--dtype", dtype, "--out", out)
+        more = (way, out) if launcher == "Ray Train" else ("--runs", f"{way}:{method}", "--dtype", dtype.split(",")[0],
+                                                           "--out", out)
         start = time.perf_counter()
         call((*command, *more), environment)
         seconds = time.perf_counter() - start
@@ -145,12 +145,12 @@ def main():
     args = parser.parse_args()
     chosen = [r for r in RUNS if not args.only or any(word in f"{r[0]} {r[1]} {r[2]} {r[3]}".lower()
                                                       for word in args.only)]
-    want, failed = oracles(), []
+    failed = []
     for launcher, way, method, dtype, command, environment in chosen:
         if environment and not Path(python_of(environment)).exists():
             print(f"{launcher} {way}: left out, python tools/peers.py {environment} makes its environment")
             continue
-        try: row = measure(launcher, way, method, dtype, command, environment, want[method, dtype])
+        try: row = measure(launcher, way, method, dtype, command, environment, alone(method, dtype.split(",")[0]))
         except RuntimeError as e:
             failed.append(f"{launcher} {way}")
             print(f"{failed[-1]} failed:\n{e}", flush=True)

@@ -7,6 +7,7 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.scale_out import RUNS, measure, oracles, python_of
+from benchmarks.scale_out import RUNS, alone as in_one_process, measure, python_of
 from llm_workbench.architecture.decoder import Decoder
 from llm_workbench.architecture.layers import ModelConfig
 from llm_workbench.architecture.ops import TORCH
@@ -97,6 +98,7 @@ def norm_into(norms):
     return log
 
 
+@cache
 def alone(kind, lora=None, settings=SETTINGS):
     "The oracle: one process. With dropout, numbers of parts decide what is drawn, so it is our own loop then."
     norms = {}
@@ -319,4 +321,5 @@ def test_one_machine_needs_no_meeting_place_and_replicas_need_no_plugin():
 @pytest.mark.parametrize("run", [r for r in RUNS if r[5]], ids=lambda r: f"{r[0]} {r[1]}")
 def test_other_programs_end_where_one_process_ends(run):
     if not Path(python_of(run[5])).exists(): pytest.skip(f"python tools/peers.py {run[5]} makes its environment")
-    assert measure(*run, oracles()[run[2], run[3]])["apart"] < 1e-11
+    found = measure(*run, in_one_process(run[2], "float64"))["apart"]
+    assert found < (1e-11 if run[3] == "float64" else 5e-6)
