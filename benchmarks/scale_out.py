@@ -54,7 +54,8 @@ RUNS = [
 ]
 NOTES = ["on two cores that other programs used as well, one thread a process: read `apart`, not the seconds",
          "accelerate launch --cpu --num_processes 2 starts ONE process (it leaves starting several to mpirun); "
-         "--multi_gpu starts two, on a machine without GPUs as well"]
+         "--multi_gpu starts two, on a machine without GPUs as well",
+         "DeepSpeed steps a copy of the parameters in float32, whatever the model is in"]
 
 
 def python_of(environment): return str(HOME / environment / "bin" / "python") if environment else sys.executable
@@ -120,7 +121,7 @@ def checked():
 
 def version(package, environment):
     found = next((HOME / environment).glob(f"lib/python3*/site-packages/{package}-*.dist-info"), None)
-    return found.name.split("-")[1] if found else None
+    return found.name.removesuffix(".dist-info").split("-")[1] if found else None
 
 
 def keep(rows, configs=None):
