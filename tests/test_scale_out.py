@@ -321,5 +321,5 @@ def test_one_machine_needs_no_meeting_place_and_replicas_need_no_plugin():
 @pytest.mark.parametrize("run", [r for r in RUNS if r[5]], ids=lambda r: f"{r[0]} {r[1]}")
 def test_other_programs_end_where_one_process_ends(run):
     if not Path(python_of(run[5])).exists(): pytest.skip(f"python tools/peers.py {run[5]} makes its environment")
-    found = measure(*run, in_one_process(run[2], "float64"))["apart"]
+    found = measure(*run, in_one_process(run[2], run[3].split(",")[0]))["apart"]
     assert found < (1e-11 if run[3] == "float64" else 5e-6)
