@@ -289,7 +289,8 @@ class Job:
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise InputError(f"{name} is {n!r}: give a whole number from 1 on")
         _check_stage(self.stage, self.ranks)
-        if self.precision not in ("bf16", "no"): raise InputError(f"precision is 'bf16' or 'no', not {self.precision!r}")
+        if self.precision not in ("bf16", "no"):
+            raise InputError(f"precision is 'bf16' or 'no', not {self.precision!r}")
         if self.offload and self.stage < 2: raise InputError("offload needs stage 2 or 3: nothing is sharded below")
         if self.batch % (self.micro * self.ranks):
             each = self.micro * self.ranks
@@ -365,7 +366,7 @@ def tokens_to_hide(
     learning: float = 1.0,   # share of the model's numbers that learns
     gradient: float = 2,     # bytes
 ) -> float:
-    "Tokens of a step on one rank from which on an all-reduce takes no longer than the backward pass. Raises InputError."
+    "Tokens of a step on one rank from which on all-reduce takes no longer than the backward pass. Raises InputError."
     if min(flops, bandwidth) <= 0 or not 0 < learning <= 1:
         raise InputError("flops and bandwidth are above 0, learning is a share above 0 and at most 1")
     sent_bytes = sent(1, stage=0, ranks=ranks, gradient=gradient) * learning     # for each number of the model
