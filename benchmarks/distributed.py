@@ -26,7 +26,7 @@ from llm_workbench.files.safetensors import save_safetensors
 from llm_workbench.finetuning.data import IGNORE, Example, batch_at, padded
 from llm_workbench.finetuning.lora import LoRAConfig, adapt, trainable
 from llm_workbench.finetuning.scale_out import LossOf, Ranks, WAYS, gathered, group, local_bytes, train
-from llm_workbench.finetuning.sft import Training, adamw, token_loss
+from llm_workbench.finetuning.sft import Training, adamw, summed_loss, token_loss
 
 SEP, END = 10, 11
 PARTS, SIZE = 4, 4                    # parts of a step, texts of a part
@@ -95,6 +95,13 @@ def by_zero1(decoder, settings, ranks):
         optimizer.zero_grad()
 
 
+def at_once(decoder, part):
+    "`token_loss` with all scores at once: ZeRO-3 takes the head's weights away as soon as its forward is done."
+    learned = part.labels[:, 1:] != IGNORE
+    hidden, targets = part.hidden(decoder)[:, :-1][learned], part.labels[:, 1:][learned]
+    return summed_loss(decoder.logits(hidden), targets), len(targets)
+
+
 def by_deepspeed(decoder, settings, ranks, stage):
     "The same training with a DeepSpeed engine, which averages over parts and ranks: hence the factor."
     import deepspeed
@@ -105,8 +112,9 @@ def by_deepspeed(decoder, settings, ranks, stage):
                   zero_optimization=dict(stage=stage, overlap_comm=False, reduce_bucket_size=10**6))
     params = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adamw(params, settings).param_groups, lr=settings.lr)
-    engine, optimizer, _, _ = deepspeed.initialize(model=LossOf(decoder, token_loss), optimizer=optimizer,
-                                                   model_parameters=params, config=config)
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=LossOf(decoder, at_once if stage == 3 else token_loss), optimizer=optimizer, model_parameters=params,
+        config=config)
     engine.train()
     for step in range(settings.steps):
         parts = rows_of(step)
@@ -146,11 +154,11 @@ def dying(rank, step):
     return log if int(os.environ["RANK"]) == rank else None
 
 
-def job(runs, out, ranks, dtype=torch.float64, folder=None, dies=None):     # runs: [(way, method), ...]
+def job(runs, out, ranks, dtype=torch.float64):     # runs: [(way, method), ...]
     "All trainings one after another; rank 0 writes."
-    told, settings = [], Training(**SETTINGS, folder=folder, every=4)
+    told, settings = [], Training(**SETTINGS)
     for way, method in runs:
-        tensors, line = run(way, method, settings, ranks, dtype, dying(*dies) if dies else None)
+        tensors, line = run(way, method, settings, ranks, dtype)
         told.append(line)
         if ranks.rank == 0: save_safetensors(tensors, Path(out) / f"{way}_{method}.safetensors")
     if ranks.rank == 0: (Path(out) / "told.json").write_text(json.dumps(told))
@@ -161,15 +169,18 @@ def main():
     parser.add_argument("--runs", nargs="+", default=["hand:full"], metavar="WAY:METHOD",
                         choices=[f"{way}:{method}" for way in (*WAYS, *OTHERS) for method in ("full", "lora")])
     parser.add_argument("--dtype", default="float64")
-    parser.add_argument("--folder", help="of checkpoints")
-    parser.add_argument("--dies", type=int, nargs=2, metavar=("RANK", "STEP"), help="one rank ends there")
+    parser.add_argument("--dies", type=int, nargs=2, metavar=("RANK", "STEP"), help="then one more training by fsdp, "
+                        "with checkpoints every 4 steps in FOLDER/run, in which one rank ends")
     parser.add_argument("--out", required=True, help="a folder that is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     alone = args.runs == ["hand:full"] and "RANK" not in os.environ
     with nullcontext(Ranks()) if alone else group() as ranks:
         runs = [tuple(r.split(":")) for r in args.runs]
-        job(runs, args.out, ranks, getattr(torch, args.dtype), args.folder, args.dies)
+        job(runs, args.out, ranks, getattr(torch, args.dtype))
+        if args.dies:
+            settings = Training(**SETTINGS, folder=Path(args.out) / "run", every=4)
+            run("fsdp", "full", settings, ranks, log=dying(*args.dies))
 
 
 if __name__ == "__main__":
