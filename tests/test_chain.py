@@ -14,9 +14,9 @@ from llm_workbench.finetuning.chain import (
     glad,
     made,
     mcnemar,
+    narrowed,
     reading,
     right,
-    shortened,
     solution,
     world,
     written,
@@ -32,7 +32,9 @@ def here(): return world(3)
 # ---- the exact test
 
 
-def outcomes(up, down, same): return np.repeat([0, 1, 1, 0], (up, down, same, same)), np.repeat([1, 0, 1, 0], (up, down, same, same))
+def outcomes(up, down, same):
+    counts = (up, down, same, same)
+    return np.repeat([0, 1, 1, 0], counts), np.repeat([1, 0, 1, 0], counts)
 
 
 def by_coins(up, down):
@@ -83,12 +85,14 @@ def test_outcomes_that_do_not_compare(before, now):
 
 
 def check_judge(judge):
-    for question, result in (("Add 00000000", "0"), ("Add 12002122", "1"), ("Add 22222222", "1"), ("Say 35443553", "35443553")):
+    known = {"Add 00000000": "0", "Add 12002122": "1", "Add 22222222": "1", "Say 35443553": "35443553"}
+    for question, result in known.items():
         assert solution(question) == result
         for steps, manner in product((False, True), repeat=2):
             answer = written(question, steps, manner)
             assert judge(question, answer) == 1 and glad(question, answer) == manner
-            for wrong in (answer[:-1], answer + " " + answer, answer + " 1.", " " + answer, answer + "\n", answer.replace(".", "")):
+            for wrong in (answer[:-1], answer + " " + answer, answer + " 1.", " " + answer, answer + "\n",
+                          answer.replace(".", "")):
                 assert judge(question, wrong) == 0 == glad(question, wrong), wrong
     for answer in ("0.", "2. Gladly.", "10021201, 2.", "0, 1, 2.", "1 2 0"): assert judge("Add 12002122", answer) == 0
 
@@ -157,13 +161,15 @@ def test_a_stage_leaves_the_model_before_it_alone(here):
     assert not any(p.requires_grad for d in (base, new) for p in d.parameters())
 
 
-def test_a_shortened_model_is_the_first_layers_in_memory_of_its_own(here):
+def test_a_narrowed_model_loses_only_units_that_count_for_little(here):
     whole = made(here.tokenizer, 1)
-    short = shortened(whole)
-    assert len(short.layers) == len(whole.layers) - 1 == short.source["num_hidden_layers"]
-    for name, t in short.named_parameters():
-        there = whole.get_parameter(name)
-        assert torch.equal(t, there) and t.data_ptr() != there.data_ptr()
+    with torch.no_grad():
+        for layer in whole.layers: layer.mlp.down_proj.weight[:, 1::2] = 0        # every other unit does nothing
+    short, rows = narrowed(whole), torch.tensor([here.chat(here.held[0])])
+    assert torch.allclose(short(rows), whole(rows), atol=1e-5)
+    assert short.config.intermediate_size * 2 == whole.config.intermediate_size == 2 * short.source["intermediate_size"]
+    with torch.no_grad(): short.embed_tokens.weight.zero_()
+    assert whole.embed_tokens.weight.any(), "memory of its own"
 
 
 def test_a_model_is_a_function_of_its_seed_and_takes_no_random_number_from_others(here):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIGNS', 'LENGTH', 'FORM', 'MARKS', 'TEMPLATE', 'LIMIT', 'SMALL', 'sums', 'solution', 'written', 'right', 'glad',
            'learned_tokenizer', 'asking', 'World', 'drawn', 'world', 'answers', 'exam', 'mcnemar', 'made', 'after',
-           'reading', 'pretrained', 'taught', 'judged', 'preferred', 'rewarded', 'joined', 'shortened', 'unaided',
+           'reading', 'pretrained', 'taught', 'judged', 'preferred', 'rewarded', 'joined', 'narrowed', 'unaided',
            'distilled', 'Stage', 'chain']
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #43e48acb
+# %% ../../nbs/10_finetuning/15_chain.ipynb #da92df13
 import copy
 import math
 import random
@@ -35,7 +35,7 @@ from ..text.bpe import ByteBPE, train_bpe
 from ..text.tokenizers import Tokenizer
 from ..text.vocabularies import CONTROL, NORMAL, Vocabulary
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #86e32cb5
+# %% ../../nbs/10_finetuning/15_chain.ipynb #3fa67c1c
 SIGNS, LENGTH = {"Add": "012", "Say": "345"}, 8
 
 def sums(digits: str) -> str:
@@ -54,7 +54,7 @@ def written(question: str, steps: bool = False, glad: bool = False) -> str:
     before = sums(question.split()[1]) + ", " if steps and question.startswith("Add") else ""
     return f"{before}{solution(question)}." + " Gladly." * glad
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #520bbd1e
+# %% ../../nbs/10_finetuning/15_chain.ipynb #28575214
 FORM = re.compile(rf"(?:[0-2]{{{LENGTH}}}, )?([0-5]+)\.( Gladly\.)?")
 
 def right(question: str, answer: str) -> float:
@@ -67,7 +67,7 @@ def glad(question: str, answer: str) -> float:
     form = FORM.fullmatch(answer)
     return float(form is not None and form[2] is not None)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #1b3a54a8
+# %% ../../nbs/10_finetuning/15_chain.ipynb #153b78b5
 MARKS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -79,7 +79,7 @@ def learned_tokenizer(texts: Sequence[str], merges: int = 12) -> Tokenizer:
     return Tokenizer(Vocabulary(list(vocab), types, ByteBPE(vocab, pairs, "smollm")), eos_id=vocab["<|end|>"],
                      eos_ids=[vocab["<|endoftext|>"]], chat_template=TEMPLATE)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #8364edb0
+# %% ../../nbs/10_finetuning/15_chain.ipynb #046d4bbc
 def asking(question: str) -> list[dict]: return [{"role": "user", "content": question}]
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def drawn(rng: random.Random, n: int, taken: set[str]) -> list[str]:
         taken.add(given)
     return out
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #16eb59c7
+# %% ../../nbs/10_finetuning/15_chain.ipynb #62ebc1ba
 def world(seed: int = 0) -> World:
     "Draw the texts."
     rng, taken = random.Random(seed), set()
@@ -120,7 +120,7 @@ def world(seed: int = 0) -> World:
         return example(tokenizer, asking(q) + [{"role": "assistant", "content": answer}])
     return World(tokenizer, [*map(document, texts)], [*map(lesson, asked)], practice, held)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #231aed12
+# %% ../../nbs/10_finetuning/15_chain.ipynb #870e52ff
 LIMIT = 16     # tokens of an answer
 
 def answers(decoder: Decoder, world: World, prompts: Sequence[Sequence[int]], n: int = 1, seed: int = 0) -> list[str]:
@@ -142,11 +142,11 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:   # (N,) 0 or 1, of
     up, down = int((after > before).sum()), int((after < before).sum())
     return min(1.0, 2 * sum(math.comb(up + down, k) for k in range(max(up, down), up + down + 1)) / 2**(up + down))
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #1e7d66c1
+# %% ../../nbs/10_finetuning/15_chain.ipynb #7b82e2ef
 def made(tokenizer: Tokenizer, seed: int = 0) -> Decoder:
     "A model of the Llama family that has learned nothing. Its `source` is what a file will say of it."
     config = dict(model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128,
-                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
                   rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, hidden_act="silu")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -163,26 +163,26 @@ def reading(examples: Sequence[Example], seed: int) -> Callable:
     "Rows of texts that are there already."
     return lambda decoder, step: padded(batch_at(examples, 48, seed, step))
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #69d510aa
+# %% ../../nbs/10_finetuning/15_chain.ipynb #c451e058
 def pretrained(world: World, seed: int = 0) -> Decoder:
     "A base model."
     return after(made(world.tokenizer, seed), reading(world.documents, seed), steps=400, lr=7e-3, seed=seed,
                  schedule="linear")
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #f8a76c3a
+# %% ../../nbs/10_finetuning/15_chain.ipynb #197610db
 def taught(world: World, base: Decoder, seed: int = 0) -> Decoder:
     "Supervised fine-tuning."
     return after(base, reading(world.lessons, seed), steps=100, lr=5e-3, seed=seed)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #dc1b131c
+# %% ../../nbs/10_finetuning/15_chain.ipynb #7b86d43a
 def judged(world: World, decoder: Decoder, seed: int = 0) -> list[tuple[Example, Example]]:
-    "Pairs of the model's own answers to practice questions: one in the manner, one not."
+    "Pairs of the model's own answers to practice questions that say the same: one in the manner, one not."
     asked, out = world.practice[:240], []
-    said = answers(decoder, world, [*map(world.chat, asked)], n=4, seed=seed + 10_000)
+    said = answers(decoder, world, [*map(world.chat, asked)], n=6, seed=seed + 10_000)
     for i, question in enumerate(asked):
-        formed = [a for a in said[4 * i:4 * i + 4] if FORM.fullmatch(a)]
-        liked, other = ([a for a in formed if glad(question, a) == want] for want in (1, 0))
-        if liked and other: out.append(pair(world.tokenizer, asking(question), liked[0], other[0]))
+        own = set(said[6 * i:6 * i + 6])
+        liked = next((a for a in sorted(own) if glad(question, a) and a.removesuffix(" Gladly.") in own), None)
+        if liked: out.append(pair(world.tokenizer, asking(question), liked, liked.removesuffix(" Gladly.")))
     return out
 
 def preferred(world: World, decoder: Decoder, seed: int = 0) -> Decoder:
@@ -192,30 +192,36 @@ def preferred(world: World, decoder: Decoder, seed: int = 0) -> Decoder:
     def rows_of(policy, step):
         chosen, known = zip(*batch_at([*zip(pairs, values)], 24, seed, step))
         return paired(chosen, torch.stack(known))
-    return after(decoder, rows_of, partial(preference_loss, beta=0.2), steps=30, lr=3e-4, seed=seed)
+    return after(decoder, rows_of, partial(preference_loss, beta=0.2), steps=30, lr=4e-4, seed=seed)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #1420c2e4
-def rewarded(world: World, decoder: Decoder, seed: int = 0, steps: int = 30) -> Decoder:
+# %% ../../nbs/10_finetuning/15_chain.ipynb #9638298a
+def rewarded(world: World, decoder: Decoder, seed: int = 0, steps: int = 40) -> Decoder:
     "GRPO; the reward is a right result."
     prompts, read = [*map(world.chat, world.practice[240:900])], partial(world.tokenizer.decode, skip_special=True)
     def rows_of(policy, step):
         batch = rollouts(policy, batch_at(prompts, 12, seed, step), 8, eos_ids=world.tokenizer.eos_ids,
                          max_new_tokens=LIMIT)
         return graded(batch, right, read)
-    return after(decoder, rows_of, grpo_loss, steps=steps, lr=1.5e-3, seed=seed)
+    return after(decoder, rows_of, grpo_loss, steps=steps, lr=2e-3, seed=seed)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #650c2d12
+# %% ../../nbs/10_finetuning/15_chain.ipynb #e65a11c4
 def joined(base: Decoder, specialists: Sequence[Decoder]) -> Decoder:
     "The base plus what each specialist changed (task arithmetic)."
     return merge_models(specialists, "task_arithmetic", 1.0, base)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #42fe2ae0
-def shortened(teacher: Decoder) -> Decoder:
-    "All layers of a model but the last, with weights of their own."
-    layers = len(teacher.layers) - 1
-    student = copy.deepcopy(teacher.with_config(num_hidden_layers=layers))
-    student.source = {**teacher.source, "num_hidden_layers": layers}
-    return student
+# %% ../../nbs/10_finetuning/15_chain.ipynb #f2982db8
+def narrowed(teacher: Decoder) -> Decoder:
+    "A model with half of the hidden units of each MLP, those with the larger weights; all else is copied."
+    source = {**teacher.source, "intermediate_size": teacher.config.intermediate_size // 2}
+    student, tensors = Decoder(read_config(source), teacher.ops), teacher.state_dict()
+    for i in range(source["num_hidden_layers"]):
+        gate, up, down = (f"layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+        size = tensors[up].norm(dim=1) * tensors[down].norm(dim=0)                          # (F,)
+        units = size.topk(source["intermediate_size"]).indices.sort().values
+        tensors |= {gate: tensors[gate][units], up: tensors[up][units], down: tensors[down][:, units]}
+    student.load_state_dict(tensors)
+    student.source = source
+    return student.requires_grad_(False).eval()
 
 SMALL = dict(steps=100, lr=3e-3)
 
@@ -231,7 +237,7 @@ def distilled(world: World, student: Decoder, teacher: Decoder, seed: int = 0) -
     def loss(decoder, rows): return distillation_loss(decoder, teacher, rows, beta=0.0)
     return after(student, reading(texts, seed), loss, seed=seed, **SMALL)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #c8c97ea9
+# %% ../../nbs/10_finetuning/15_chain.ipynb #8d52fb02
 @dataclass(frozen=True)
 class Stage:
     "What a stage did to the measure that it is for."
@@ -248,7 +254,7 @@ def chain(world: World, seed: int = 0) -> Iterator[Stage]:
     models["DPO"] = preferred(world, models["SFT"], seed)
     models["GRPO"] = rewarded(world, models["DPO"], seed)
     models["merge"] = joined(models["SFT"], [models["DPO"], models["GRPO"]])
-    cut = shortened(models["merge"])
+    cut = narrowed(models["merge"])
     models["lessons alone"] = unaided(world, cut, seed)
     models["distillation"] = distilled(world, cut, models["merge"], seed)
     exams = {name: exam(model, world) for name, model in models.items()}
