@@ -8,7 +8,7 @@ __all__ = ['SIGNS', 'LENGTH', 'FORM', 'MARKS', 'TEMPLATE', 'LIMIT', 'SMALL', 'su
            'reading', 'pretrained', 'taught', 'judged', 'preferred', 'rewarded', 'joined', 'narrowed', 'unaided',
            'distilled', 'Stage', 'chain']
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #b504d58a
+# %% ../../nbs/10_finetuning/15_chain.ipynb #ac257015
 import copy
 import math
 import random
@@ -35,7 +35,7 @@ from ..text.bpe import ByteBPE, train_bpe
 from ..text.tokenizers import Tokenizer
 from ..text.vocabularies import CONTROL, NORMAL, Vocabulary
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #1dd5a67a
+# %% ../../nbs/10_finetuning/15_chain.ipynb #ebacab97
 SIGNS, LENGTH = {"Add": "012", "Say": "345"}, 8
 
 def sums(digits: str) -> str:
@@ -54,7 +54,7 @@ def written(question: str, steps: bool = False, glad: bool = False) -> str:
     before = sums(question.split()[1]) + ", " if steps and question.startswith("Add") else ""
     return f"{before}{solution(question)}." + " Gladly." * glad
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #a3c5773d
+# %% ../../nbs/10_finetuning/15_chain.ipynb #9108ae83
 FORM = re.compile(rf"(?:[0-2]{{{LENGTH}}}, )?([0-5]+)\.( Gladly\.)?")
 
 def right(question: str, answer: str) -> float:
@@ -67,7 +67,7 @@ def glad(question: str, answer: str) -> float:
     form = FORM.fullmatch(answer)
     return float(form is not None and form[2] is not None)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #7f2aa928
+# %% ../../nbs/10_finetuning/15_chain.ipynb #658cbaba
 MARKS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -79,7 +79,7 @@ def learned_tokenizer(texts: Sequence[str], merges: int = 12) -> Tokenizer:
     return Tokenizer(Vocabulary(list(vocab), types, ByteBPE(vocab, pairs, "smollm")), eos_id=vocab["<|end|>"],
                      eos_ids=[vocab["<|endoftext|>"]], chat_template=TEMPLATE)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #dea7d3d7
+# %% ../../nbs/10_finetuning/15_chain.ipynb #93e50789
 def asking(question: str) -> list[dict]: return [{"role": "user", "content": question}]
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def drawn(rng: random.Random, n: int, taken: set[str]) -> list[str]:
         taken.add(given)
     return out
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #cd1a91a1
+# %% ../../nbs/10_finetuning/15_chain.ipynb #08e51a2f
 def world(seed: int = 0) -> World:
     "Draw the texts."
     rng, taken = random.Random(seed), set()
@@ -120,7 +120,7 @@ def world(seed: int = 0) -> World:
         return example(tokenizer, asking(q) + [{"role": "assistant", "content": answer}])
     return World(tokenizer, [*map(document, texts)], [*map(lesson, asked)], practice, held)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #56b002a3
+# %% ../../nbs/10_finetuning/15_chain.ipynb #8c3fc293
 LIMIT = 16     # tokens of an answer
 
 def answers(decoder: Decoder, world: World, prompts: Sequence[Sequence[int]], n: int = 1, seed: int = 0) -> list[str]:
@@ -142,7 +142,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:   # (N,) 0 or 1, of
     up, down = int((after > before).sum()), int((after < before).sum())
     return min(1.0, 2 * sum(math.comb(up + down, k) for k in range(max(up, down), up + down + 1)) / 2**(up + down))
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #596bc6d9
+# %% ../../nbs/10_finetuning/15_chain.ipynb #eb2cff9b
 def made(tokenizer: Tokenizer, seed: int = 0) -> Decoder:
     "A model of the Llama family that has learned nothing. Its `source` is what a file will say of it."
     config = dict(model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128,
@@ -163,18 +163,18 @@ def reading(examples: Sequence[Example], seed: int) -> Callable:
     "Rows of texts that are there already."
     return lambda decoder, step: padded(batch_at(examples, 48, seed, step))
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #c2e32141
+# %% ../../nbs/10_finetuning/15_chain.ipynb #c047f6be
 def pretrained(world: World, seed: int = 0) -> Decoder:
     "A base model."
     return after(made(world.tokenizer, seed), reading(world.documents, seed), steps=400, lr=7e-3, seed=seed,
                  schedule="linear")
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #20f050ed
+# %% ../../nbs/10_finetuning/15_chain.ipynb #e2bb34fc
 def taught(world: World, base: Decoder, seed: int = 0) -> Decoder:
     "Supervised fine-tuning."
     return after(base, reading(world.lessons, seed), steps=100, lr=5e-3, seed=seed)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #c86bb778
+# %% ../../nbs/10_finetuning/15_chain.ipynb #87480879
 def judged(world: World, decoder: Decoder, seed: int = 0) -> list[tuple[Example, Example]]:
     "Pairs of the model's own answers to practice questions that say the same: one in the manner, one not."
     asked, out = world.practice[:240], []
@@ -194,22 +194,22 @@ def preferred(world: World, decoder: Decoder, seed: int = 0) -> Decoder:
         return paired(chosen, torch.stack(known))
     return after(decoder, rows_of, partial(preference_loss, beta=0.2), steps=30, lr=1.2e-4, seed=seed)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #2f28f5ef
-def rewarded(world: World, decoder: Decoder, seed: int = 0, steps: int = 40) -> Decoder:
+# %% ../../nbs/10_finetuning/15_chain.ipynb #64b2ef87
+def rewarded(world: World, decoder: Decoder, seed: int = 0, steps: int = 30) -> Decoder:
     "GRPO; the reward is a right result."
     prompts, read = [*map(world.chat, world.practice[240:900])], partial(world.tokenizer.decode, skip_special=True)
     def rows_of(policy, step):
         batch = rollouts(policy, batch_at(prompts, 12, seed, step), 8, eos_ids=world.tokenizer.eos_ids,
                          max_new_tokens=LIMIT)
         return graded(batch, right, read)
-    return after(decoder, rows_of, grpo_loss, steps=steps, lr=2e-3, seed=seed)
+    return after(decoder, rows_of, grpo_loss, steps=steps, lr=1.5e-3, seed=seed)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #a41f3e6c
+# %% ../../nbs/10_finetuning/15_chain.ipynb #3f1965d4
 def joined(base: Decoder, specialists: Sequence[Decoder]) -> Decoder:
-    "The base plus what each specialist changed (task arithmetic), the first of them half as much again."
-    return merge_models(specialists, "task_arithmetic", (1.5, 1.0), base)
+    "The base plus what each specialist changed (task arithmetic), the first of them twice."
+    return merge_models(specialists, "task_arithmetic", (2.0, 1.0), base)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #6adf4e71
+# %% ../../nbs/10_finetuning/15_chain.ipynb #c9fd1270
 def narrowed(teacher: Decoder) -> Decoder:
     "A model with half of the hidden units of each MLP, those with the larger weights; all else is copied."
     source = {**teacher.source, "intermediate_size": teacher.config.intermediate_size // 2}
@@ -237,7 +237,7 @@ def distilled(world: World, student: Decoder, teacher: Decoder, seed: int = 0) -
     def loss(decoder, rows): return distillation_loss(decoder, teacher, rows, beta=0.0)
     return after(student, reading(texts, seed), loss, seed=seed, **SMALL)
 
-# %% ../../nbs/10_finetuning/15_chain.ipynb #faf972ad
+# %% ../../nbs/10_finetuning/15_chain.ipynb #1a0a9b06
 @dataclass(frozen=True)
 class Stage:
     "What a stage did to the measure that it is for."
