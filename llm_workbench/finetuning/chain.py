@@ -146,7 +146,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:   # (N,) 0 or 1, of
 def made(tokenizer: Tokenizer, seed: int = 0) -> Decoder:
     "A model of the Llama family that has learned nothing. Its `source` is what a file will say of it."
     config = dict(model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128,
-                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
                   rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, hidden_act="silu")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
