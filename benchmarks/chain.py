@@ -32,12 +32,13 @@ def main():
     parser.add_argument("--more", action="store_true", help="keep the seeds that are recorded already")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    old = recorded("chain") if args.more else {"runs": {}, "samples": {}}
-    runs, seconds = dict(old["runs"]), dict(old["samples"])
+    runs, seconds = {}, {}
     for seed in args.seeds:
         runs[str(seed)], took = run(seed)
         seconds[f"seed {seed}"] = [took]
-        out = record("chain", seconds, "seconds", runs=runs, settings=dict(threads=args.threads))
+        old = recorded("chain") if args.more else {"runs": {}, "samples": {}}
+        out = record("chain", old["samples"] | seconds, "seconds", runs=dict(sorted((old["runs"] | runs).items())),
+                     settings=dict(threads=args.threads))
     print(f"written to {out.relative_to(out.parents[3])}")
 
 
