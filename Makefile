@@ -34,9 +34,10 @@ peers: $(STAMP)  ## environments of their own for the engines that benchmarks/pe
 # Such a machine often brings a torch of its own and cannot build the environment: then its Python does.
 GPU_PY = $(or $(and $(wildcard $(STAMP)),$(PY)),$(shell \
 	for p in python3 python $(PYTHON); do $$p -c "import torch" 2>/dev/null && { echo $$p; break; }; done))
-gpu:             ## on a machine with an NVIDIA GPU: the CUDA tests, then the kernels' benchmarks; results as for bench
+gpu:             ## on a machine with an NVIDIA GPU: the CUDA tests, then kernels and training steps; results as for bench
 	@py="$(GPU_PY)"; test -n "$$py" || { echo "No Python here has torch: run make lab first"; exit 1; }; set -ex; \
-	"$$py" -m benchmarks.cuda_tests; "$$py" -m benchmarks.kernels --dry; "$$py" -m benchmarks.kernels
+	"$$py" -m benchmarks.cuda_tests; "$$py" -m benchmarks.kernels --dry; "$$py" -m benchmarks.kernels; \
+	"$$py" -m benchmarks.training
 
 decode:          ## on such a machine: the embedded model against its peers, and decode steps with and without a graph
 	@py="$(GPU_PY)"; test -n "$$py" || { echo "No Python here has torch: run make lab first"; exit 1; }; set -ex; \

@@ -115,7 +115,7 @@ def test_make_gpu_is_one_command_with_or_without_the_environment(tmp_path, venv)
     command = ["make", "gpu", "decode", "BENCH_ARGS=--rounds 3"]
     done = subprocess.run(command, cwd=tmp_path, env=dict(PATH=path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    modules = ["benchmarks.cuda_tests", "benchmarks.kernels --dry", "benchmarks.kernels",
+    modules = ["benchmarks.cuda_tests", "benchmarks.kernels --dry", "benchmarks.kernels", "benchmarks.training",
                "benchmarks.decode --device cuda --rounds 3", "benchmarks.graphs"]
     used = ".venv/bin/python" if venv else "/bin/python"
     said = (tmp_path / "said").read_text().splitlines()
