@@ -196,7 +196,7 @@ def main():
     if args.dry: args.steps, args.texts, args.tokens = 3, 2, 32
     if args.who: return print("\n" + json.dumps(globals()[args.who](args)))
     if not args.dry and not torch.cuda.is_available():
-        sys.exit("torch sees no NVIDIA GPU here: benchmarks.finetuning measures the same on a CPU; --dry tries this one")
+        sys.exit("torch sees no NVIDIA GPU: benchmarks.finetuning measures the same on a CPU, and --dry tries this one")
     samples, rows, ratios, without = {}, {}, {}, {}
     for shape in args.only:
         for who in WANTS:
