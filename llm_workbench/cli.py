@@ -247,7 +247,7 @@ def tune(
         job = tuning.Job(data, out, method, epochs, steps, batch, length, lr, rank, None, held, recompute, seed, every)
         checkpoint = open_checkpoint(model)
         config, texts = read_config(checkpoint.config), tuning.material(checkpoint.tokenizer, job)
-        tuning.check_folder(Path(out), tuning.asked_of(job, texts, checkpoint.card.name))
+        tuning.check_folder(Path(out))
         need, free = _bill(job, texts, config)
         if dry_run: return
         if need > free and not anyway:
@@ -286,19 +286,16 @@ def _bill(job, texts, config) -> tuple[float, float]:
 
 
 def _line(steps):
-    "A `log` that shows where a run stands: in a terminal in one line that changes."
-    import psutil
-    first, me = [], psutil.Process()
-    def log(step, metrics):
-        first.append(step) if not first else None
-        left = metrics["seconds"] / (step + 1 - first[0]) * (steps - step - 1)
-        text = (f"step {step + 1} of {steps}   loss {metrics['loss']:.3f}   "
-                f"{metrics['tokens'] / metrics['seconds']:.0f} learned tokens/s   {_size(me.memory_info().rss)}   "
-                f"{left // 60:.0f}:{left % 60:02.0f} left")
-        last = step + 1 == steps
-        if sys.stdout.isatty(): print(f"\r{text:79}", end="\n" if last else "", flush=True)
-        else: print(text, flush=True)
-    return log
+    "A log that shows where a run stands: in a terminal in one line that changes."
+    from llm_workbench.finetuning.tracking import Live, Metered
+
+    class Line(Live):
+        def write(self, step, metrics):
+            self.curve, self.now = [(step, metrics["loss"])], metrics
+            if sys.stdout.isatty(): print(f"\r{self.text():79}", end="\n" if step + 1 == steps else "", flush=True)
+            else: print(self.text(), flush=True)
+        def finish(self): pass
+    return Metered(Line(steps), steps)
 
 
 if __name__ == "__main__": app()

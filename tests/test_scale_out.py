@@ -141,7 +141,7 @@ def test_ranks_that_begin_differently_take_the_weights_of_the_first(on_ranks):
 def mean_of_means(model, mine, settings, step):
     total = 0.0
     for number, part in mine:
-        scale_out.seeded_part(settings.seed, step, number)
+        scale_out.seeded(settings.seed, step, number)
         value, count = model(part)
         (value / count).backward()
         total += value.item() / count
@@ -169,7 +169,7 @@ def one_seed_for_all(seed, step, part): torch.manual_seed(seed + step)
 MUTANTS = [(mean_of_means, "backward", "hand", None), (not_divided, "added_up", "hand", None),
            (average_taken_for_a_sum, "added_up", "ddp", None), (never_sent, "added_up", "hand", None),
            (clipped_by_its_own_length, "added_up", "hand", None), (the_same_data, "share", "fsdp", None),
-           (numbered_anew, "share", "ddp", DROPS), (one_seed_for_all, "seeded_part", "hand", DROPS)]
+           (numbered_anew, "share", "ddp", DROPS), (one_seed_for_all, "seeded", "hand", DROPS)]
 
 @contextmanager
 def replaced(name, function):

@@ -1,6 +1,7 @@
 "A file, a model and a method become an adapter: what is learned and held out, killed and gone on, refused in one line."
 import json
 from dataclasses import replace
+from itertools import count
 from math import log
 
 import pytest
@@ -17,6 +18,7 @@ from llm_workbench.finetuning import tuning
 from llm_workbench.finetuning.data import batch_at, packed
 from llm_workbench.finetuning.lora import adapt, adapter, load_adapter
 from llm_workbench.finetuning.sft import Training, train
+from llm_workbench.finetuning.tracking import METRICS, JsonLines
 from llm_workbench.finetuning.tuning import Job, material, read_data, tune
 from llm_workbench.inference.generation import LM
 
@@ -63,6 +65,8 @@ def test_keys_say_what_a_line_teaches(job, kind):
     ("", "no lines"), ('{"text": "hello"}\n', "has the keys text"), ("[1]\n", "line 1: not an object"),
     ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: the key 'completion' is missing"),
     ('{"prompt": "a", "completion": 3}\n', "record 1 .*completion is no text"),
+    ('{"prompt": ["a"], "completion": "b"}\n', "record 1 .*prompt is no text"),
+    ('{"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}\n', "record 1 .*prompt is no text"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n', "record 1 .*no message with the role 'assistant'"),
     ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "record 1 .*both answers are the same"),
 ])
@@ -180,9 +184,9 @@ def goes_on(tune, lm, make, at):
     folder = make(out="stopped").out
     later = tune(lm, make(out="stopped"), material(lm.tokenizer, make()))
     assert bytes_of(whole) == bytes_of(later) and (whole.before, whole.after) == (later.before, later.after)
-    steps = [json.loads(line)["step"] for line in (folder / tuning.METRICS).read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (folder / METRICS).read_text().splitlines()]
     assert steps == list(range(5))
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "job.json", "metrics.jsonl", "report.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "metrics.jsonl", "report.json", "settings.json"]
 
 
 @pytest.mark.parametrize("at", range(5))
@@ -190,12 +194,14 @@ def test_a_stopped_run_goes_on(lm, job, at): goes_on(tune, lm, job, at)
 
 
 def test_runs_that_go_on_wrongly_are_rejected(lm, job, monkeypatch):
-    "Mutants: one begins anew with other texts, one logs what a lost step said as well, one keeps its checkpoint."
-    def anew(lm, job, texts, log=None):
-        (job.out / "training.safetensors").unlink(missing_ok=True)
-        return tune(lm, job, replace(texts, train=texts.train[::-1]) if job.out.exists() else texts, log)
-    with pytest.raises(AssertionError): goes_on(anew, lm, job, 3)
-    monkeypatch.setattr(tuning.JsonLines, "rewind", lambda self, step: None)
+    "Mutants: one gives texts out anew where it goes on, one logs what a lost step said as well."
+    def from_the_first(decoder, rows_of, *more):
+        calls = count()
+        return train(decoder, lambda step: rows_of(next(calls)), *more)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(tuning, "train", from_the_first)
+        goes_on(tune, lm, job, 3)
+    monkeypatch.setattr(JsonLines, "rewind", lambda self, step: None)
     def other(out="run", **changes): return job(rank=3, out=f"{out} 2", **changes)
     with pytest.raises(AssertionError): goes_on(tune, lm, other, 2)
 
@@ -204,14 +210,20 @@ def test_folders_that_are_taken(lm, job, tmp_path):
     first = job()
     done(lm, first)
     with pytest.raises(InputError, match="has ended"): done(lm, first)
+    with pytest.raises(InputError, match="holds other things"): done(lm, replace(first, out=tmp_path))
+    with pytest.raises(SourceError, match="cannot be the run's folder"): done(lm, replace(first, out=first.data))
+
+
+def test_another_run_does_not_go_on_in_a_folder(lm, job, tmp_path):
+    first = job()
+    def stop(step, metrics): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): done(lm, first, stop)
     with pytest.raises(InputError, match="rank = 2, and this one has 3"): done(lm, replace(first, rank=3))
     other = tmp_path / "other.jsonl"
     other.write_text(first.data.read_text() + json.dumps(TALKS[0]) + "\n")
     with pytest.raises(InputError, match="a run with data"): done(lm, replace(first, data=other))
-    with pytest.raises(InputError, match="holds other things"): done(lm, replace(first, out=tmp_path))
-    with pytest.raises(SourceError, match="cannot be the run's folder"): done(lm, replace(first, out=first.data))
-    (first.out / tuning.JOB).write_text("{")
-    with pytest.raises(InputError, match="damaged"): done(lm, first)
+    (first.out / tuning.SETTINGS).write_text("{")
+    with pytest.raises(SourceError, match="no description of a run"): done(lm, first)
 
 
 def test_the_plan_grows_with_what_is_asked(checkpoint, job):
@@ -241,7 +253,7 @@ def test_the_command_tells_what_it_does(small, job):
     assert result.exit_code == 0, result.output
     said = result.stdout.splitlines()
     assert said[0].startswith("18 conversations to learn from") and "in 3 steps of 4 texts" in said[1]
-    assert [line.split("   ")[0] for line in said[3:6]] == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
+    assert [line.split(", ")[0] for line in said[3:6]] == ["step 1/3", "step 2/3", "step 3/3"]
     assert "held out" in said[6] and said[8].endswith(f"chat --adapter {job.out}/adapter")
 
 

@@ -10,7 +10,6 @@ __all__ = ['SIGNS', 'LENGTH', 'FORM', 'MARKS', 'TEMPLATE', 'LIMIT', 'SMALL', 'su
 
 # %% ../../nbs/10_finetuning/15_chain.ipynb #ac257015
 import copy
-import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from .merging import merge_models
 from .preferences import pair, paired, preference_loss, reference_logprobs
 from .reinforcement import graded, grpo_loss, rollouts
 from .sft import Training, token_loss, train
+from .when import sign_test
 from ..text.bpe import ByteBPE, train_bpe
 from ..text.tokenizers import Tokenizer
 from ..text.vocabularies import CONTROL, NORMAL, Vocabulary
@@ -139,8 +139,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:   # (N,) 0 or 1, of
     before, after = np.asarray(before), np.asarray(after)
     if before.shape != after.shape or before.ndim != 1 or not np.isin([*before, *after], (0, 1)).all():
         raise InputError("give the outcomes of the same questions twice, each 0 or 1 and in the same order")
-    up, down = int((after > before).sum()), int((after < before).sum())
-    return min(1.0, 2 * sum(math.comb(up + down, k) for k in range(max(up, down), up + down + 1)) / 2**(up + down))
+    return sign_test(int((after > before).sum()), int((after < before).sum()))
 
 # %% ../../nbs/10_finetuning/15_chain.ipynb #eb2cff9b
 def made(tokenizer: Tokenizer, seed: int = 0) -> Decoder:

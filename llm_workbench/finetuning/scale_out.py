@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'VARIABLES', 'WAYS', 'held', 'sent', 'Ranks', 'launched', 'group', 'share', 'summed', 'LossOf', 'wrapped',
-           'seeded_part', 'backward', 'added_up', 'whole', 'train_step', 'save', 'resume', 'placed', 'train',
-           'gathered', 'local_bytes', 'Job', 'deepspeed_config', 'accelerate_config', 'torchrun_command',
-           'slurm_script', 'tokens_to_hide']
+           'backward', 'added_up', 'whole', 'train_step', 'save', 'resume', 'placed', 'train', 'gathered',
+           'local_bytes', 'Job', 'deepspeed_config', 'accelerate_config', 'torchrun_command', 'slurm_script',
+           'tokens_to_hide']
 
 # %% ../../nbs/10_finetuning/12_scale_out.ipynb #00ef32a7
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,7 +26,7 @@ from ..architecture.decoder import Decoder
 from ..errors import InputError, did_you_mean
 from .lora import trainable
 from .sft import (
-    AVERAGES, Training, TrainingError, adamw, load_state, save_state, token_loss)
+    AVERAGES, Training, TrainingError, adamw, load_state, save_state, seeded, token_loss)
 
 # %% ../../nbs/10_finetuning/12_scale_out.ipynb #24b0ce03
 STAGES = {0: "replicas (DDP)", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3, FSDP"}
@@ -152,15 +151,11 @@ def wrapped(
     return model
 
 # %% ../../nbs/10_finetuning/12_scale_out.ipynb #c9706e88
-def seeded_part(seed: int, step: int, part: int) -> None:
-    "Let torch's random numbers be a function of what is computed, and not of who computes it."
-    torch.manual_seed(random.Random(f"seed {seed}, step {step}, part {part}").getrandbits(63))
-
 def backward(model: nn.Module, mine: list[tuple[int, object]], settings: Training, step: int) -> tuple[float, int]:
     "Add the gradients of these parts up; the sum of the losses and the number of tokens."
     total, n = 0.0, 0
     for i, (number, part) in enumerate(mine):
-        seeded_part(settings.seed, step, number)
+        seeded(settings.seed, step, number)                     # by what is computed, not by who computes it
         later = isinstance(model, nn.parallel.DistributedDataParallel) and i + 1 < len(mine)
         with model.no_sync() if later else nullcontext():       # DDP: nothing is sent before the last part
             value, count = model(part)
@@ -254,10 +249,10 @@ def train(
             for step in range(first, settings.steps):
                 value, norm, n = train_step(model, rows_of, settings, step, params, optimizer, way, ranks)
                 tokens += n
-                if settings.folder and ((step + 1) % settings.every == 0 or step + 1 == settings.steps):
-                    save(params, optimizer, settings, step + 1, ranks)
                 if log: log(step, dict(loss=value, norm=norm, lr=settings.lr_at(step), tokens=tokens,
                                        seconds=time.perf_counter() - start))
+                if settings.folder and ((step + 1) % settings.every == 0 or step + 1 == settings.steps):
+                    save(params, optimizer, settings, step + 1, ranks)
         finally: model.eval()
     return decoder
 

@@ -161,9 +161,10 @@ def train_step(decoder, rows_of, settings: Training, loss: Callable, step: int,
     return value, norm, n
 
 # %% ../../nbs/10_finetuning/04_sft.ipynb #533fcc92
-def seeded(seed: int, step: int) -> None:
-    "Let torch's random numbers be a function of seed and step: an interrupted run then draws what it would have drawn."
-    torch.manual_seed(random.Random(f"seed {seed}, step {step}").getrandbits(63))
+def seeded(seed: int, step: int, part: int | None = None) -> None:   # part: of the step, where parts draw by themselves
+    "Let torch's random numbers be a function of these: an interrupted run then draws what it would have drawn."
+    numbers = f"seed {seed}, step {step}" + ("" if part is None else f", part {part}")
+    torch.manual_seed(random.Random(numbers).getrandbits(63))
 
 def train(
     decoder: Decoder,                        # what has requires_grad learns, in place

@@ -61,7 +61,8 @@ def exact_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 def sign_test(better: int, worse: int) -> float:
     "How likely it is that fair coins differ as much or more; ties are left out. Raises InputError."
     if better < 0 or worse < 0: raise InputError("numbers of questions are 0 or more")
-    return min(1.0, 2 * at_most(min(better, worse), better + worse, 0.5)) if better + worse else 1.0
+    n = better + worse
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)      # whole numbers: exact
 
 # %% ../../nbs/10_finetuning/14_when.ipynb #63cb7e09
 def break_even(
