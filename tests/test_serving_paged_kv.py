@@ -141,8 +141,9 @@ class StillReserved(Tables):
 class Partly(Tables):
     "A text that finds too few pages keeps those that it found."
     def reserve(self, name, n):
-        while not super().reserve(name, n) and self.free and n > self.text(name).reserved + 1: n -= 1
-        return n <= self.text(name).reserved
+        if enough := super().reserve(name, n): return enough
+        super().reserve(name, self.text(name).reserved + 1)
+        return False
 
 
 class Keeps(Tables):
@@ -152,10 +153,11 @@ class Keeps(Tables):
         super().close(name)
 
 
-@pytest.mark.parametrize("wrong", [Twice, NoCopy, CopiesElsewhere, Early, Late, StillHeld, StillReserved, Partly, Keeps])
+@pytest.mark.parametrize("wrong",
+                         [Twice, NoCopy, CopiesElsewhere, Early, Late, StillHeld, StillReserved, Partly, Keeps])
 def test_wrong_tables_are_rejected(wrong):
     "By whatever comes first: the account of pages, what a text reads, or a length."
-    with pytest.raises((AssertionError, InputError, KeyError, StopIteration)):
+    with pytest.raises((AssertionError, KeyError)):
         for seed in range(4): Life(wrong(12, 4, (None, 5)), seed).run(1_000)
 
 
@@ -247,8 +249,9 @@ class StaleCopies(PagedCache):
     def _copy_pages(self): pass
 
 
-@pytest.mark.parametrize("wrong,family,variant", [(Behind, "llama", 0), (NextTable, "mistral", 0), (StaleCopies, "llama", 0),
-                                                  (OneContext, "phi3", 1), (OneContext, "llama", 2)])
+@pytest.mark.parametrize("wrong,family,variant",
+                         [(Behind, "llama", 0), (NextTable, "mistral", 0), (StaleCopies, "llama", 0),
+                          (OneContext, "phi3", 1), (OneContext, "llama", 2)])
 def test_wrong_caches_are_rejected(wrong, family, variant):
     decoder = Decoder.from_transformers(small_model(family, variant)).double()
     tables = paged_cache(decoder, pages=60, page=3, rewind=2).tables
@@ -295,7 +298,8 @@ def test_keys_of_a_step_are_written_before_anybody_reads():
 @torch.inference_mode()
 def test_spans_see_each_other_in_both_directions():
     decoder = Decoder.from_transformers(small_model("gemma3_text")).double()
-    tokens, spans = some(torch.Generator().manual_seed(1), 12)[None], torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, 2, 2, 2, -1]])
+    tokens = some(torch.Generator().manual_seed(1), 12)[None]
+    spans = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, 2, 2, 2, -1]])
     cache = paged_cache(decoder, pages=9, page=4)
     got = decoder(tokens, cache, pieces=[("a", 7), ("b", 5)], spans=spans)[0]
     alone = [decoder(tokens[:, part], spans=spans[:, part])[0] for part in (slice(0, 7), slice(7, 12))]
@@ -335,8 +339,9 @@ def test_memory_becomes_pages():
     assert pages(by_need)[5] == pytest.approx(pages(by_need)[None] / 10, abs=1)
 
 
-@pytest.mark.parametrize("wrong", [dict(pages=0), dict(pages=4, page=0), dict(pages=4, windows=()), dict(pages=4, rewind=-1),
-                                   dict(pages=4, windows=(0,)), dict(pages={None: 4}, windows=(None, 5)), dict(pages=2.5)])
+@pytest.mark.parametrize("wrong", [dict(pages=0), dict(pages=4, page=0), dict(pages=4, windows=()),
+                                   dict(pages=4, rewind=-1), dict(pages=4, windows=(0,)), dict(pages=2.5),
+                                   dict(pages={None: 4}, windows=(None, 5))])
 def test_tables_that_cannot_be_are_refused(wrong):
     with pytest.raises(InputError, match="1 or more|pages"): Tables(**wrong)
 
