@@ -19,7 +19,7 @@ class Traffic:
         self.scheduler = scheduler(self.tables, budget=budget, most=most, queue=queue, chunk=chunk, patience=20,
                                    clock=self.clock)
         self.budget, self.most, self.chunk = budget, most, chunk
-        self.content = {(w, p): [None] * page for w, pool in self.tables.pools.items() for p in range(len(pool.holders))}
+        self.content = {(w, p): [None] * page for w in self.tables.pools for p in range(pages)}
         self.count = dict.fromkeys(("added", "refused", "steps", "failed", "aborted", "forked", "finished", "hits",
                                     "in flight", "guesses kept"), 0)
         self.beginnings = [self.some(self.random.randint(1, 14)) for _ in range(3)]

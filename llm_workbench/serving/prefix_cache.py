@@ -181,6 +181,7 @@ def check(self: PrefixTables) -> None:
         node, i = text.node, text.known - 1
         while i >= 0:
             for w, mine in text.pages.items():
-                assert mine[i] < 0 or self.nodes.get((w, mine[i]), node) is node, f"{name!r}: page {i} holds other tokens"
+                right = mine[i] < 0 or self.nodes.get((w, mine[i]), node) is node
+                assert right, f"{name!r}: page {i} is known for other tokens"
             node, i = node.parent, i - 1
         assert node.parent is self.root, f"{name!r} does not begin at a salt"
