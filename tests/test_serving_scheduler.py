@@ -1,6 +1,4 @@
 "The scheduler under random traffic: no page leaks, nobody stands still, nobody attends to a wrong key."
-import math
-
 import pytest
 from scheduler_checks import Traffic
 
@@ -138,12 +136,6 @@ def wait_of_a_large_one(scheduler=Scheduler):
     large = crowd(1, 60, 8, start=5.0)
     played(crowd(200, 8, 8, every=2.0) + large, scheduler, pages=20)
     return large[0].first
-
-def wait_of_a_robbed_one(scheduler=Scheduler):
-    "The last in rank gives way again and again: also it ends soon after those before it."
-    visits = crowd(30, 4, 40, every=0.1)
-    played(visits, scheduler, pages=15, patience=math.inf)
-    return max(visit.times[-1] for visit in visits)
 
 def share_of_the_modest(scheduler=Scheduler):
     "Of the tokens written in the first 400 steps, those of a tenant with short texts beside one with long texts."
