@@ -64,7 +64,6 @@ class Traffic:
         running = list(s.running)
         pieces = s.schedule()
         self.inspect(pieces, running, any(job in s.waiting for job in running))
-        s.check()
         if r.random() < 0.05 and pieces:                                    # leaves while it is being computed
             s.remove(r.choice(pieces)[0])
             self.count["in flight"] += 1
