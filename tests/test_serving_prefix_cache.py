@@ -31,8 +31,8 @@ def written(tables, name, tokens, salt=None, steps=99):
 @pytest.mark.parametrize("cuts", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_finds_exactly_what_was_written(seed, cuts):
-    """Random texts of two letters and two salts, open at the same time, forked and grown; pages never lack. If texts are
-    cut and written on from there, too, less may be found, but never another beginning."""
+    """Random texts of two letters and two salts, open at the same time, forked and grown; pages never lack. If texts
+    are cut and written on from there, too, less may be found, but never another beginning."""
     r, page = random.Random(seed), 4
     tables, known, content, living = PrefixTables(20_000, page), set(), {}, {}
     def learn(name, tokens, salt):
