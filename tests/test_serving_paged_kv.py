@@ -165,7 +165,7 @@ def some(generator, n): return torch.randint(0, 97, (n,), generator=generator)
 
 
 @torch.inference_mode()
-def worst_life(decoder, cache, seed, steps=12, names=5):
+def worst_life(decoder, cache, seed, steps=14, names=5):
     "Texts written in random pieces, with forks and steps back, in a cache that others have used: against each alone."
     rng, generator, texts, gaps = random.Random(seed), torch.Generator().manual_seed(seed), {}, []
 
@@ -209,11 +209,12 @@ def worst_life(decoder, cache, seed, steps=12, names=5):
 
 
 @pytest.mark.parametrize("family,variant", CASES)
-def test_every_family(family, variant):
+def test_every_family(family, variant, request):
     "In float64, since a router may flip on a tie."
     decoder = Decoder.from_transformers(small_model(family, variant)).double()
-    cache = paged_cache(decoder, pages=60, page=3, rewind=2)
-    gap = max(worst_life(decoder, cache, seed) for seed in range(3))
+    cache, first = paged_cache(decoder, pages=60, page=3, rewind=2), CASES.index((family, variant))
+    lives = 100 if request.config.getoption("--all-schedules", default=False) else 1
+    gap = max(worst_life(decoder, cache, seed) for seed in range(first, first + lives))
     assert gap <= 1e-5, f"a text in pages differs from the text alone by {gap:.1e}"
     assert cache.nbytes == 60 * sum(page_bytes(decoder.config, 3, torch.float64).values())
     assert cache.lengths == {} and cache.tables.free == 60
@@ -307,7 +308,7 @@ def test_spans_see_each_other_in_both_directions():
 
 
 @pytest.mark.parametrize("family,dtype", [("llama", torch.bfloat16), ("llama", "int8"), ("mistral", "fp8"),
-                                          ("deepseek_v2", "int8"), ("gpt_oss", "fp8")])
+                                          ("deepseek_v2", "int8"), ("gemma2", "fp8")])
 @torch.inference_mode()
 def test_narrow_pages_are_close_and_as_small_as_promised(family, dtype):
     decoder = Decoder.from_transformers(small_model(family))

@@ -8,7 +8,9 @@ __all__ = ['CODES', 'Pool', 'Text', 'Tables', 'PagedCache', 'Places', 'PagedStep
 # %% ../../nbs/11_serving/01_paged_kv.ipynb #c8446f3b
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -67,7 +69,7 @@ class Tables:
         rewind: int = 0,                             # tokens that truncate can always take back
     ):
         kinds = list(dict.fromkeys(windows))
-        sizes = dict.fromkeys(kinds, pages) if isinstance(pages, int) else dict(pages)
+        sizes = pages if isinstance(pages, dict) else dict.fromkeys(kinds, pages)
         numbers = [page, *sizes.values(), *(w for w in kinds if w is not None), rewind + 1]
         if not kinds or sizes.keys() != set(kinds) or not all(isinstance(n, int) and n > 0 for n in numbers):
             raise InputError(f"{pages} pages of {page} tokens for windows {kinds}: give each kind 1 or more pages of 1 "
@@ -269,26 +271,29 @@ class Places:
 class PagedStep(Step):
     "A step over one row of tokens of many texts, in groups of pieces of one length."
     def __init__(self, cache, pieces: Sequence[tuple[Hashable, int]], device=None, positions=None, spans=None):
-        self.pieces, self.device = list(pieces), device
-        texts, sizes = [cache.tables.texts[name] for name, _ in pieces], torch.tensor([n for _, n in pieces])
-        self.held, starts = [text.held for text in texts], sizes.cumsum(0) - sizes
-        self.rows = torch.arange(len(pieces)).repeat_interleave(sizes)                        # (N,) piece of each token
-        self.index = torch.arange(len(self.rows)) + (torch.tensor(self.held) - starts)[self.rows]    # (N,) in its text
+        texts = [cache.tables.texts[name] for name, _ in pieces]
+        self.pieces, self.device, self.held = list(pieces), device, [text.held for text in texts]
+        self.contexts = [text.context or n for text, (_, n) in zip(texts, pieces)]
+        sizes = np.array([n for _, n in pieces])
+        starts, self.rows = sizes.cumsum() - sizes, np.arange(len(pieces)).repeat(sizes)      # (N,) piece of each token
+        self.index = np.arange(len(self.rows)) + (np.array(self.held) - starts)[self.rows]    # (N,) in its text
         self.members: dict[int, list[int]] = {}                                               # T -> pieces of a group
         for i, (_, n) in enumerate(pieces): self.members.setdefault(n, []).append(i)
-        self.tokens = [(starts[i][:, None] + torch.arange(n)).to(device) for n, i in self.members.items()]   # (B, T)
-        self.back = torch.cat([at.flatten() for at in self.tokens]).argsort()                 # groups -> row
-        self._places: dict[int | None, Places] = {}
-        self.contexts = [text.context or n for text, (_, n) in zip(texts, pieces)]
-        super().__init__(cache, self.index[None].to(device) if positions is None else positions,
-                         torch.tensor(self.contexts)[self.rows][None].to(device), None, spans)
+        tokens = [starts[i][:, None] + np.arange(n) for n, i in self.members.items()]         # (B, T) each, in the row
+        self.back = np.concatenate([at.ravel() for at in tokens]).argsort()                   # groups -> row
+        self.tokens, self._places = [self.there(at) for at in tokens], {}
+        super().__init__(cache, self.there(self.index[None]) if positions is None else positions,
+                         self.there(np.array(self.contexts)[self.rows][None]), None, spans)
 
+    def there(self, x: np.ndarray) -> Tensor: return torch.from_numpy(x).to(self.device)      # on the step's device
     def state(self, layer, make): raise UnsupportedError(f"layer {layer} keeps a state, which does not lie in pages")
 
 # %% ../../nbs/11_serving/01_paged_kv.ipynb #dd7e1a97
-def _rectangle(lists: list[list[int]], device=None) -> Tensor:   # (B, M), filled up with 0
-    width = max(map(len, lists))
-    return torch.tensor([pages + [0] * (width - len(pages)) for pages in lists], device=device)
+def _rectangle(lists: list[list[int]]) -> np.ndarray:   # (B, M), filled up with 0
+    widths = np.array([len(pages) for pages in lists])
+    table = np.zeros((len(lists), widths.max()), np.int64)
+    table[np.arange(widths.max()) < widths[:, None]] = np.fromiter(chain.from_iterable(lists), np.int64)
+    return table
 
 @patch
 def places(self: PagedStep, window: int | None) -> Places:
@@ -296,14 +301,14 @@ def places(self: PagedStep, window: int | None) -> Places:
     if window in self._places: return self._places[window]
     tables, S = self.cache.tables, self.cache.tables.page
     first = [tables.first_seen(window, held) // S for held in self.held]                  # page where a table begins
-    lists = [tables.texts[name].pages[window][f:-(-(held + n) // S)]
-             for (name, n), held, f in zip(self.pieces, self.held, first)]
-    inside = [held + n - f * S for (_, n), held, f in zip(self.pieces, self.held, first)]
-    at = self.index - S * torch.tensor(first)[self.rows]                                  # (N,) places in the tables
-    slots = _rectangle(lists)[self.rows, at // S] * S + at % S
-    groups = [(_rectangle([lists[i] for i in which], self.device),
-               torch.tensor([inside[i] for i in which], device=self.device)) for which in self.members.values()]
-    self._places[window] = Places(slots.to(self.device), groups)
+    ends = [held + n for (_, n), held in zip(self.pieces, self.held)]
+    table = _rectangle([tables.texts[name].pages[window][f:-(-end // S)]
+                        for (name, _), f, end in zip(self.pieces, first, ends)])
+    skipped = S * np.array(first)                                                         # (B,) tokens before it
+    inside, at = np.array(ends) - skipped, self.index - skipped[self.rows]                # (B,), (N,)
+    slots = table[self.rows, at // S] * S + at % S
+    groups = [(table[i, :-(-inside[i].max() // S)], inside[i]) for i in self.members.values()]
+    self._places[window] = Places(self.there(slots), [(self.there(t), self.there(n)) for t, n in groups])
     return self._places[window]
 
 # %% ../../nbs/11_serving/01_paged_kv.ipynb #9e7fdead
@@ -362,7 +367,7 @@ def attend(self: PagedCache, step: PagedStep, layer: int, q: Tensor, k: Tensor, 
         if step.spans is None: out = ops.paged_attention(*given, **options)                       # (B, T, H, Dv)
         else: out = plain_paged(*given, attend=ops.attention, spans=step.spans[0, at], **options)
         outs.append(out.flatten(0, 1))
-    return (torch.cat(outs)[step.back] if len(outs) > 1 else outs[0])[None]                       # (1, N, H, Dv)
+    return (torch.cat(outs)[step.there(step.back)] if len(outs) > 1 else outs[0])[None]                       # (1, N, H, Dv)
 
 @patch
 def _write(self: PagedCache, layer, slots, k, v):
@@ -391,9 +396,9 @@ def layout(self: PagedCache, step: PagedStep) -> Layout | None:
     "See `Cache.layout`. A page that a window let go is number 0: a kernel must not read behind its window."
     if step.spans is not None or self.dtype in CODES or len(step.members) > 1 or not all(self.store): return None
     S, texts = self.tables.page, self.tables.texts
-    whole = lambda w: [[max(0, page) for page in texts[name].pages[w][:-(-(held + n) // S)]]
-                       for (name, n), held in zip(step.pieces, step.held)]
-    by_kind = {w: _rectangle(whole(w), step.device) for w in self.tables.pools}
+    ends = {name: -(-(held + n) // S) for (name, n), held in zip(step.pieces, step.held)}          # pages
+    whole = lambda w: _rectangle([texts[name].pages[w][:end] for name, end in ends.items()])
+    by_kind = {w: step.there(whole(w).clip(0)) for w in self.tables.pools}
     return Layout(S, [by_kind[w] for w in self.windows], step.held, self.store)
 
 # %% ../../nbs/11_serving/01_paged_kv.ipynb #b1361379
