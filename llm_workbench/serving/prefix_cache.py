@@ -166,21 +166,24 @@ def fork(self: PrefixTables, name: Hashable, new: Hashable) -> None:
 def check(self: PrefixTables) -> None:
     "See `Tables.check`; and every known page is where its tokens say."
     Tables.check(self)
-    ends, pages, todo = {}, {}, [self.root]
+    ends, todo, n_pages = {}, [self.root], 0
     for text in self.texts.values(): ends[text.node] = ends.get(text.node, 0) + 1
     while todo:
         node = todo.pop()
-        assert node.ends == ends.pop(node, 0), "wrong number of texts that end at a node"
-        assert node is self.root or node.children or node.ends or any(node.pages.values()), "a node that nobody needs"
-        for w, held in node.pages.items(): pages |= {(w, page): node for page in held}
         todo += node.children.values()
-        assert all(child.parent is node for child in node.children.values())
+        here = sum(map(len, node.pages.values()))
+        n_pages += here
+        assert node.ends == ends.pop(node, 0), "wrong number of texts that end at a node"
+        assert here or node.ends or node.children or node is self.root, "a node that nobody needs"
     assert not ends, "a text ends at a node that is not in the tree"
-    assert pages == self.nodes, "pages and nodes do not agree"
+    assert n_pages == len(self.nodes), "pages and nodes do not agree"
+    assert all(page in node.pages[w] for (w, page), node in self.nodes.items()), "pages and nodes do not agree"
     for name, text in self.texts.items():
+        assert text.known <= text.reserved // self.page, f"{name!r}: more pages are known than it has full ones"
         node, i = text.node, text.known - 1
         while i >= 0:
             for w, mine in text.pages.items():
-                assert mine[i] < 0 or self.nodes.get((w, mine[i]), node) is node, f"{name!r}: page {i} holds other tokens"
+                right = mine[i] < 0 or self.nodes.get((w, mine[i]), node) is node
+                assert right, f"{name!r}: page {i} is known for other tokens"
             node, i = node.parent, i - 1
         assert node.parent is self.root, f"{name!r} does not begin at a salt"

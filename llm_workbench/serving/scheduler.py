@@ -56,8 +56,13 @@ class Job:
     rank: tuple = ()                 # (priority, number in order of arrival); promoted: (-inf, number)
 
     @property
+    def sure(self) -> int:
+        "Tokens of the text that are not computed."
+        return len(self.tokens) - self.computed
+
+    @property
     def wanted(self) -> int:
-        "Tokens that it lacks: the one rule of the scheduler is to let this become 0."
+        "These and the guesses: the one rule of the scheduler is to let this become 0."
         return min(len(self.tokens) + len(self.guesses), self.limit) - self.computed
 
 # %% ../../nbs/11_serving/02_scheduler.ipynb #2bd429ca
@@ -140,11 +145,15 @@ def schedule(self: Scheduler) -> list[tuple[Job, int]]:   # (text, how many of i
     while a step is being computed."""
     if self._flying: raise InputError("a step is being computed: report it with computed() or dropped() first")
     pieces, left, before = [], self.budget, self.preemptions
-    hungry = [job for job in self.running if job.wanted > 0]
+    hungry = [job for job in self.running if job.sure]
     while hungry:
         job = hungry.pop(0)
-        n = self._slots(job, min(job.wanted, self.chunk, left - len(hungry)), hungry)   # one is left for each behind
+        n = self._slots(job, min(job.sure, self.chunk, left - len(hungry)), hungry)   # one is left for each behind
         if n: pieces.append((job, n)); left -= n
+    for i, (job, n) in enumerate(pieces):             # guesses: with what is left of the budget and of the pages
+        more = min(job.wanted, self.chunk, n + left) if n == job.sure and job.guesses else n
+        while more > n and not self.tables.reserve(job.name, job.computed + more): more -= 1
+        pieces[i], left = (job, more), left + n - more
     self._promote()
     while self.waiting and left and len(self.running) < self.most and self.preemptions == before:
         job = min(self.waiting, key=self._order)
@@ -160,8 +169,6 @@ def schedule(self: Scheduler) -> list[tuple[Job, int]]:   # (text, how many of i
 def _slots(self: Scheduler, job: Job, n: int, hungry: list[Job]) -> int:
     "Slots for the next tokens of a running text, if need be from the last ones: how many tokens it may compute."
     while n and not self.tables.reserve(job.name, job.computed + n):
-        sure = len(job.tokens) - job.computed
-        if n > sure: n = sure; continue               # guesses take nobody's pages
         victim = self.running[-1]
         if victim is job and len(self.running) == 1: self._stuck()
         self._preempt(victim)
@@ -202,7 +209,7 @@ def _promote(self: Scheduler) -> None:
 def _admit(self: Scheduler, job: Job, left: int) -> int:
     "Open a waiting text and reserve slots for its first tokens: how many, 0 where pages lack."
     job.computed = self.tables.open(job.name, job.tokens, job.salt, job.limit)
-    n = min(job.wanted, self.chunk, left)
+    n = min(job.sure, self.chunk, left)
     if not self._room(job) or not self.tables.reserve(job.name, job.computed + n):
         self.tables.close(job.name)
         job.computed = 0
