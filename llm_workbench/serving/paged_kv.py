@@ -367,7 +367,8 @@ def attend(self: PagedCache, step: PagedStep, layer: int, q: Tensor, k: Tensor, 
         if step.spans is None: out = ops.paged_attention(*given, **options)                       # (B, T, H, Dv)
         else: out = plain_paged(*given, attend=ops.attention, spans=step.spans[0, at], **options)
         outs.append(out.flatten(0, 1))
-    return (torch.cat(outs)[step.there(step.back)] if len(outs) > 1 else outs[0])[None]                       # (1, N, H, Dv)
+    whole = torch.cat(outs)[step.there(step.back)] if len(outs) > 1 else outs[0]
+    return whole[None]                                                                            # (1, N, H, Dv)
 
 @patch
 def _write(self: PagedCache, layer, slots, k, v):
