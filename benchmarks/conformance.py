@@ -1,12 +1,12 @@
-"""Which details of OpenAI's protocol do servers get right? The questions of serving.production_engines, asked of real ones.
+"""Which details of OpenAI's protocol do servers get right? The checks of serving.production_engines on real ones.
 
     python tools/peers.py xllamacpp vllm         # once: a llama-server and a vLLM for this CPU
     python -m benchmarks.conformance             # both, on the embedded model
     python -m benchmarks.conformance --only vLLM
     python -m benchmarks.conformance --add ours http://127.0.0.1:8000 --key SECRET     # whatever else answers
 
-vLLM is started by the command that `launch` generates, in bf16; llama-server by xllamacpp, which is llama.cpp's server in
-a Python package, on the embedded GGUF. Results of servers that are not asked again are kept.
+vLLM is started by the command that `launch` generates, in bf16; llama-server by xllamacpp, which is llama.cpp's server
+in a Python package, on the embedded GGUF. Results of servers that are not asked again are kept.
 """
 import argparse
 import os
@@ -77,7 +77,8 @@ def running(name, log):
     url, end = f"http://127.0.0.1:{d.port}", time.monotonic() + PATIENCE
     try:
         while True:
-            if process.poll() is not None: raise RuntimeError(f"it ended with status {process.returncode}: {last_words(log)}")
+            if process.poll() is not None:
+                raise RuntimeError(f"it ended with status {process.returncode}: {last_words(log)}")
             if time.monotonic() > end: raise RuntimeError(f"it was not ready in {PATIENCE} s: {last_words(log)}")
             try:
                 with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
@@ -130,7 +131,7 @@ def main():
         print(f"{name}: {len(passed)} of {len(found)}")
         for r in found:
             if not r["passed"]: print(f"  {r['check']:22} {r['asked']:28} {r['came'][:120]}")
-    if rows: print(record("conformance", start, "checks and seconds", rows=rows, versions=versions, not_measured=reasons))
+    if start: print(record("conformance", start, "checks, seconds", rows=rows, versions=versions, not_measured=reasons))
 
 
 if __name__ == "__main__": main()

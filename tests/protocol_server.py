@@ -26,9 +26,10 @@ BREAKS = {
     "schema ignored": "json_schema", "json_object ignored": "json_object", "completions as chat": "completions",
     "ids read as text": "completions: ids", "only the first prompt": "completions: several",
     "no echo": "completions: echo", "no responses": "responses", "unknown fields refused": "unknown fields",
-    "every model is fine": "error: model", "an error as a bare text": "error: JSON", "kinds are not looked at": "error: kind",
-    "ranges are not looked at": "error: range", "a long prompt is cut": "error: too long", "every path is fine": "error: path",
-    "keys are not looked at": "key", "ends when a client hangs up": "hang up", "one at a time, others refused": "at once",
+    "every model is fine": "error: model", "an error as a bare text": "error: JSON",
+    "kinds are not looked at": "error: kind", "ranges are not looked at": "error: range",
+    "a long prompt is cut": "error: too long", "every path is fine": "error: path", "keys are not looked at": "key",
+    "ends when a client hangs up": "hang up", "one at a time, others refused": "at once",
 }
 
 
@@ -61,7 +62,8 @@ class Protocol:
         b = self.broken
         if self.key and b != "keys are not looked at" and headers.get("Authorization") != f"Bearer {self.key}":
             raise Refused(401, "Incorrect API key provided.")
-        if path == "/v1/models": return dict(object="list", data=[dict(id="other" if b == "models: another name" else MODEL)])
+        name = "other" if b == "models: another name" else MODEL
+        if path == "/v1/models": return dict(object="list", data=[dict(id=name)])
         if path not in ("/v1/chat/completions", "/v1/completions", "/v1/responses") or \
                 (b == "no responses" and path.endswith("responses")):
             if b == "every path is fine": return {}
@@ -80,8 +82,9 @@ class Protocol:
             raise Refused(404, f"The model {asked.get('model')!r} does not exist.", "model_not_found")
         if not isinstance(asked.get("temperature", 0), (int, float)) and b != "kinds are not looked at":
             raise Refused(400, "temperature is a number.")
-        if (asked.get("max_tokens") or 1) < 1 and b != "ranges are not looked at": raise Refused(400, "max_tokens is at least 1.")
-        if "no_such_field" in asked and b == "unknown fields refused": raise Refused(400, "Unknown field no_such_field.")
+        if (asked.get("max_tokens") or 1) < 1 and b != "ranges are not looked at":
+            raise Refused(400, "max_tokens is at least 1.")
+        if "no_such_field" in asked and b == "unknown fields refused": raise Refused(400, "Unknown field.")
         words = str(asked.get("messages", "")).count("word ")
         if words > CONTEXT and b != "a long prompt is cut":
             raise Refused(400, f"{words} tokens do not fit into the context of {CONTEXT}.", "context_length_exceeded")
@@ -116,14 +119,16 @@ class Protocol:
         if shape == "json_object" and b != "json_object ignored": texts = [('{"colour": "red"}', "stop")]
         message = dict(role="assistant", content=texts[0][0])
         if b == "no role in the answer": message.pop("role")
-        called = isinstance(choice, dict) and b != "tool_choice ignored" or choice == "required" and b != "required ignored"
+        called = isinstance(choice, dict) and b != "tool_choice ignored"
+        called |= choice == "required" and b != "required ignored"
         if called:
             call = dict(id="call_1", type="function", function=dict(name="paint", arguments='{"colour": "red"}'))
             message, texts = dict(role="assistant", content=None, tool_calls=[call]), [("", "tool_calls")]
         head = dict(id="chatcmpl-1", created=1, model=MODEL)
         if asked.get("stream"): return self.chunks(asked, content, texts[0], head)
         choices = [dict(index=i, message=dict(message, **({} if called else dict(content=t))), finish_reason=r,
-                        logprobs=self.scores(t, asked) if asked.get("logprobs") else None) for i, (t, r) in enumerate(texts)]
+                        logprobs=self.scores(t, asked) if asked.get("logprobs") else None)
+                   for i, (t, r) in enumerate(texts)]
         return dict(head, object="chat.completion", choices=choices, usage=self.usage(content, texts))
 
     def scores(self, text, asked):
@@ -159,9 +164,10 @@ class Protocol:
                 all_tokens = ([] if b == "no echo" or not asked.get("echo") else tokens_of(p)) + tokens_of(text)
                 choice["logprobs"] = dict(tokens=all_tokens, token_logprobs=[None, *[-0.5] * (len(all_tokens) - 1)])
             choices.append(choice)
-        usage = self.usage("x" * 3 * len(prompt) if isinstance(prompt[0], int) and b != "ids read as text" else str(prompt),
-                           [(c["text"], "") for c in choices])
-        return dict(object="chat.completion" if b == "completions as chat" else "text_completion", choices=choices, usage=usage)
+        ids = isinstance(prompt[0], int) and b != "ids read as text"
+        usage = self.usage("xxx" * len(prompt) if ids else 2 * str(prompt), [(c["text"], "") for c in choices])
+        kind = "chat.completion" if b == "completions as chat" else "text_completion"
+        return dict(object=kind, choices=choices, usage=usage)
 
 
 @contextmanager
@@ -177,6 +183,7 @@ def protocol_server(key=None, broken=None):
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if broken == "ends when a client hangs up": threading.Event().wait(0.1)      # the news travels
             if state["gone"]: return setattr(self, "close_connection", True)
             alone = broken != "one at a time, others refused" or protocol.busy.acquire(blocking=False)
             try:

