@@ -30,8 +30,8 @@ DEPLOYMENT = Deployment("smollm2", context=4096, concurrent=8, dtype="bfloat16",
 XLLAMACPP = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.hostname, params.port = sys.argv[1], "127.0.0.1", int(sys.argv[2])
-params.n_ctx, params.n_parallel, params.api_keys = 4096 * 4, 4, [sys.argv[3]]
+params.model.path, params.hostnames, params.port = sys.argv[1], ["127.0.0.1"], int(sys.argv[2])
+params.n_ctx, params.n_parallel, params.api_keys, params.model_alias = 4096 * 4, 4, [sys.argv[3]], {"smollm2"}
 params.cpuparams.n_threads = 2
 params.use_jinja = True
 server = xllamacpp.Server(params)

@@ -38,7 +38,8 @@ NO_NOTION = {("llama-server", "memory"), ("Ollama", "memory"), ("TGI", "name"), 
 
 
 def accepted(started): return m.wrong_words(started.engine, started.words, started.env)
-def words(started): return [*started.words, *(f"{k}={v}" for k, v in started.env.items()), *started.files.values()]
+def words(started):
+    return [*started.words, *(f"{k}={v}" for k, v in started.env.items()), *sum(started.files.items(), ())]
 
 
 # --- from the description to the words --------------------------------------------------------------------------------
