@@ -24,7 +24,7 @@ from llm_workbench.embedded import embedded_model
 from llm_workbench.serving.production_engines import Deployment, conformance, launch, wrong_words
 
 HOME = Path(__file__).parents[1] / ".venv-peers"
-KEY, PATIENCE = "a-key-for-this-run", 600
+KEY, PATIENCE = "a-key-for-this-run", 1500
 DEPLOYMENT = Deployment("smollm2", context=4096, concurrent=8, dtype="bfloat16", port=8123, key="SERVE_KEY",
                         weight_bytes=0.3e9)
 XLLAMACPP = """
@@ -119,7 +119,7 @@ def main():
         try:
             with running(name, args.log) as url:
                 ready = time.monotonic() - begun
-                rows[name] = [asdict(r) for r in conformance(url, KEY)]
+                rows[name] = [asdict(r) for r in conformance(url, KEY, timeout=300)]
             start[f"seconds until {name} was ready"], versions[name] = [ready], version_of(name)
             reasons.pop(name, None)
         except RuntimeError as e:
