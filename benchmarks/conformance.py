@@ -21,12 +21,12 @@ from pathlib import Path
 
 from benchmarks.record import record, recorded
 from llm_workbench.embedded import embedded_model
-from llm_workbench.serving.production_engines import Deployment, conformance, launch, wrong_words
+from llm_workbench.serving.production_engines import CHECKS, Deployment, conformance, launch, wrong_words
 
 HOME = Path(__file__).parents[1] / ".venv-peers"
 KEY, PATIENCE = "a-key-for-this-run", 1500
 DEPLOYMENT = Deployment("smollm2", context=4096, concurrent=8, dtype="bfloat16", port=8123, key="SERVE_KEY",
-                        weight_bytes=0.3e9)
+                        weight_bytes=0.3e9, tools="hermes")
 XLLAMACPP = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--only", nargs="+", default=[], choices=SERVERS)
     parser.add_argument("--add", nargs=2, metavar=("NAME", "URL"), help="a server that is running")
     parser.add_argument("--key")
+    parser.add_argument("--checks", nargs="+", default=[], help="only these; what the others said is kept")
     parser.add_argument("--log", type=Path, default=HOME / "conformance.log")
     args = parser.parse_args()
     try: before = recorded("conformance")
@@ -119,7 +120,10 @@ def main():
         try:
             with running(name, args.log) as url:
                 ready = time.monotonic() - begun
-                rows[name] = [asdict(r) for r in conformance(url, KEY, timeout=300)]
+                asked = [c for c in CHECKS if not args.checks or c[0] in args.checks]
+                new = {r.check: asdict(r) for r in conformance(url, KEY, timeout=300, checks=asked)}
+            old = {r["check"]: r for r in rows.get(name, [])}
+            rows[name] = [(old | new)[c[0]] for c in CHECKS if c[0] in old | new]
             start[f"seconds until {name} was ready"], versions[name] = [ready], version_of(name)
             reasons.pop(name, None)
         except RuntimeError as e:

@@ -31,7 +31,7 @@ GGUF = ("llama-server", "Ollama")
 # what says more than the default, field by field
 OTHER = dict(name="mine", context=4096, concurrent=7, dtype="bfloat16", quantization="awq", kv="fp8", tensor_parallel=2,
              pipeline_parallel=2, memory=0.8, prefix_cache=False, adapters=(("a", "/lora/a"), ("b", "/lora/b")),
-             revision="abc123", host="localhost", port=9123)
+             tools="hermes", revision="abc123", host="localhost", port=9123)
 # what an engine has no word for, and is not refused because it has no such notion
 NO_NOTION = {("llama-server", "memory"), ("Ollama", "memory"), ("TGI", "name"), ("TensorRT-LLM", "name"),
              ("MLC-LLM", "name")}

