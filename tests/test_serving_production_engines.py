@@ -381,3 +381,11 @@ def test_nobody_there_and_no_address():
 def test_a_launch_is_shown_on_lines():
     shown = Launch("x", ("serve", "a b", "--key", "$KEY"), {"E": "$KEY"}, {}, "then").shell()
     assert shown == "E=\"$KEY\" serve 'a b' \\\n    --key \"$KEY\"\nthen"
+
+
+@pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
+def test_compose_leaves_dollars_to_whom_they_belong(engine):
+    d = replace(PLAIN, key="SERVE_KEY", adapters=(("a", "/lora/$x"),))
+    entry = m.compose(d, engine)["services"]["model"]["entrypoint"]
+    assert all("$" not in w.replace("$$", "") for w in entry)
+    assert [w.replace("$$", "$") for w in entry] == m.exec_form(m.inside(d, engine).words)

@@ -298,7 +298,7 @@ def docker_run(d: Deployment, engine: str) -> str:
 def compose(d: Deployment, engine: str) -> dict:
     "A compose file with one service."
     started, probe = inside(d, engine), f"http://127.0.0.1:{d.port}{engines()[engine]['health']}"
-    words = [w.replace("$", "$$") if w.startswith("exec ") else w for w in exec_form(started.words)]   # the shell's
+    words = [w.replace("$", "$$") for w in exec_form(started.words)]       # a lone $ is compose's own
     gpus = dict(driver="nvidia", count=d.gpus, capabilities=["gpu"])
     service = dict(
         image=image_of(engine), entrypoint=words, command=[], restart="unless-stopped", shm_size="16gb",
