@@ -10,7 +10,9 @@ in a Python package, on the embedded GGUF. Results of servers that are not asked
 """
 import argparse
 import os
+import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -108,6 +110,7 @@ def main():
     parser.add_argument("--checks", nargs="+", default=[], help="only these; what the others said is kept")
     parser.add_argument("--log", type=Path, default=HOME / "conformance.log")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))          # so that the server is ended, too
     try: before = recorded("conformance")
     except OSError: before = {}
     rows, versions, reasons = before.get("rows", {}), before.get("versions", {}), before.get("not_measured", {})
