@@ -167,7 +167,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     strangers = [n for n in names if not re.match(r"llm_workbench/|llm_workbench-[^/]+\.dist-info/", n)]
     assert not strangers, f"the wheel also holds {strangers[:5]}"
     code = {n.removeprefix("llm_workbench/") for n in names if n.startswith("llm_workbench/")}
-    assert {n for n in code if not n.endswith(".py")} == {"landscape/models.json", "finetuning/instructions.jsonl"}
+    assert {n for n in code if not n.endswith(".py")} == {
+        "landscape/models.json", "finetuning/instructions.jsonl",
+        *(f"serving/{n}" for n in ("engines.json", "arguments.json", "kubernetes.yaml", "modal_app.txt"))}
     assert exported_modules().keys() <= code and OWN <= code
     assert any(n.endswith("LICENSE") for n in names), "the licence must travel with the package"
 
