@@ -4,7 +4,7 @@ launches.
     torchrun --standalone --nproc-per-node 2 -m benchmarks.shards --out FOLDER
 
 Every rank loads the embedded model in float32, keeps its shard, and writes the same greedy text. Rank 0 first writes it
-alone, and leaves FOLDER/told.json: both texts, how far the logits are apart, what each rank holds, the bytes of a token
+alone, and leaves FOLDER/told.json (without --out: a result in benchmarks/results): both texts, how far the logits are apart, what each rank holds, the bytes of a token
 as the wires and as the system's sockets count them, and the seconds of a token and of collectives.
 """
 import argparse
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 import llm_workbench as wb
+from benchmarks.record import record
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.finetuning.scale_out import group
 from llm_workbench.serving.scale_out import Processes, sharded
@@ -46,25 +47,25 @@ def socket_bytes():
 
 @torch.inference_mode()
 def token_seconds(decoder, prompt, n=12):
-    "Median seconds of a decode step."
+    "Seconds of decode steps."
     cache = decoder.new_cache()
     token, times = decoder(prompt, cache)[:, -1:].argmax(-1), []
     for _ in range(n):
         start = time.perf_counter()
         token = decoder(token, cache).argmax(-1)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def collective_seconds(nbytes, n=40):
-    "Median seconds of an all-reduce."
+    "Seconds of all-reduces."
     x, times = torch.ones(nbytes // 4), []
     for _ in range(n):
         dist.barrier()
         start = time.perf_counter()
         dist.all_reduce(x)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def of_token(decoder, prompt, wire, n=8):
@@ -82,9 +83,10 @@ def job(ranks, out, new):
     prompt, nbytes = torch.tensor([lm.tokenizer.encode(PROMPT)]), lm.decoder.nbytes
     if ranks.rank == 0:
         with torch.inference_mode(): want = lm.decoder(prompt)
-        alone = dict(text=lm.generate(PROMPT, max_new_tokens=new).text, seconds=token_seconds(lm.decoder, prompt))
+        text = lm.generate(PROMPT, max_new_tokens=new).text
+        samples = {"one process, one thread": token_seconds(lm.decoder, prompt)}
         torch.set_num_threads(2)
-        two_threads = token_seconds(lm.decoder, prompt)
+        samples["one process, two threads"] = token_seconds(lm.decoder, prompt)
         torch.set_num_threads(1)
     wire = Processes()
     lm = replace(lm, decoder=sharded(lm.decoder, wire))                # the whole one is forgotten
@@ -92,19 +94,23 @@ def job(ranks, out, new):
     with torch.inference_mode(): logits = lm.decoder(prompt)
     mine = dict(text=lm.generate(PROMPT, max_new_tokens=new).text, held=lm.decoder.nbytes / nbytes)
     wired, tcp = of_token(lm.decoder, prompt, wire)
-    seconds, collectives = token_seconds(lm.decoder, prompt), {n: collective_seconds(n) for n in SIZES}
+    seconds, collectives = token_seconds(lm.decoder, prompt), {str(n): collective_seconds(n) for n in SIZES}
     found = [None] * ranks.size
     dist.all_gather_object(found, mine)
     if ranks.rank: return
-    told = dict(alone=alone, two_threads=two_threads, text=[f["text"] for f in found], held=[f["held"] for f in found],
-                apart=((logits - want).abs().max() / want.abs().max()).item(), wire=wired, tcp=tcp, seconds=seconds,
-                collectives=collectives)
-    (Path(out) / "told.json").write_text(json.dumps(told))
+    samples["two processes, one thread each"] = seconds
+    told = dict(alone=text, text=[f["text"] for f in found], held=[f["held"] for f in found], wire=wired, tcp=tcp,
+                apart=((logits - want).abs().max() / want.abs().max()).item())
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    told |= dict(seconds=medians, collectives={n: statistics.median(times) for n, times in collectives.items()})
+    if out is not None: return (Path(out) / "told.json").write_text(json.dumps(told))
+    samples |= {f"all-reduce of {n} bytes": times for n, times in collectives.items()}
+    print(record("shards", samples, "seconds of a token, or of a sum", told=told))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="a folder that is there")
+    parser.add_argument("--out", help="a folder that is there; without it the result goes to benchmarks/results")
     parser.add_argument("--new", type=int, default=24, help="tokens to write")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['ALL', 'EXPERTS', 'WAYS', 'Route', 'Share', 'Wire', 'Processes', 'Threads', 'played', 'own', 'cut', 'Summed',
            'Vocabulary', 'WholeNorm', 'OwnExperts', 'sharded', 'sent', 'Device', 'Model', 'model_of', 'decode_step',
-           'prefix_key', 'by_load', 'by_prefix', 'Replica', 'replay']
+           'prefix_key', 'by_load', 'by_prefix', 'Fleet', 'engine_arguments', 'vllm_command', 'ray_serve_config']
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #d9a10dc1
+# %% ../../nbs/11_serving/09_scale_out.ipynb #aa960d00
 import hashlib
 import math
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from ..architecture.moe import MoE
 from ..architecture.norms_and_mlps import GatedMLP, PlainMLP
 from ..errors import InputError, UnsupportedError, did_you_mean
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #b8a4ea83
+# %% ../../nbs/11_serving/09_scale_out.ipynb #48b134fe
 @dataclass(frozen=True)
 class Share:
     "What one rank of several has of things that stand in a row. Raises InputError for a rank that cannot be."
@@ -61,7 +60,7 @@ class Share:
         kv, part = self.rank // copies, Share(self.rank % copies, copies).of(G)        # a part of one group
         return slice(kv * G + part.start, kv * G + part.stop), slice(kv, kv + 1)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #88bb5def
+# %% ../../nbs/11_serving/09_scale_out.ipynb #95053ee4
 class Wire:
     "What ranks tell each other, counted. By itself a group of one; a subclass carries tensors (`every`, `added`)."
     def __init__(self, rank: int = 0, size: int = 1):
@@ -98,7 +97,7 @@ class Processes(Wire):
         dist.all_reduce(x)                            # in place: it is a fresh product
         return x
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #c765f3b3
+# %% ../../nbs/11_serving/09_scale_out.ipynb #dba6426e
 class Threads(Wire):
     "Ranks that are threads of one process: a table that all of them see, and a barrier."
     def __init__(self, rank: int, table: list, barrier: threading.Barrier):
@@ -127,7 +126,7 @@ def played(size: int, work: Callable[[Wire], object]) -> list:    # what `work(w
     if errors: raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return [job.result() for job in jobs]
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #d37cd104
+# %% ../../nbs/11_serving/09_scale_out.ipynb #41ca7b45
 ALL = slice(None)
 
 def own(t: Tensor) -> nn.Parameter: return nn.Parameter(t.detach().clone(), requires_grad=False)
@@ -150,7 +149,7 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor, ops) -> Tensor: return self.wire.sum(self.term(x, ops))
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #fe2cac7d
+# %% ../../nbs/11_serving/09_scale_out.ipynb #fbdb2f63
 class Vocabulary(nn.Module):
     "The rows of an embedding, or of a head, that belong to this rank."
     def __init__(self, matrix: Matrix, wire: Wire, V: int):       # V: rows of all ranks
@@ -172,7 +171,7 @@ class Vocabulary(nn.Module):
     def forward(self, x: Tensor, ops) -> Tensor:                                 # (..., C) -> (..., V)
         return self.wire.gather(self.part(x, ops), self.widths)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #30634aa2
+# %% ../../nbs/11_serving/09_scale_out.ipynb #5387fa89
 class WholeNorm(nn.Module):
     "A norm over the heads of all ranks, of which this one keeps its own."
     def __init__(self, norm: nn.Module, wire: Wire, parts: list[slice]):         # parts: numbers of each rank
@@ -214,7 +213,7 @@ def _term(half: nn.Module, share: Share, experts: str) -> nn.Module:
         return module                                                            # routers: all of it, on all ranks
     return swapped(half, make)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #a8e62d08
+# %% ../../nbs/11_serving/09_scale_out.ipynb #0f138048
 EXPERTS = ("split", "own")
 
 def sharded(decoder: Decoder,
@@ -253,7 +252,7 @@ def sharded(decoder: Decoder,
         if getattr(block.self_attn, "sinks", None) is not None: block.self_attn.sinks = own(block.self_attn.sinks[q])
     return shard.eval()
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #8b95dc9d
+# %% ../../nbs/11_serving/09_scale_out.ipynb #9dfc7b31
 def sent(config: ModelConfig,
          size: int,           # ranks
          tokens: int = 1,     # of a step, all texts together
@@ -270,7 +269,7 @@ def sent(config: ModelConfig,
                 scores=widest(c.vocab_size) * scored * number,
                 norms=L * normed * tokens * number if c.qk_norm == "all" else 0.0)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #2b788d50
+# %% ../../nbs/11_serving/09_scale_out.ipynb #bb5ffc17
 @dataclass(frozen=True)
 class Device:
     "One of several equal ones, and the link between them."
@@ -314,7 +313,7 @@ def model_of(config: ModelConfig) -> Model:
                  c.vocab_size, 1 if latent else c.num_key_value_heads, c.num_experts, c.num_experts_per_tok,
                  experts / c.num_experts if c.num_experts else 0)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #4ba0c726
+# %% ../../nbs/11_serving/09_scale_out.ipynb #481b5c86
 WAYS = ("tensor", "pipeline", "data", "expert")
 
 def decode_step(model: Model, device: Device, way: str,
@@ -353,7 +352,7 @@ def decode_step(model: Model, device: Device, way: str,
     return dict(seconds=seconds, computing=computing, sending=sending, waiting=waiting, rate=batch / seconds,
                 held=(held + spread) * number)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #30bf1666
+# %% ../../nbs/11_serving/09_scale_out.ipynb #0551193e
 Route = Callable[[Sequence[int], Mapping[str, int]], list[str]]     # tokens, open requests by replica -> best first
 
 def prefix_key(tokens: Sequence[int], page: int = 32, pages: int = 4, salt: str = "") -> bytes | None:
@@ -376,39 +375,63 @@ def by_prefix(tokens: Sequence[int],
     rank = lambda name: hashlib.blake2b(key + name.encode(), digest_size=8).digest()
     return sorted(load, key=lambda name: (load[name] + 1 > most, rank(name)))
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #c52761e9
-class Replica:
-    "A replica in a simulation: the pages that it used last, and what it is busy with."
-    def __init__(self, pages: int): self.pages, self.kept, self.free, self.ends = pages, OrderedDict(), 0.0, []
+# %% ../../nbs/11_serving/09_scale_out.ipynb #8b328f59
+@dataclass(frozen=True)
+class Fleet:
+    "Copies of a model on many GPUs, described once. Raises InputError for numbers that cannot be."
+    model: str                          # the name that clients ask for
+    source: str                         # a hub id, or a folder that all machines see
+    tensor: int = 1                     # GPUs that share each matrix: within a machine
+    pipeline: int = 1                   # groups of layers
+    replicas: tuple[int, int] = (1, 1)  # at least, at most
+    context: int = 8192                 # tokens of a text
+    requests: int = 32                  # that a replica is meant to have at a time
+    gpu: str = "H100"
+    experts: bool = False               # whole ones on each GPU, instead of a part of each
 
-    def find(self, tokens: Sequence[int], page: int) -> int:
-        "Tokens at the beginning whose pages are here; afterwards all full pages of the prompt are."
-        keys, parent = [], b""
-        for start in range(0, len(tokens) - page + 1, page):           # a page counts together with all before it
-            parent = hashlib.blake2b(parent + str(tokens[start:start + page]).encode(), digest_size=8).digest()
-            keys.append(parent)
-        found = next((i for i, key in enumerate(keys) if key not in self.kept), len(keys))
-        for key in reversed(keys):                                     # beginnings last: they stay longest
-            self.kept[key] = True
-            self.kept.move_to_end(key)
-        while len(self.kept) > self.pages: self.kept.popitem(last=False)
-        return min(found * page, len(tokens) - 1)                      # one token is always computed
+    def __post_init__(self):
+        low, high = self.replicas
+        counts = dict(tensor=self.tensor, pipeline=self.pipeline, context=self.context, requests=self.requests,
+                      replicas=low)
+        for name, n in counts.items():
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise InputError(f"{name} is {n!r}: give a whole number from 1 on")
+        if high < low: raise InputError(f"replicas are {low} at least and {high} at most: the second is the larger one")
 
-def replay(requests: Iterable[tuple[float, list[int], int]],   # arrival (seconds), prompt, tokens to write; in order
-           route: Route,
-           replicas: Iterable[str],
-           *, page: int = 32,
-           pages: int = 512,                # that a replica keeps
-           rate: float = 8000.0,            # tokens of prompts that a replica computes in a second
-           pace: float = 0.02,              # seconds of a written token
-           ) -> list[dict]:                 # of each request: replica, prompt and cached tokens, seconds to the first token
-    "What a router would do, if a replica computes one prompt after another and writes any number of texts at once."
-    them, told = {name: Replica(pages) for name in replicas}, []
-    for now, tokens, more in requests:
-        for one in them.values(): one.ends = [end for end in one.ends if end > now]
-        name = route(tokens, {name: len(one.ends) for name, one in them.items()})[0]
-        one, cached = them[name], them[name].find(tokens, page)
-        one.free = max(now, one.free) + (len(tokens) - cached) / rate
-        one.ends.append(one.free + more * pace)
-        told.append(dict(replica=name, prompt=len(tokens), cached=cached, first=one.free - now))
-    return told
+    def check(self, config: ModelConfig, device: Device, number: float = 2) -> None:
+        "Raise InputError where vLLM would refuse the cut, or a GPU has no room for its weights and one full text."
+        H, m = config.num_attention_heads, model_of(config)
+        if H % self.tensor:
+            fit = [n for n in range(1, H + 1) if H % n == 0]
+            raise InputError(f"vLLM shares {H} query heads evenly: tensor is one of {fit}, not {self.tensor}")
+        cache = self.context * m.cache / min(self.tensor, m.copies) / self.pipeline
+        needed = (m.numbers / self.tensor / self.pipeline + cache) * number
+        if needed > 0.9 * device.memory:
+            raise InputError(f"a GPU needs {needed / 1e9:.0f} GB for its weights and one text, and may use "
+                             f"{0.9 * device.memory / 1e9:.0f}: raise tensor or pipeline, or shorten the context")
+
+def engine_arguments(fleet: Fleet) -> dict:
+    "vLLM's own names for one copy."
+    own = dict(tensor_parallel_size=fleet.tensor, pipeline_parallel_size=fleet.pipeline, max_model_len=fleet.context,
+               max_num_seqs=2 * fleet.requests, enable_prefix_caching=True)
+    return own | (dict(enable_expert_parallel=True) if fleet.experts else {})
+
+def vllm_command(fleet: Fleet) -> list[str]:
+    "One copy by hand: on several machines inside a Ray cluster, which vLLM finds by itself."
+    words = ["vllm", "serve", fleet.source, "--served-model-name", fleet.model]
+    for name, value in engine_arguments(fleet).items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words + (["--distributed-executor-backend", "ray"] if fleet.pipeline > 1 else [])
+
+def ray_serve_config(fleet: Fleet) -> dict:
+    "What `serve deploy FILE` reads as YAML (or JSON, which is YAML as well): Ray Serve LLM around vLLM."
+    low, high = fleet.replicas
+    scaling = dict(min_replicas=low, max_replicas=high, target_ongoing_requests=fleet.requests)
+    router = dict(request_router_class="ray.serve.llm.request_router.PrefixCacheAffinityRouter")
+    llm = dict(model_loading_config=dict(model_id=fleet.model, model_source=fleet.source), accelerator_type=fleet.gpu,
+               engine_kwargs=engine_arguments(fleet),
+               deployment_config=dict(autoscaling_config=scaling, max_ongoing_requests=2 * fleet.requests,
+                                      request_router_config=router))
+    return dict(http_options=dict(host="127.0.0.1", port=8000),
+                applications=[dict(name="llm", route_prefix="/", import_path="ray.serve.llm:build_openai_app",
+                                   args=dict(llm_configs=[llm]))])
