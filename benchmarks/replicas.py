@@ -1,4 +1,4 @@
-"""Replicas of our engine behind Ray Serve: does a router that knows prefixes find more, and what is lost with a replica?
+"""Replicas of our engine behind Ray Serve: does a router that knows prefixes find more, what is lost with a replica?
 
     python tools/peers.py ray vllm             # two environments; vLLM (3.5 GB) only reads command lines here
     python -m benchmarks.replicas              # both questions, and what Ray and vLLM read in generated configurations
@@ -54,12 +54,14 @@ def main():
     try: before = recorded("replicas")
     except OSError: before = {}
     if only != "hand_over":
-        told = json.loads(call(("-m", "benchmarks.replicas_peer", "run", str(embedded_model())), "ray").splitlines()[-1])
+        said = call(("-m", "benchmarks.replicas_peer", "run", str(embedded_model())), "ray")
+        told = json.loads(said.splitlines()[-1])
         samples = {name: run.pop("first") for name, run in told["routers"].items()}
         samples["start of two replicas"] = told.pop("starts")
         versions = dict(ray=told.pop("ray"))
-    else: told, samples, versions = ({k: before[k] for k in ("routers", "killed", "same_text")}, before["samples"],
-                                     before["versions"])
+    else:
+        told = {key: before[key] for key in ("routers", "killed", "same_text")}
+        samples, versions = before["samples"], before["versions"]
     handed = hand_over() if only != "replicas" else before.get("hand_over")
     print(record("replicas", samples, "seconds to the first token; of starting", **told, notes=NOTES, versions=versions,
                  hand_over=handed))

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Ray's workers are nice to others, and wait for ever on a busy machine; unused ones are not started ahead of time.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", RAY_worker_niceness="0",
-                  RAY_prestart_worker_first_driver="0")
+                  RAY_prestart_worker_first_driver="0", RAY_raylet_start_wait_time_s="120",
+                  RAY_num_prestart_python_workers="0")
 
 try:
     import ray

@@ -4,8 +4,9 @@ launches.
     torchrun --standalone --nproc-per-node 2 -m benchmarks.shards --out FOLDER
 
 Every rank loads the embedded model in float32, keeps its shard, and writes the same greedy text. Rank 0 first writes it
-alone, and leaves FOLDER/told.json (without --out: a result in benchmarks/results): both texts, how far the logits are apart, what each rank holds, the bytes of a token
-as the wires and as the system's sockets count them, and the seconds of a token and of collectives.
+alone, and leaves FOLDER/told.json (without --out: a result in benchmarks/results): both texts, how far the logits are
+apart, what each rank holds, the bytes of a token as the wires and as the system's sockets count them, and the seconds
+of a token and of collectives.
 """
 import argparse
 import json
