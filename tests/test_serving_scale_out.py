@@ -104,8 +104,8 @@ class Halved(torch.nn.Module):
             if name.endswith("down_proj"): return cut(module, scale_out.ALL, scale_out.ALL,
                                                       share.of(module.dense().shape[-1]), bias=share.rank == 0)
             return module
-        self.half = scale_out.swapped(half, make)
-    def forward(self, x, ops): return self.half(x, ops)
+        self.part = scale_out.swapped(half, make)
+    def forward(self, x, ops): return self.part(x, ops)
 
 MUTANTS = {
     "all-reduce left out": ("llama", scale_out.Wire, dict(sum=lambda self, x: x)),
