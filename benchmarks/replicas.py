@@ -19,7 +19,7 @@ FLEETS = [Fleet("tiny", "org/tiny"), Fleet("small", "org/small", replicas=(1, 8)
           Fleet("two", "org/two", tensor=4, pipeline=2, replicas=(2, 6)), Fleet("long", "org/long", 2, context=131072),
           Fleet("moe", "org/moe", tensor=8, experts=True, requests=128)]
 NOTES = ["two replicas, one thread each, on two cores that other programs used as well: read shares, not seconds",
-         "prompts are random tokens; two system prompts of 64 tokens, turns of 64 and 8 written tokens"]
+         "prompts are random tokens; four system prompts of 128 tokens, turns of 40 and 8 written tokens"]
 
 
 def hand_over():

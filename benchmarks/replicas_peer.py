@@ -28,9 +28,9 @@ try:
     from ray.serve.request_router import RequestRouter
 except ImportError: RequestRouter = object             # in vLLM's environment
 
-PAGE, PAGES, NEW = 32, 3, 8
-CONVERSATIONS, TURNS, SYSTEMS, AT_A_TIME = 6, 4, 2, 3
-KILLED_NEW, KILLED_AT_A_TIME = 40, 4
+PAGE, PAGES, NEW = 32, 2, 8
+CONVERSATIONS, TURNS, SYSTEMS, AT_A_TIME = 12, 4, 4, 4
+KILLED_NEW, KILLED_AT_A_TIME = 48, 6
 
 
 class ByPrefix(RequestRouter):
@@ -84,9 +84,9 @@ def conversation(handle, i):
     "The turns of a conversation, one after another."
     draw = random.Random(i)
     system = random.Random(1000 + i % SYSTEMS)
-    text, told = [system.randrange(3, 49152) for _ in range(64)], []
+    text, told = [system.randrange(3, 49152) for _ in range(128)], []
     for _ in range(TURNS):
-        text += [draw.randrange(3, 49152) for _ in range(64)]
+        text += [draw.randrange(3, 49152) for _ in range(40)]
         told.append(ask(handle, text, NEW))
         text += told[-1]["text"]
     return told
@@ -116,7 +116,7 @@ def killed(handle):
                 for piece in handle.remote(prompt + text, KILLED_NEW - len(text)):
                     text += piece["tokens"]
                     if cut is not None and again is None: again = time.perf_counter() - cut
-                    if tries == 1 and len(text) == 8: begun.wait(90)   # all texts have begun
+                    if tries == 1 and len(text) == 8: begun.wait(60)   # all texts have begun
                     with lock:
                         if tries == 1 and len(text) >= 12 and not dead:
                             dead.append((piece["pid"], time.perf_counter()))
