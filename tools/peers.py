@@ -56,9 +56,9 @@ ENVIRONMENTS = dict(
                      stands_in_for="vllm==0.32.0+cpu", by_default=False),
     tracking=Environment(("trackio==0.43.0", "mlflow==3.17.2", "wandb==0.31.0", "tensorboard==2.21.0"),
                          "trackio, mlflow, wandb, tensorboard", 1.5, by_default=False),
-    # for benchmarks/scale_out.py, which imports this package in them
-    ray=Environment(("ray[train]==2.60.0", "fastcore==1.14.5", "gguf==0.19.0", "numpy==2.3.5", TORCH),
-                    "ray.train.torch", 1.4, by_default=False),
+    # for benchmarks/scale_out.py and benchmarks/replicas.py, which import this package in them
+    ray=Environment(("ray[serve,train]==2.60.0", "fastcore==1.14.5", "gguf==0.19.0", "numpy==2.3.5",
+                     "psutil==7.2.2", TORCH), "ray.train.torch, ray.serve", 1.5, by_default=False),
     deepspeed=Environment(("deepspeed==0.19.8", "transformers==5.24.0", "accelerate==1.15.0", "fastcore==1.14.5",
                            "gguf==0.19.0", "numpy==2.3.5", TORCH), "deepspeed", 1.0, by_default=False),
 )
