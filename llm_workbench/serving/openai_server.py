@@ -7,7 +7,7 @@ __all__ = ['DEAD', 'HERE', 'OPEN_PATHS', 'Gone', 'Line', 'metrics_text', 'Servic
            'parsed', 'making', 'known_model', 'Written', 'EngineBatch', 'ollama_of', 'Native', 'small_answers', 'Small',
            'app', 'model_name', 'bound', 'Server', 'start', 'greeting', 'serve']
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #02aec5c4
+# %% ../../nbs/11_serving/06_openai_server.ipynb #2e0889d1
 import asyncio
 import contextlib
 import functools
@@ -40,7 +40,7 @@ from .openai_protocol import (
     DONE, FLAG, LIST, TEXT, Answer, Limits, Refused, chat, checked, complete, conversation_ids, embedding_answer,
     embedding_fields, embedding_rows, event, refusal, respond)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #a537574b
+# %% ../../nbs/11_serving/06_openai_server.ipynb #d51892d5
 class Gone(Exception):
     "The client has hung up."
 
@@ -68,7 +68,7 @@ class Line:
         with self.lock: self.stopped, ids = True, list(self.ids)
         for id in ids: self.service.runner.abort(id)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #66e0622d
+# %% ../../nbs/11_serving/06_openai_server.ipynb #8bbf1ced
 @patch
 def put(self: Line, i: int, piece) -> None:
     "In the engine's thread: a piece of request i."
@@ -111,7 +111,7 @@ async def next(self: Line, patience: float = 1.0) -> list[dict]:
 
 DEAD = 503, "The engine has stopped; the server has to be started again.", "engine_dead"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #fe257d75
+# %% ../../nbs/11_serving/06_openai_server.ipynb #d97a29c1
 def metrics_text(stats: dict, model: str) -> str:   # of `Engine.stats`; the model's name, a label of all
     "The numbers of an engine in Prometheus' format."
     lines, label = [], 'model_name="' + model.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -128,7 +128,7 @@ def metrics_text(stats: dict, model: str) -> str:   # of `Engine.stats`; the mod
         else: told(name, "counter" if name.endswith("_total") else "gauge", [("", "", value)])
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #3a79754d
+# %% ../../nbs/11_serving/06_openai_server.ipynb #c865cc85
 @dataclass
 class Service:
     "What all parts of a server share."
@@ -177,7 +177,7 @@ async def body_of(receive, limits: Limits) -> bytes:
                 if not message.get("more_body"): return b"".join(parts)
     except TimeoutError: raise Refused(408, "The request took too long to arrive.", "timeout") from None
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #440f2ff3
+# %% ../../nbs/11_serving/06_openai_server.ipynb #49a10817
 def head(status: int, headers: dict[str, str]) -> dict:
     return dict(type="http.response.start", status=status, headers=[(k.lower().encode(), v.encode())
                                                                     for k, v in headers.items()])
@@ -231,7 +231,7 @@ class Gate:
         async def again(): return parts.pop() if parts else await receive()
         return again
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #fa676ab7
+# %% ../../nbs/11_serving/06_openai_server.ipynb #c11e38b6
 def parsed(body: bytes):
     "JSON, or Refused."
     try: return json.loads(body)
@@ -258,7 +258,7 @@ def known_model(service: Service, name) -> str:
     if name in names: return name
     raise Refused(404, f"There is no model {name!r:.80} here; there is {', '.join(names)}.", "model_not_found", "model")
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #0578e95f
+# %% ../../nbs/11_serving/06_openai_server.ipynb #aa249e93
 class Written:
     "An endpoint whose answers the engine writes."
     silence = 15.0                                               # seconds, then a comment is sent
@@ -280,13 +280,15 @@ class Written:
         await tell(send, 200, answer.whole())
 
     async def stream(self, line: Line, answer: Answer, send):
+        async def timely(message):
+            async with asyncio.timeout(self.service.limits.stall): await send(message)
+
         async def out(events: list[dict], more: bytes = b""):
             data = b"".join(event(e, answer.name(e)) for e in events) + more
-            async with asyncio.timeout(self.service.limits.stall):
-                if data: await send(dict(type="http.response.body", body=data, more_body=True))
-        await send(head(200, {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                              "X-Accel-Buffering": "no"}))
+            if data: await timely(dict(type="http.response.body", body=data, more_body=True))
         try:
+            await timely(head(200, {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                                    "X-Accel-Buffering": "no"}))
             await out(answer.begin())
             last = time.monotonic()
             while not answer.over:
@@ -299,7 +301,7 @@ class Written:
         except Exception as e: await out(answer.failed(refusal(e)))
         await send(dict(type="http.response.body", body=b"", more_body=False))
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #783d057b
+# %% ../../nbs/11_serving/06_openai_server.ipynb #8be12df4
 class EngineBatch:
     "What `LM.batch` gives where an engine writes: one row, filled by the pieces of one request."
     def __init__(self, runner: Runner, decoder, prompts, *, max_new_tokens=256, sampler=None, eos_ids=(), seed=None,
@@ -331,7 +333,7 @@ def ollama_of(service: Service) -> OllamaApp:
     app.turn = contextlib.nullcontext()                          # the engine takes turns itself
     return app
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #c3a90d8f
+# %% ../../nbs/11_serving/06_openai_server.ipynb #5a448651
 class Native:
     "The endpoint of Ollama's API."
     def __init__(self, service: Service):
@@ -358,7 +360,7 @@ class Native:
             watching.cancel()
             if hasattr(pieces, "close"): await run(pieces.close)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #ef513532
+# %% ../../nbs/11_serving/06_openai_server.ipynb #449c5bbd
 def small_answers(service: Service) -> dict[tuple[str, str], Callable]:
     "By method and path: functions of the request's JSON."
     lm, limits = service.lm, service.limits
@@ -396,7 +398,7 @@ def small_answers(service: Service) -> dict[tuple[str, str], Callable]:
     posts = {"/v1/embeddings": embeddings, "/tokenize": tokenize, "/detokenize": detokenize}
     return {("GET", path): f for path, f in gets.items()} | {("POST", path): f for path, f in posts.items()}
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #d529de18
+# %% ../../nbs/11_serving/06_openai_server.ipynb #608ee56c
 class Small:
     "An endpoint with a function of the request's JSON, which runs in a worker's thread."
     def __init__(self, function: Callable): self.function = function
@@ -466,10 +468,11 @@ def model_name(lm: LM) -> str:
     "The card's name as clients like it: without blanks."
     return re.sub(r"[^\w.-]+", "-", getattr(lm.card, "name", None) or "model").strip("-").lower() or "model"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #0172050f
+# %% ../../nbs/11_serving/06_openai_server.ipynb #b94c9f8c
 def bound(host: str, port: int) -> socket.socket:
     "A socket that listens. Raises SourceError for a port that is taken."
     try:
+        if not 0 <= port <= 65535: raise OverflowError("a port is a number from 0 to 65535")
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(found[0], socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -511,7 +514,7 @@ class Server:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #6575d90d
+# %% ../../nbs/11_serving/06_openai_server.ipynb #67214a31
 def start(lm: LM, host: str = "127.0.0.1", port: int = 0, *, key: str | Sequence[str] = (), name: str | None = None,
           origins: Sequence[str] = (), limits: Limits = Limits(), adapters: dict[str, str] | None = None,
           **engine) -> Server:   # engine: memory, most, budget, queue ... of `Engine`
