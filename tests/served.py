@@ -22,7 +22,8 @@ def tiny(context=512) -> LM:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=real.decoder.config.vocab_size, hidden_size=32, intermediate_size=48, head_dim=16,
                          num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4,
-                         max_position_embeddings=context, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True)
+                         max_position_embeddings=context, bos_token_id=None, eos_token_id=None,
+                         tie_word_embeddings=True)
     decoder = Decoder.from_transformers(LlamaForCausalLM(config).eval()).requires_grad_(False)
     return LM(decoder, real.tokenizer, replace(real.card, name="Tiny Model"))
 
@@ -41,10 +42,11 @@ class Call:
         if read: self.read.set()
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         self.parts = parts or [data]
-        self.scope = dict(type="http", method=method or ("GET" if body is None else "POST"), path=path, raw_path=path.encode(),
-                          query_string=b"", root_path="", scheme="http", http_version="1.1", client=("127.0.0.1", 5),
-                          server=("127.0.0.1", 80), asgi=dict(version="3.0", spec_version="2.4"),
-                          headers=[(k.lower().encode(), v.encode()) for k, v in {"host": "localhost", **(headers or {})}.items()])
+        head = {"host": "localhost", **(headers or {})}
+        self.scope = dict(type="http", method=method or ("GET" if body is None else "POST"), path=path,
+                          raw_path=path.encode(), query_string=b"", root_path="", scheme="http", http_version="1.1",
+                          client=("127.0.0.1", 5), server=("127.0.0.1", 80), asgi=dict(version="3.0"),
+                          headers=[(k.lower().encode(), v.encode()) for k, v in head.items()])
 
     async def receive(self):
         if self.parts:
