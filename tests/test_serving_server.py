@@ -332,6 +332,7 @@ def test_a_reader_who_sleeps_is_given_up_and_holds_up_nobody(lm):
         await asyncio.wait_for(awake.run(), 20)
         assert awake.status == 200
         assert await asyncio.to_thread(idle, runner), "a client that does not read keeps its pages"
+        assert runner.stats()["request_success_total"]["left"] == 1 and runner.stats()["generation_tokens_total"] < 300
         asleep.read.set()                                          # it wakes up: the end of what it hears is the reason
         await asyncio.wait_for(task, 5)
         return asleep
