@@ -7,7 +7,7 @@ __all__ = ['DEAD', 'HERE', 'OPEN_PATHS', 'Gone', 'Line', 'metrics_text', 'Servic
            'parsed', 'making', 'known_model', 'Written', 'EngineBatch', 'ollama_of', 'Native', 'small_answers', 'Small',
            'app', 'model_name', 'bound', 'Server', 'start', 'greeting', 'serve']
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #2e0889d1
+# %% ../../nbs/11_serving/06_openai_server.ipynb #c1c12711
 import asyncio
 import contextlib
 import functools
@@ -40,7 +40,7 @@ from .openai_protocol import (
     DONE, FLAG, LIST, TEXT, Answer, Limits, Refused, chat, checked, complete, conversation_ids, embedding_answer,
     embedding_fields, embedding_rows, event, refusal, respond)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #d51892d5
+# %% ../../nbs/11_serving/06_openai_server.ipynb #c71493ba
 class Gone(Exception):
     "The client has hung up."
 
@@ -68,14 +68,15 @@ class Line:
         with self.lock: self.stopped, ids = True, list(self.ids)
         for id in ids: self.service.runner.abort(id)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #8bbf1ced
+# %% ../../nbs/11_serving/06_openai_server.ipynb #fe92daf2
 @patch
 def put(self: Line, i: int, piece) -> None:
     "In the engine's thread: a piece of request i."
     self.put_in += len(piece.tokens)
-    if self.put_in - self.taken > self.service.limits.unread: self.full, piece = True, None
-    if piece: self.pieces.append((i, piece))
-    if self.woken: return
+    if self.full: return
+    self.full = self.put_in - self.taken > self.service.limits.unread
+    if not self.full: self.pieces.append((i, piece))
+    if self.woken and not self.full: return
     self.woken = True
     with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self.wake)   # the loop may be closed by now
 
@@ -111,7 +112,7 @@ async def next(self: Line, patience: float = 1.0) -> list[dict]:
 
 DEAD = 503, "The engine has stopped; the server has to be started again.", "engine_dead"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #d97a29c1
+# %% ../../nbs/11_serving/06_openai_server.ipynb #005e11b8
 def metrics_text(stats: dict, model: str) -> str:   # of `Engine.stats`; the model's name, a label of all
     "The numbers of an engine in Prometheus' format."
     lines, label = [], 'model_name="' + model.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -124,11 +125,12 @@ def metrics_text(stats: dict, model: str) -> str:   # of `Engine.stats`; the mod
             so_far = list(itertools.accumulate(value.counts))
             told(name, "histogram", [*(("_bucket", f',le="{e}"', n) for e, n in zip(edges, so_far, strict=True)),
                                      ("_sum", "", value.total), ("_count", "", so_far[-1])])
-        elif isinstance(value, dict): told(name, "counter", [("", f',finished_reason="{k}"', n) for k, n in value.items()])
+        elif isinstance(value, dict):
+            told(name, "counter", [("", f',finished_reason="{k}"', n) for k, n in value.items()])
         else: told(name, "counter" if name.endswith("_total") else "gauge", [("", "", value)])
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #c865cc85
+# %% ../../nbs/11_serving/06_openai_server.ipynb #133794c5
 @dataclass
 class Service:
     "What all parts of a server share."
@@ -177,7 +179,7 @@ async def body_of(receive, limits: Limits) -> bytes:
                 if not message.get("more_body"): return b"".join(parts)
     except TimeoutError: raise Refused(408, "The request took too long to arrive.", "timeout") from None
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #49a10817
+# %% ../../nbs/11_serving/06_openai_server.ipynb #b86d3080
 def head(status: int, headers: dict[str, str]) -> dict:
     return dict(type="http.response.start", status=status, headers=[(k.lower().encode(), v.encode())
                                                                     for k, v in headers.items()])
@@ -231,7 +233,7 @@ class Gate:
         async def again(): return parts.pop() if parts else await receive()
         return again
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #c11e38b6
+# %% ../../nbs/11_serving/06_openai_server.ipynb #4e5d3045
 def parsed(body: bytes):
     "JSON, or Refused."
     try: return json.loads(body)
@@ -258,7 +260,7 @@ def known_model(service: Service, name) -> str:
     if name in names: return name
     raise Refused(404, f"There is no model {name!r:.80} here; there is {', '.join(names)}.", "model_not_found", "model")
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #aa249e93
+# %% ../../nbs/11_serving/06_openai_server.ipynb #1cc96500
 class Written:
     "An endpoint whose answers the engine writes."
     silence = 15.0                                               # seconds, then a comment is sent
@@ -301,7 +303,7 @@ class Written:
         except Exception as e: await out(answer.failed(refusal(e)))
         await send(dict(type="http.response.body", body=b"", more_body=False))
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #8be12df4
+# %% ../../nbs/11_serving/06_openai_server.ipynb #760b1bbd
 class EngineBatch:
     "What `LM.batch` gives where an engine writes: one row, filled by the pieces of one request."
     def __init__(self, runner: Runner, decoder, prompts, *, max_new_tokens=256, sampler=None, eos_ids=(), seed=None,
@@ -333,7 +335,7 @@ def ollama_of(service: Service) -> OllamaApp:
     app.turn = contextlib.nullcontext()                          # the engine takes turns itself
     return app
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #5a448651
+# %% ../../nbs/11_serving/06_openai_server.ipynb #25573af3
 class Native:
     "The endpoint of Ollama's API."
     def __init__(self, service: Service):
@@ -360,7 +362,7 @@ class Native:
             watching.cancel()
             if hasattr(pieces, "close"): await run(pieces.close)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #449c5bbd
+# %% ../../nbs/11_serving/06_openai_server.ipynb #91441f5e
 def small_answers(service: Service) -> dict[tuple[str, str], Callable]:
     "By method and path: functions of the request's JSON."
     lm, limits = service.lm, service.limits
@@ -398,7 +400,7 @@ def small_answers(service: Service) -> dict[tuple[str, str], Callable]:
     posts = {"/v1/embeddings": embeddings, "/tokenize": tokenize, "/detokenize": detokenize}
     return {("GET", path): f for path, f in gets.items()} | {("POST", path): f for path, f in posts.items()}
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #608ee56c
+# %% ../../nbs/11_serving/06_openai_server.ipynb #576b1c5d
 class Small:
     "An endpoint with a function of the request's JSON, which runs in a worker's thread."
     def __init__(self, function: Callable): self.function = function
@@ -426,8 +428,9 @@ def app(runner: Runner, lm: LM, *,
     if not all(isinstance(k, str) and len(k) >= 8 and k.isascii() and k.isprintable() for k in keys):
         raise InputError("A key has at least 8 characters, all of them ASCII: give a longer one, or none.")
     if "*" in origins: raise InputError("Every web page may ask? Name those that may, such as http://localhost:3000.")
-    tables, context = runner.engine.cache.tables, min(lm.decoder.config.max_position_embeddings, limits.context or 2**62)
-    holds = bisect_left(range(1, context + 1), True, key=lambda n: not tables.fits(n, runner.engine.scheduler.chunk))
+    engine, context = runner.engine, min(lm.decoder.config.max_position_embeddings, limits.context or 2**62)
+    fits = lambda n: engine.cache.tables.fits(n, engine.scheduler.chunk)
+    holds = bisect_left(range(1, context + 1), True, key=lambda n: not fits(n))
     limits = replace(limits, context=holds)       # a text that the pages could not hold is refused before it waits
     service = Service(runner, lm, name or model_name(lm), limits, keys, tuple(origins), adapters or {})
     made = FastAPI(title="llm_workbench", docs_url=None, redoc_url=None, openapi_url=None)
@@ -468,7 +471,7 @@ def model_name(lm: LM) -> str:
     "The card's name as clients like it: without blanks."
     return re.sub(r"[^\w.-]+", "-", getattr(lm.card, "name", None) or "model").strip("-").lower() or "model"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #b94c9f8c
+# %% ../../nbs/11_serving/06_openai_server.ipynb #144df8b5
 def bound(host: str, port: int) -> socket.socket:
     "A socket that listens. Raises SourceError for a port that is taken."
     try:
@@ -514,7 +517,7 @@ class Server:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #67214a31
+# %% ../../nbs/11_serving/06_openai_server.ipynb #ac9b603f
 def start(lm: LM, host: str = "127.0.0.1", port: int = 0, *, key: str | Sequence[str] = (), name: str | None = None,
           origins: Sequence[str] = (), limits: Limits = Limits(), adapters: dict[str, str] | None = None,
           **engine) -> Server:   # engine: memory, most, budget, queue ... of `Engine`
