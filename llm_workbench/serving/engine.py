@@ -83,7 +83,10 @@ class Text:
         self.row = Row(prompt, request.max_new_tokens)
         self.writer = Writer(self.row, lm.tokenizer, request.stop)
         self.ends = set(lm.tokenizer.eos_ids) if request.stop_at_eos else set()
-        salt = (request.salt, request.adapter) if request.prompt_logprobs is None else (id, index)   # all is computed
+        salt = (request.salt, request.adapter)
+        if {r.rope.get("rope_type") for r in lm.decoder.ropes.values()} & {"dynamic", "longrope"}:
+            salt += (len(prompt) + request.max_new_tokens,)            # keys are turned by the length of the whole text
+        if request.prompt_logprobs is not None: salt = (id, index)     # nothing is shared: all is computed
         self.job = Job((id, index), list(prompt), len(prompt) + request.max_new_tokens, request.priority,
                        request.tenant, salt)
         self.sampler = Sampler(**{"temperature": 0.0, **request.sampling})

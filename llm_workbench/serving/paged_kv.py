@@ -57,6 +57,7 @@ class Text:
     held: int = 0                     # tokens whose keys are in pages
     reserved: int = 0                 # tokens that have slots which nobody else writes
     context: int | None = None        # tokens that it will have at its end; None: not known
+    tokens: Sequence[int] = ()        # themselves, for tables with a memory
     pages: dict[int | None, list[int]] = field(default_factory=dict)   # by window; -1 where a window let one go
 
 # %% ../../nbs/11_serving/01_paged_kv.ipynb #bc55a0c6
