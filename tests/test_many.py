@@ -76,7 +76,8 @@ def test_texts_of_one_packed_row_have_adapters_of_their_own(counts):
         with using(together, ASKED[:len(counts)], counts): got = together(torch.cat(rows)[None], pieces=counts)[0]
         want = alone(base, adapted, ASKED[:len(counts)], lambda d, i: d(rows[i][None])[0])
     assert (got - want).abs().max() < 1e-6 * want.abs().max()
-    with pytest.raises(InputError, match="packed row"), torch.no_grad(), using(together, ASKED[:2], [2, 2]): together(TOKENS)
+    with pytest.raises(InputError, match="packed row"), torch.no_grad(), using(together, ASKED[:2], [2, 2]):
+        together(TOKENS)
 
 
 def test_nobody_chosen_is_the_base_to_the_bit():

@@ -22,7 +22,7 @@ from ..inference.generation import Batch
 class Chosen:
     "Which adapter each row of the batch has; all matrices of a decoder look at the same one."
     rows: Tensor | None = None      # (B,) int64; None: no row has any
-    counts: list[int] | None = None # tokens of each, where several texts share one row; None: rows are rows of the batch
+    counts: list[int] | None = None # tokens of each, where several texts share one row; None: they are rows
 
 class Many(Around):
     "A frozen matrix and the changes of many adapters, of which every row of a batch gets one."
@@ -38,8 +38,8 @@ class Many(Around):
         n = len(x) if counts is None else x[..., 0].numel()
         if counts is not None and len(rows) == 1: counts = [n]       # one text, or a part of it
         if n != (len(rows) if counts is None else sum(counts)):
-            raise InputError(f"{len(rows)} adapters are chosen for an input of the shape {tuple(x.shape)}: name one for "
-                             "each row of a batch, or each text of a packed row with its tokens in `counts`")
+            raise InputError(f"{len(rows)} adapters are chosen for an input of the shape {tuple(x.shape)}: name one "
+                             "for each row of a batch, or each text of a packed row with its tokens in `counts`")
         texts = x.reshape(len(rows), -1, x.shape[-1]) if counts is None or max(counts) == 1 else None
         change = self.change(texts, rows) if texts is not None else torch.cat(
             [self.change(text[None], rows[i:i + 1])[0] for i, text in enumerate(x.reshape(n, -1).split(counts))])

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..architecture.kv_cache import kv_bytes
 from ..errors import Overloaded, UnsupportedError, WorkbenchError
-from ..inference.generation import LM, Completion, Row, Writer, check_prompts, check_stop, masked, whole, wholes
+from ..inference.generation import (
+    LM, Completion, Row, Writer, check_prompts, check_stop, masked, whole, wholes)
 from ..inference.loglikelihood import scored
 from ..inference.sampling import Sampler, counted, gumbel, token_counts
 from ..inference.speculative import NGrams, Pace

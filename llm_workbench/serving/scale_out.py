@@ -310,7 +310,8 @@ def model_of(config: ModelConfig) -> Model:
     latent = c.kv_lora_rank or 0
     each = latent + c.qk_rope_head_dim if latent else 2 * c.num_key_value_heads * c.head_dim
     return Model(c.num_hidden_layers, c.hidden_size, count([decoder]) - experts - kept, kept,
-                 c.num_hidden_layers * each, c.vocab_size, 1 if latent else c.num_key_value_heads, c.num_experts, c.num_experts_per_tok,
+                 c.num_hidden_layers * each, c.vocab_size, 1 if latent else c.num_key_value_heads, c.num_experts,
+                 c.num_experts_per_tok,
                  experts / c.num_experts if c.num_experts else 0)
 
 # %% ../../nbs/11_serving/09_scale_out.ipynb #87767366
