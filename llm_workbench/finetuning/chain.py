@@ -165,13 +165,13 @@ def reading(examples: Sequence[Example], seed: int) -> Callable:
 # %% ../../nbs/10_finetuning/15_chain.ipynb #c047f6be
 def pretrained(world: World, seed: int = 0) -> Decoder:
     "A base model."
-    return after(made(world.tokenizer, seed), reading(world.documents, seed), steps=600, lr=7e-3, seed=seed,
+    return after(made(world.tokenizer, seed), reading(world.documents, seed), steps=400, lr=7e-3, seed=seed,
                  schedule="linear")
 
 # %% ../../nbs/10_finetuning/15_chain.ipynb #e2bb34fc
 def taught(world: World, base: Decoder, seed: int = 0) -> Decoder:
     "Supervised fine-tuning."
-    return after(base, reading(world.lessons, seed), steps=150, lr=5e-3, seed=seed)
+    return after(base, reading(world.lessons, seed), steps=100, lr=5e-3, seed=seed)
 
 # %% ../../nbs/10_finetuning/15_chain.ipynb #87480879
 def judged(world: World, decoder: Decoder, seed: int = 0) -> list[tuple[Example, Example]]:
