@@ -1,16 +1,22 @@
 """Is the memory of a training step what `finetuning.memory.plan` says before it is run?
 
-    python -m benchmarks.memory                     # twelve kinds of training, about four minutes on one thread
+    python -m benchmarks.memory                     # sixteen kinds of training, about ten minutes on one thread
     python -m benchmarks.memory --only "QLoRA"      # those whose name holds this; nothing is written
 
 Every kind is a process of its own: two steps of AdamW through `train_step`, in float32, as `train` takes them. What
 is measured is the process' largest resident set during the second (VmHWM, forgotten before it) above the resident set
-from before the model was there, after a model of a few thousand numbers has trained a step, so that libraries are
-loaded. What is freed goes back to the system at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Beside it
-stands what a `Watch` counts in the same step: torch's storages, without the allocator. Weights are random, except
-those of the embedded model.
+from before the model was there, after a model of a million numbers has trained a step in the same way, so that
+libraries are loaded. Beside it stands what a `Watch` counts in the same step: torch's storages, without the allocator.
+Weights are random, except those of the embedded model.
+
+What is freed has to be gone from the resident set. By itself the C library keeps it: a tensor that is smaller than
+its limit (128 KiB, and it grows up to 32 MiB) has its place in a heap, which only shrinks from its end. So in the
+processes that are compared with the plan, whatever has a page or more is a mapping of its own
+(MALLOC_MMAP_THRESHOLD_=4096) and goes back when it is freed. For two kinds more processes have a limit of 128 KiB, and
+the C library as it comes, and say what that holds without use (mallinfo2) when the step begins.
 """
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -46,6 +52,17 @@ CASES = {  # name: (shape, method, lengths, rank, blocks computed again)
     "LoRA, SmolLM2, 256": ("SmolLM2", "lora", [256], 8, False),
     "QLoRA, SmolLM2, 512, again": ("SmolLM2", "qlora", [512], 16, True),
 }
+HELD_OUT = {  # measured only when planner and benchmark were done
+    "full, SmolLM2, 2 texts, again": ("SmolLM2", "full", [120, 90], 8, True),
+    "LoRA, SmolLM2, r = 32, 400, again": ("SmolLM2", "lora", [400], 32, True),
+    "QLoRA, SmolLM2, 3 texts": ("SmolLM2", "qlora", [150, 40, 110], 8, False),
+    "QLoRA, deep, r = 32, 900, again": ("deep", "qlora", [900], 32, True),
+}
+CASES |= HELD_OUT
+def limited(limit): return {"MALLOC_MMAP_THRESHOLD_": limit, "MALLOC_TRIM_THRESHOLD_": limit, "MALLOC_ARENA_MAX": "1"}
+GIVEN_BACK = limited("4096")
+KEEPING = {"a page": GIVEN_BACK, "128 KiB": limited("131072"), "as it comes": {}}      # the C library's limit
+KEPT = "LoRA, SmolLM2, 256", "QLoRA, SmolLM2, 512, again"                               # kinds for which all are run
 
 
 def config_of(shape):
@@ -54,7 +71,7 @@ def config_of(shape):
                                                                            **SHAPES[shape])
 
 
-def decoder_of(shape, method, rank, again):
+def decoder_of(config, method, rank, again):   # config: None: the embedded model
     "What is trained; nothing else of the making of it stays."
     from llm_workbench import Decoder, load
     from llm_workbench.architecture.ops import TORCH
@@ -62,8 +79,7 @@ def decoder_of(shape, method, rank, again):
     from llm_workbench.finetuning.qlora import qlora
     from llm_workbench.finetuning.sft import recomputed
     ops, lora = TORCH.but(blocks=recomputed) if again else TORCH, LoRAConfig(rank, 2.0 * rank)
-    if SHAPES[shape] is None: decoder = load(weights="dense", ops=ops).decoder
-    else: decoder = Decoder(config_of(shape), ops)
+    decoder = Decoder(config, ops) if config else load(weights="dense", ops=ops).decoder
     if method == "full": return decoder.requires_grad_(True)
     return (adapt if method == "lora" else qlora)(decoder, lora)
 
@@ -75,13 +91,25 @@ def rows_of(lengths, vocabulary):
     return packed([Example(text, text) for text in texts])
 
 
+class Malloc(ctypes.Structure):
+    "What glibc's mallinfo2 fills."
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def unused():
+    "Bytes that the C library holds and nobody uses. None where it is not glibc 2.33 or later."
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None: return None
+    mallinfo2.restype = Malloc
+    return mallinfo2().fordblks
+
+
 def one_case(name):
     "A process of its own: what a step takes above what was there before the model."
-    from llm_workbench import Decoder, ModelConfig
-    from llm_workbench.architecture.ops import TORCH
+    from llm_workbench import ModelConfig
     from llm_workbench.finetuning.lora import trainable
     from llm_workbench.finetuning.memory import Watch
-    from llm_workbench.finetuning.qlora import qlora
     from llm_workbench.finetuning.sft import Training, adamw, token_loss, train_step
     shape, method, lengths, rank, again = CASES[name]
     def training(decoder, rows):
@@ -90,13 +118,14 @@ def one_case(name):
         optimizer = adamw(params.values(), settings)
         def step(i): return train_step(decoder, lambda _: rows, settings, token_loss, i, params, optimizer)
         return step, optimizer
-    small = Decoder(ModelConfig(64, 64, 128, 2, 4, 2, 16), TORCH)
-    for decoder in (qlora(small), small.requires_grad_(True)): training(decoder.train(), rows_of([40], 64))[0](0)
-    del small, decoder
-    if SHAPES[shape] is None: config_of(shape)                        # the file and its tokenizer have been read
+    small = decoder_of(ModelConfig(1000, 256, 512, 1, 4, 2, 64), method, rank, again).train()
+    training(small, rows_of([300], 1000))[0](0)
+    del small
+    config = config_of(shape) if SHAPES[shape] else None
+    if config is None: config_of(shape)                               # the file and its tokenizer have been read
     gc.collect()
     before = memory("VmRSS")
-    decoder = decoder_of(shape, method, rank, again).train()
+    decoder = decoder_of(config, method, rank, again).train()
     rows = rows_of(lengths, decoder.config.vocab_size)
     step, optimizer = training(decoder, rows)
     step(0)
@@ -105,10 +134,10 @@ def one_case(name):
     watch = Watch([*decoder.parameters(), *decoder.buffers(),
                    *(t for state in optimizer.state.values() for t in state.values())])
     Path("/proc/self/clear_refs").write_text("5")                     # the largest so far: forgotten
-    start = time.perf_counter()
+    held, start = unused(), time.perf_counter()
     with watch: step(1)
     print("\n" + json.dumps(dict(seconds=time.perf_counter() - start, resident=memory("VmHWM") - before,
-                                 counted=watch.peak)))
+                                 counted=watch.peak, unused=held)))
 
 
 def planned(name):
@@ -126,28 +155,30 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one: return one_case(args.one)
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1",
-                        "OMP_NUM_THREADS": "1"}
-    samples, cases = {}, {}
-    for name in (n for n in CASES if args.only in n):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | {"OMP_NUM_THREADS": "1"}
+    def measure(name, env):
         command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
-        runs = []
-        for _ in range(args.rounds):
-            done = subprocess.run(command, env=env, capture_output=True, text=True)
-            if done.returncode: sys.exit(f"{name}:\n{done.stdout}\n{done.stderr}")
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-        p = planned(name)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode: sys.exit(f"{name}:\n{done.stdout}\n{done.stderr}")
+        return json.loads(done.stdout.splitlines()[-1])
+    samples, cases, keeping = {}, {}, {}
+    for name in (n for n in CASES if args.only in n):
+        runs, p = [measure(name, plain | GIVEN_BACK) for _ in range(args.rounds)], planned(name)
         samples[name] = [run["resident"] for run in runs]
         measured = sorted(samples[name])[(len(runs) - 1) // 2]
         cases[name] = dict(planned=p.total, when=p.when, resident=measured, counted=runs[0]["counted"],
-                           seconds=runs[0]["seconds"], parts={k: getattr(p, k) for k in (
-                               "weights", "gradients", "optimizer", "kept", "scratch")})
+                           seconds=runs[0]["seconds"], unused=runs[0]["unused"], held_out=name in HELD_OUT,
+                           parts={k: getattr(p, k) for k in ("weights", "gradients", "optimizer", "kept", "scratch")})
         print(f"{name:36} planned {p.total / 1e6:7.1f} MB ({p.when}), resident {measured / 1e6:7.1f} "
               f"({p.total / measured - 1:+.1%}), counted {runs[0]['counted'] / 1e6:7.1f} "
               f"({p.total / runs[0]['counted'] - 1:+.1%}), {runs[0]['seconds']:.1f} s a step", flush=True)
+        if name not in KEPT: continue
+        keeping[name] = {limit: {key: (runs[0] if env is GIVEN_BACK else measure(name, plain | env))[key]
+                                 for key in ("resident", "unused")} for limit, env in KEEPING.items()}
+        print(keeping[name], flush=True)
     if args.only: return
     shapes = {name: shape or "SmolLM2-135M-Instruct" for name, shape in SHAPES.items()}
-    out = record("memory_plan", samples, "bytes", cases=cases, shapes=shapes, setup={
+    out = record("memory_plan", samples, "bytes", cases=cases, keeping=keeping, shapes=shapes, setup={
         name: dict(zip(("shape", "method", "lengths", "rank", "again"), case)) for name, case in CASES.items()})
     print(f"written to {out.relative_to(out.parents[3])}")
 

@@ -1,11 +1,18 @@
 """What a step takes, planned and watched: families of other blocks, norms and heads byte by byte, whole steps to 5 %,
 and planners that count as some calculators do, which the same check rejects."""
+import ctypes
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from models import SMALL, small_config
 
+from benchmarks import memory as benchmark
+from benchmarks.record import RESULTS, recorded
 from llm_workbench import Decoder, ModelConfig
 from llm_workbench.architecture.ops import TORCH
 from llm_workbench.errors import InputError, UnsupportedError
@@ -224,3 +231,38 @@ def test_a_watch_survives_an_error_and_ends_with_its_block():
     assert watch.now == 40 and len(watch.line) == 2
     del a
     assert watch.now == 0
+
+
+# ---- the benchmark: nothing that was freed counts, and the record is of this planner
+
+FREED = """
+import torch
+from benchmarks.peer_process import memory
+gradients = [torch.ones(6000) for _ in range(1200)]     # 29 MB in tensors of 24 kB
+averages = [torch.ones(6000) for _ in range(1200)]
+full = memory("VmRSS")
+del gradients
+print((full - memory("VmRSS")) / (1200 * 24_000))
+"""
+
+
+def given_back(**malloc):
+    "The share of freed tensors that the resident set of a new process loses, while later ones stay."
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | malloc
+    done = subprocess.run([sys.executable, "-c", FREED], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
+def test_what_is_freed_is_gone_where_it_is_measured():
+    assert given_back(**benchmark.GIVEN_BACK) > 0.95
+    kept = given_back(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
+    assert kept < 0.5, "the check does not see holes below the limit"
+    assert benchmark.unused() >= 0
+
+
+def test_the_record_is_of_this_planner():
+    for path in RESULTS.glob("*/memory_plan.json"):
+        cases = recorded("memory_plan", path.parent.name)["cases"]
+        assert cases.keys() == benchmark.CASES.keys() and len(cases) - len(benchmark.HELD_OUT) >= 12
+        assert {name: benchmark.planned(name).total for name in cases} == {n: c["planned"] for n, c in cases.items()}
