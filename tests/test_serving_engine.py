@@ -364,7 +364,8 @@ PIECE, INIT, CHOOSE, DECIDE, SHARED = Text.piece, Text.__init__, Engine.choose, 
 
 @pytest.mark.parametrize("where, name, mutant", [
     (Text, "piece", token_streamed_twice), (Text, "__init__", stop_string_across_a_border),
-    (Text, "__init__", generator_of_all), (Engine, "choose", guess_taken_without_a_look), (Engine, "settle", wrong_guess_kept),
+    (Text, "__init__", generator_of_all), (Engine, "choose", guess_taken_without_a_look),
+    (Engine, "settle", wrong_guess_kept),
     (Engine, "decide", places_of_the_neighbour)], ids=lambda x: getattr(x, "__name__", str(x)))
 def test_mistakes_are_noticed(llama, where, name, mutant, monkeypatch):
     monkeypatch.setattr(where, name, mutant)
