@@ -16,7 +16,7 @@ MAY_IMPORT = dict(
     families={"files", "text", "architecture"}, inference={"architecture", "families", "files", "text"},
     quantization={"architecture", "families", "files"}, kernels={"architecture", "quantization", "hardware"},
     finetuning={"architecture", "families", "files", "hardware", "inference", "quantization", "text"},
-    serving={"inference", "quantization"},
+    serving={"architecture", "families", "files", "hardware", "inference", "quantization", "text"},
     operations={"inference", "serving"})
 
 

@@ -68,6 +68,17 @@ def test_with_a_cache_at_every_split():
             assert (parts - whole).abs().max() < 1e-6 * whole.abs().max()
 
 
+@pytest.mark.parametrize("counts", [[3, 1, 4, 2, 1, 1, 5], [1] * 7, [9, 1]])
+def test_texts_of_one_packed_row_have_adapters_of_their_own(counts):
+    base, adapted = world()
+    together, rows = many(base, adapted), [TOKENS[i, :n] for i, n in enumerate(counts)]
+    with torch.no_grad():
+        with using(together, ASKED[:len(counts)], counts): got = together(torch.cat(rows)[None], pieces=counts)[0]
+        want = alone(base, adapted, ASKED[:len(counts)], lambda d, i: d(rows[i][None])[0])
+    assert (got - want).abs().max() < 1e-6 * want.abs().max()
+    with pytest.raises(InputError, match="packed row"), torch.no_grad(), using(together, ASKED[:2], [2, 2]): together(TOKENS)
+
+
 def test_nobody_chosen_is_the_base_to_the_bit():
     base, adapted = world()
     with torch.no_grad():

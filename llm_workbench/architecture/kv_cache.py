@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RowLengths', 'Step', 'Cache', 'check_counts', 'check_where', 'NoCache', 'grown', 'put_rows', 'write_rows',
-           'ContiguousCache', 'kv_bytes']
+           'ContiguousCache', 'Layout', 'kv_bytes']
 
 # %% ../../nbs/05_architecture/07_kv_cache.ipynb #d301be2b
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
@@ -336,6 +337,28 @@ def select(self: Cache,
         for name, t in layer.items(): layer[name] = t[at]
     for counter in self._counters():
         if counter.rows is not None: counter.set([counter.rows[r] for r in rows], self._device)
+
+# %% ../../nbs/05_architecture/07_kv_cache.ipynb #fc5827c8
+@dataclass
+class Layout:
+    "Where a kernel finds the past of a step, and writes its tokens: as many new ones in every text."
+    page: int                 # slots of a page
+    tables: list[Tensor]      # per layer, perhaps the same object: (B, M) int64 number of each text's pages, in order
+    held: list[int]           # tokens of each text before this step
+    stores: list[dict]        # per layer: "k" (P, page, K, D), and "v" unless values are part of the keys
+
+@patch
+def layout(self: Cache, step: Step) -> Layout | None:
+    "For a kernel that keeps the tokens of a step by itself; None: there is no such way, layers have to `attend`."
+
+@patch
+def layout(self: ContiguousCache, step: Step) -> Layout | None:
+    "A row is a page, if there is room for the step. A subclass may keep things otherwise and has to say for itself."
+    sizes = {layer["k"].shape[1] if layer else 0 for layer in self.store}
+    simple = type(self) is ContiguousCache and step.counts is step.spans is None and len(sizes) == 1
+    if not simple or self._lengths.longest + step.n_tokens > (page := sizes.pop()): return None
+    table = torch.arange(self._batch, device=self._device)[:, None]                              # (B, 1)
+    return Layout(page, [table] * len(self.store), self._lengths.per_row(self._batch), self.store)
 
 # %% ../../nbs/05_architecture/07_kv_cache.ipynb #bf8f2da7
 def kv_bytes(

@@ -22,6 +22,7 @@ from ..inference.generation import Batch
 class Chosen:
     "Which adapter each row of the batch has; all matrices of a decoder look at the same one."
     rows: Tensor | None = None      # (B,) int64; None: no row has any
+    counts: list[int] | None = None # tokens of each, where several texts share one row; None: rows are rows of the batch
 
 class Many(Around):
     "A frozen matrix and the changes of many adapters, of which every row of a batch gets one."
@@ -32,13 +33,19 @@ class Many(Around):
         self.register_buffer("B", B)
 
     def forward(self, x: Tensor, ops) -> Tensor:          # (B, in) or (B, T, in) -> the same with out
-        out, rows = self.base(x, ops), self.chosen.rows
+        out, rows, counts = self.base(x, ops), self.chosen.rows, self.chosen.counts
         if rows is None: return out
-        if len(x) != len(rows):
-            raise InputError(f"{len(rows)} adapters are chosen for a batch of the shape {tuple(x.shape)}: name one for "
-                             "each row; texts packed into one row are not built")
-        change = x.reshape(len(x), -1, x.shape[-1]).to(self.A.dtype).bmm(self.A[rows]).bmm(self.B[rows])
-        return out + change.view_as(out).to(out.dtype)
+        n = len(x) if counts is None else x[..., 0].numel()
+        if n != (len(rows) if counts is None else sum(counts)):
+            raise InputError(f"{len(rows)} adapters are chosen for an input of the shape {tuple(x.shape)}: name one for "
+                             "each row of a batch, or each text of a packed row with its tokens in `counts`")
+        texts = x.reshape(len(rows), -1, x.shape[-1]) if counts is None or max(counts) == 1 else None
+        change = self.change(texts, rows) if texts is not None else torch.cat(
+            [self.change(text[None], rows[i:i + 1])[0] for i, text in enumerate(x.reshape(n, -1).split(counts))])
+        return out + change.reshape(out.shape).to(out.dtype)
+
+    def change(self, x: Tensor, rows: Tensor) -> Tensor:  # (B, T, in), (B,) -> (B, T, out)
+        return x.to(self.A.dtype).bmm(self.A[rows]).bmm(self.B[rows])
 
     def dense(self, dtype=None) -> Tensor:
         raise InputError("a matrix with many adapters is no single one: take one of the adapted decoders")
@@ -84,17 +91,19 @@ def many(
 def using(
     decoder: Decoder,                    # of `many`
     names: Sequence[str | None],         # an adapter for each row of the batch; None: the base alone
+    counts: Sequence[int] | None = None, # or for each text of one packed row, which have so many tokens
 ) -> Iterator[Decoder]:
-    "Inside, row i is computed with adapter names[i]. Raises InputError for a name that there is not."
+    "Inside, row or text i is computed with adapter names[i]. Raises InputError for a name that there is not."
     if not hasattr(decoder, "adapters"): raise InputError("this decoder has no choice of adapters: `many` makes one")
     places = {None: len(decoder.adapters), **decoder.adapters}
     for name in names:
         if name in places: continue
         raise InputError(f"no adapter is called {name!r}.{did_you_mean(str(name), decoder.adapters)}")
-    before = decoder.chosen.rows
-    decoder.chosen.rows = torch.tensor([places[name] for name in names], device=decoder.device)
+    chosen, before = decoder.chosen, (decoder.chosen.rows, decoder.chosen.counts)
+    chosen.rows = torch.tensor([places[name] for name in names], device=decoder.device)
+    chosen.counts = None if counts is None else list(counts)
     try: yield decoder
-    finally: decoder.chosen.rows = before
+    finally: chosen.rows, chosen.counts = before
 
 # %% ../../nbs/10_finetuning/09_many.ipynb #5206aa71
 def per_row(names: Sequence[str | None]) -> type[Batch]:   # an adapter for each prompt; None: the base alone

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'next_logits', 'Row', 'whole', 'wholes', 'token_ids', 'check_prompts', 'check_room', 'Batch', 'padded',
-           'seeded', 'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Completion', 'LogLikelihood',
+           'seeded', 'masked', 'generate_tokens', 'StopStrings', 'check_stop', 'Writer', 'Completion', 'LogLikelihood',
            'pair_ids', 'LM', 'is_list_of_prompts']
 
 # %% ../../nbs/07_inference/02_generation.ipynb #6cbe8ccb
@@ -282,7 +282,7 @@ def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(stop)
 
 # %% ../../nbs/07_inference/02_generation.ipynb #1d5e2656
-class _Writer:
+class Writer:
     "Turns the tokens of a row into text that may be shown, and ends the row at a stop string."
     def __init__(self, row: Row, tokenizer: Tokenizer, stop: str | Sequence[str]):
         self.row, self.eos = row, set(tokenizer.eos_ids)
@@ -376,7 +376,7 @@ def texts(self: LM,
           stop: str | Sequence[str] = (),      # a text ends before the first of these
           ) -> Iterator[tuple[list[Row], list[str]]]:
     "The rows of a batch and their new text after every step."
-    writers = [_Writer(row, self.tokenizer, stop) for row in batch.rows]
+    writers = [Writer(row, self.tokenizer, stop) for row in batch.rows]
     return ((rows, [w.write() for w in writers]) for rows in batch.steps())
 
 # %% ../../nbs/07_inference/02_generation.ipynb #4fac35db

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..environment import llama_cpp_build
 from ..errors import (CheckpointError, ContextLengthError, InputError, SourceError, UnsupportedError,
                                   did_you_mean)
-from .generation import (Completion, LogLikelihood, Row, _Writer, check_prompts, check_stop,
+from .generation import (Completion, LogLikelihood, Row, Writer, check_prompts, check_stop,
                                                 pair_ids, whole, wholes)
 from .sampling import Sampler
 
@@ -165,7 +165,7 @@ def _row(self: LlamaCppLM, ids, *, max_new_tokens: int = 256, temperature: float
 @patch
 def _write(self: LlamaCppLM, row: Row, sampler: Sampler, seed: int, stop: Sequence[str]) -> Iterator[str]:
     "Write the row, and hand out its text piece by piece."
-    C, writer, drawing = library(), _Writer(row, self.words, stop), chain(sampler, seed)
+    C, writer, drawing = library(), Writer(row, self.words, stop), chain(sampler, seed)
     try:
         self.llama.reset()
         waiting = row.prompt

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..errors import ContextLengthError, InputError, SourceError
-from .generation import (MOST, Completion, LogLikelihood, Row, _Writer, check_prompts,
+from .generation import (MOST, Completion, LogLikelihood, Row, Writer, check_prompts,
                                                 check_stop, pair_ids, seeded, wholes)
 from .sampling import Sampler, gumbel
 from ..text.vocabularies import WindowStream
@@ -127,7 +127,7 @@ def _write(self: TransformersLM, row: Row, sampler: Sampler, generators, stop: S
            show: Callable[[str], None],                     # is given each piece of text
            left: threading.Event | None = None):            # set: nobody reads any more
     "Run `generate` until the row is over."
-    writer = _Writer(row, self.words, stop)
+    writer = Writer(row, self.words, stop)
     def seen(tokens, scores):                               # a stopping criterion; tokens (1, T)
         if row.reason is None:
             row.tokens.append(token := int(tokens[0, -1]))

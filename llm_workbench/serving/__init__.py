@@ -1,0 +1,1 @@
+"Many texts at a time: pages, schedules, an engine, a server."
