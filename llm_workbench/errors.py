@@ -36,6 +36,14 @@ class ContextLengthError(WorkbenchError, ValueError):
     "A prompt (plus what is to be generated) is longer than the context that the model was made for."
 
 
+class Overloaded(WorkbenchError):
+    "More work waits than is taken on; `retry_after` is an estimate of the seconds until there is room again."
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 def did_you_mean(name: str,             # what was asked for
                  known: Iterable[str],  # what there is
                  ) -> str:              # a sentence with a blank before it, or nothing when no name is near

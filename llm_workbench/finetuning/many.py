@@ -36,6 +36,7 @@ class Many(Around):
         out, rows, counts = self.base(x, ops), self.chosen.rows, self.chosen.counts
         if rows is None: return out
         n = len(x) if counts is None else x[..., 0].numel()
+        if counts is not None and len(rows) == 1: counts = [n]       # one text, or a part of it
         if n != (len(rows) if counts is None else sum(counts)):
             raise InputError(f"{len(rows)} adapters are chosen for an input of the shape {tuple(x.shape)}: name one for "
                              "each row of a batch, or each text of a packed row with its tokens in `counts`")
