@@ -298,4 +298,48 @@ def _line(steps):
     return Metered(Line(steps), steps)
 
 
+# ----------------------------------------------------------------------------------------------------------- serve
+Host = typer.Option(metavar="ADDRESS", help="Where to listen. On any address but this machine's own, a key is needed: "
+                                            "one is made and printed.")
+Port = typer.Option(parser=_number(int, 0, 65535, "a port from 0 to 65535"), metavar="NUMBER", help="0: any free one.")
+Key = typer.Option(metavar="TEXT", envvar="LLM_WORKBENCH_KEY", show_default=False,
+                   help="What clients must show (Authorization: Bearer KEY). Better set in the environment.")
+Name = typer.Option(metavar="TEXT", show_default=False, help="The model's name to clients; its card's by default.")
+Memory = typer.Option(parser=_number(float, 0.001, 1e6, "a number above 0"), metavar="GB", show_default=False,
+                      help="For keys and values of all texts; a share of what is free by default.")
+Most = typer.Option(parser=Count, metavar="COUNT", help="Texts that are written at a time.")
+Budget = typer.Option(parser=Count, metavar="TOKENS", help="Tokens of a step: with fewer, running texts wait less; "
+                                                           "with more, prompts are read faster.")
+Queue = typer.Option(parser=Count, metavar="COUNT", help="Requests that may wait; more are told to come back (429).")
+Context = typer.Option(parser=Count, metavar="TOKENS", show_default=False,
+                       help="Longest text; what the model allows by default.")
+Origin = typer.Option(metavar="URL", show_default=False, help="A web page that may ask; may be given several times.")
+
+
+@app.command()
+def serve(
+    model: Annotated[Optional[str], Model] = None,
+    host: Annotated[str, Host] = "127.0.0.1",
+    port: Annotated[int, Port] = 8000,
+    key: Annotated[Optional[str], Key] = None,
+    name: Annotated[Optional[str], Name] = None,
+    memory: Annotated[Optional[float], Memory] = None,
+    most: Annotated[int, Most] = 32,
+    budget: Annotated[int, Budget] = 256,
+    queue: Annotated[int, Queue] = 256,
+    context: Annotated[Optional[int], Context] = None,
+    origin: Annotated[Optional[list[str]], Origin] = None,
+):
+    "Serve a model by OpenAI's protocol and Ollama's, until Ctrl-C; answers that are being written are finished."
+    try:
+        import llm_workbench
+        from llm_workbench.serving import openai_server
+        from llm_workbench.serving.openai_protocol import Limits
+        openai_server.serve(llm_workbench.load(model), host, port, key=key or (), name=name, origins=origin or (),
+                            limits=Limits(context=context), memory=memory and int(memory * 1e9), most=most,
+                            budget=budget, queue=queue)
+    except WorkbenchError as e: raise _fail(e) from None
+    except KeyboardInterrupt: raise typer.Exit(130) from None
+
+
 if __name__ == "__main__": app()

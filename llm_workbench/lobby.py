@@ -3,6 +3,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from llm_workbench.architecture.ops import TORCH, Ops
 from llm_workbench.errors import InputError, UnsupportedError
@@ -37,6 +38,16 @@ def load(source: str | Path | None = None,  # None: the embedded model; a folder
     if checkpoint.packed_by and weights in (None, "stored"): keep = as_wrapped(dtype, device)
     decoder = Decoder.from_checkpoint(checkpoint.config, checkpoint.tensors, dtype, device, ops, keep)
     return LM(decoder, checkpoint.tokenizer, checkpoint.card, batches_for(device))
+
+
+@patch
+def serve(self: LM, host: str = "127.0.0.1", port: int = 0,   # 0: a free one
+          **settings):                                               # of `serving.openai_server.start`
+    """Serve the model from a thread, by OpenAI's protocol and Ollama's: `with lm.serve() as server: server.url`.
+
+    Raises SourceError for a port that is taken, UnsupportedError where FastAPI or uvicorn is absent."""
+    from llm_workbench.serving.openai_server import start
+    return start(self, host, port, **settings)
 
 
 def keeping(weights: str | Format | None,  # "stored", "dense", a format or its name; None: the fastest that there is
