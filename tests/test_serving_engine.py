@@ -49,7 +49,7 @@ def asked(seed, n=7, most=64, **more):
         prompt = (rng.choice(beginnings) if rng.random() < .5 else []) + [rng.randrange(97) for _ in range(rng.randint(1, 16))]
         options = rng.choice([dict(), WARM, dict(temperature=1.0, top_k=7), dict(temperature=.7, repetition_penalty=1.3)])
         return Request(prompt, rng.randint(1, min(14, most - len(prompt))), options, seed=100 * seed + i, n=rng.choice([1, 1, 2]),
-                       stop=rng.choice([(), ("7 1",), ("9",)]), priority=rng.randint(0, 1), tenant=rng.choice("ab"), **more)
+                       stop=rng.choice([(), (" 4", "7 1"), ("9",)]), priority=rng.randint(0, 1), tenant=rng.choice("ab"), **more)
     return [one(i) for i in range(n)]
 
 

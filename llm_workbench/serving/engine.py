@@ -155,7 +155,7 @@ class Engine:
         self.lm, self.speculate, self.adapters, self.clock = lm, whole("speculate", speculate, 0), adapters, clock
         self.cache = paged_cache(lm.decoder, memory=memory or room(lm, most), page=page, dtype=kv,
                                  tables=PrefixTables, rewind=speculate)
-        self.scheduler = Scheduler(self.cache.tables, budget=budget, most=most, queue=queue, clock=clock)
+        self.scheduler = Scheduler(self.cache.tables, budget=budget, most=min(most, budget), queue=queue, clock=clock)
         self.texts: dict[tuple[int, int], Text] = {}
         self.ids, self.steps = itertools.count(), 0
         self.counts = dict.fromkeys(("prompt_tokens", "generation_tokens", "guessed_tokens", "accepted_tokens"), 0)

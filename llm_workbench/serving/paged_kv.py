@@ -369,7 +369,7 @@ def _write(self: PagedCache, layer, slots, k, v):
     store, n_pages = self.store[layer], len(self.tables.pools[self.windows[layer]].holders)
     for name, x in (("k", k), ("v", v)):
         for part, new in ({} if x is None else self._kept(name, x[0])).items():                   # (N, K, D) or (N, K)
-            if part not in store: store[part] = new.new_zeros(n_pages, self.tables.page, *new.shape[1:])
+            if part not in store: store[part] = new.new_empty(n_pages, self.tables.page, *new.shape[1:])
             old = store[part]
             if old.shape[2:] != new.shape[1:] or old.dtype != new.dtype:
                 raise InputError(f"the pages hold {part} {tuple(old.shape[2:])} {old.dtype} and are given "
