@@ -162,7 +162,7 @@ def measure_server(run, sizes):
     try:
         process = Process("served", PEERS["ours bf16"][1], 32, run.args.threads, 1300)
         run.hello[SERVER] = process.hello
-        target = over_http(process.ask(address=True)["address"], model=embedded_model().stem)
+        target = over_http(process.ask(address=True)["address"])
         for run.round in range(run.args.rounds):
             print(f"round {run.round + 1} of {run.args.rounds}: the server", flush=True)
             measure_overhead(run, process, target, sizes)
@@ -195,8 +195,13 @@ def measure_overload(run, process, driven, sizes):
     from llm_workbench.serving.load import arrivals, calls
     tokens, new, seconds = *sizes["short"], sizes["seconds"]
     def workload(rate, n): return calls(arrivals(rate, n, seed=run.fresh()), tokens, new, seed=run.fresh())
-    process.ask(queue=1000)
-    crowd = driven(workload(np.inf, 2 * 32)).summary()
+    def told(workload, slo=None):
+        found = driven(workload)
+        wrong = [r.error for r in found.records if r.error]
+        if wrong: raise RuntimeError(f"{len(wrong)} requests failed under load: {wrong[0]}")
+        return found.summary(slo)
+    process.ask(queue=100_000)
+    crowd = told(workload(np.inf, 2 * 32))
     capacity = crowd["requests/s"]
     slo = dict(ttft=max(2.0, 8 / capacity), tpot=2 * crowd["tpot p50"])
     queue = max(1, int(0.5 * slo["ttft"] * capacity))
@@ -205,11 +210,10 @@ def measure_overload(run, process, driven, sizes):
         for load in (1, 2)[::1 if run.round % 2 else -1]:
             for name, limit in (("bounded", queue), ("endless", 100_000))[:1 if run.round else 2]:
                 process.ask(queue=limit)
-                told = driven(workload(load * capacity, max(2, int(load * capacity * seconds)))).summary(slo)
-                if told["error"]: raise RuntimeError(f"{told['error']} requests failed under load")
-                print(f"load {load}, {name} queue: {told['good/s']:.2f} of {load * capacity:.2f} requests/s in time")
-                run.add(f"goodput at {load}x, {name} queue", told["good/s"])
-                run.add(f"first token p99 at {load}x, {name} queue", told["ttft p99"])
+                found = told(workload(load * capacity, max(2, int(load * capacity * seconds))), slo)
+                print(f"load {load}, {name} queue: {found['good/s']:.2f} of {load * capacity:.2f} requests/s in time")
+                run.add(f"goodput at {load}x, {name} queue", found["good/s"])
+                run.add(f"first token p99 at {load}x, {name} queue", found["ttft p99"])
 
 
 # --- what follows from the samples ------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ def main():
 
     run = Run([] if args.only == ["server"] else names, args)
     run.overload = None
-    measure_streams(run, streams, size)
+    if run.names: measure_streams(run, streams, size)
     if not args.only or "server" in args.only: measure_server(run, sizes)
     samples = {what: list(values.values()) for what, values in run.samples.items()}
     ratios = ratios_of(run.samples)

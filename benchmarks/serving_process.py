@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -73,14 +72,10 @@ class Served(Ours):
     "The same behind a Runner and, at an address, behind the server of this package."
     def __init__(self, model, threads, streams, context):
         super().__init__(model, threads, streams, context)
-        import uvicorn
         from llm_workbench.serving.engine import Runner
-        from llm_workbench.serving.openai_server import app
+        from llm_workbench.serving.openai_server import Server, app
         self.runner = Runner(self.engine)
-        self.server = uvicorn.Server(uvicorn.Config(app(self.runner, self.lm), port=0, log_level="error"))
-        threading.Thread(target=self.server.run, daemon=True).start()
-        while not self.server.started: time.sleep(0.02)
-        self.address = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/v1"
+        self.address = f"{Server(app(self.runner, self.lm), runner=self.runner).url}/v1"
 
     def run(self, prompts, new):
         from llm_workbench.serving.load import Call, drive, in_process

@@ -2,9 +2,11 @@
 import asyncio
 import json
 import socketserver
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,9 @@ from llm_workbench.errors import InputError, Overloaded
 from llm_workbench.serving.load import (
     Call, Record, Run, VirtualTime, arrivals, calls, chats, dashboard, drive, in_process, in_time, interval, live,
     meets, over_http, quantile, read_metrics, scrape)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import serving as bench  # noqa: E402
 
 
 def chair(seconds=1.0, pieces=1, each=1):
@@ -267,7 +272,8 @@ def test_in_process_closes_what_its_reader_leaves():
     assert [(r.reason, r.tokens, r.cached) for r in run.records] == [("length", 4, 3), ("left", 2, 3)]
     assert said.closed == 2
     first = said.requests[0]
-    assert (first.prompt, first.priority, first.stop_at_eos) == ([1, 2], 2, False) and first.sampling["temperature"] == 0.5
+    assert (first.prompt, first.priority, first.stop_at_eos) == ([1, 2], 2, False)
+    assert first.sampling == dict(temperature=0.5)
 
 
 def test_an_engines_error_is_the_records():
@@ -375,7 +381,7 @@ BROKEN = {
     "an error in the stream": (CHUNKED + chunks(text("a") + event(error=dict(message="dead")), 99), "dead"),
     "no JSON": (CHUNKED + chunks(b"data: {oops\n\n", 99), "JSONDecodeError"),
     "refused for good": (b'HTTP/1.1 400 Bad Request\r\nContent-Length: 9\r\n\r\n{"error"}', "answers 400: {\"error\"}"),
-    "not there": (b"HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(b"no model", 3), "404: no model"),
+    "not there": (b"HTTP/1.1 404 No\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(b"no model", 3), "404: no model"),
 }
 
 
@@ -396,6 +402,12 @@ def test_a_full_server_is_asked_again_when_it_says(status):
     reply = b"HTTP/1.1 %d Busy\r\nRetry-After: 0.2\r\nContent-Length: 4\r\n\r\nfull" % status
     with canned(reply) as url: r = drive(over_http(url), at(0.0), retries=2).records[0]
     assert (r.reason, r.tries) == ("refused", 3) and 0.4 <= r.ended < 2.0
+
+
+def test_a_refusal_in_the_stream_is_a_refusal():
+    error = event(error=dict(message="full", code="rate_limit_exceeded"))
+    assert asked(CHUNKED + chunks(error, 99)).reason == "refused"
+    assert asked(CHUNKED + chunks(event(error="full"), 99)).reason == "error"
 
 
 def test_who_leaves_closes_the_connection():
@@ -470,3 +482,30 @@ def test_a_live_picture_can_be_stopped_when_its_server_is_gone():
     time.sleep(0.1)
     stop()
     assert image.value == b""
+
+
+# --- benchmarks/serving.py --------------------------------------------------------------------------------------------
+
+def test_a_ratio_is_of_rounds_in_which_both_were_measured():
+    samples = {"8 streams, ours bf16": {(0, 0): 100.0, (1, 1): 300.0, (2, 2): 500.0},
+               "8 streams, vllm bf16": {(0, 0): 100.0, (1, 2): 250.0}}
+    assert bench.ratio(samples, "8 streams, ours bf16", "8 streams, vllm bf16") == 1.5
+    assert bench.ratios_of(samples) == {"8 streams: ours bf16 / vllm bf16": 1.5}
+    assert bench.ratio(samples, "8 streams, ours bf16", "nobody") is None
+
+
+def test_every_goal_is_of_engines_that_there_are():
+    for goal in bench.GOALS:
+        assert all(name in bench.PEERS for name in goal.split(": ")[1].split(" / ")), goal
+    assert bench.goal_of("8 streams: through HTTP / engine") == (0.97, True)
+    assert bench.goal_of("first token, warm / cold") == (0.10, False)
+    assert bench.goal_of("endless queue: goodput at 2x / at 1x") is None
+    assert bench.streams_of("llama-server Q4_1", (1, 8, 32)) == [1, 8]
+    assert bench.streams_of("llama-server Q4_1, 32 slots", (1, 8, 32)) == [32]
+
+
+def test_engines_that_are_not_there_say_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "HOME", tmp_path)
+    monkeypatch.setattr(bench, "FOLDER", tmp_path / "transformers")
+    assert bench.absent("vllm bf16") == "no environment vllm: python tools/peers.py vllm"
+    assert bench.absent("ours bf16") is None
