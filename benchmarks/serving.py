@@ -15,7 +15,9 @@ behind 1,000 tokens that were seen before, and that were not; and twice as many 
 comes in time).
 """
 import argparse
+import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -55,6 +57,7 @@ PAIRS = [*GOALS, *(f"{n} streams: {pair}" for n in STREAMS for pair in (
     "ours int4_g32 / llama-server Q4_1", "ours Q4_1 / llama-server Q4_1, 32 slots"))]
 SERVER_GOALS = {"through HTTP / engine": 0.97, "first token, warm / cold": 0.10, "goodput at 2x / at 1x": 0.90}
 SLOW = 60                                            # seconds beyond which a task is asked for in every second round
+HANGS = 240                                          # seconds for one answer
 NOTE = ("One machine of two cores whose other work cannot be stopped: compare what stands in the same run, by ratios, "
         "and read p20 to p80 as the unrest of that hour. Clients of the server run on the same two cores.")
 
@@ -86,6 +89,15 @@ class Process(Peer):
         self.process = subprocess.Popen(list(map(str, command)), **pipes, env=environment | own | dict(
             OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1"))
         self.hello = self.answer()
+
+    def ask(self, **request):
+        "Less patience than for the start: there are servers that hang when many ask."
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], HANGS)[0]:
+            self.process.kill()
+            raise RuntimeError(f"it hangs: no answer in {HANGS} s")
+        return self.answer()
 
 
 class Run:
