@@ -143,7 +143,7 @@ def test_history_by_functions_and_coroutines_and_a_watch_that_fails():
         await asyncio.sleep(0.25)
         return dict(x=1)
     assert [t for t, _ in virtual(chair(), at(0.0), watch=lambda: dict(x=1), every=0.4).history] == [0.0, 0.4, 0.8]
-    assert [t for t, _ in virtual(chair(), at(0.0), watch=later, every=0.5).history] == [0.25]
+    assert [t for t, _ in virtual(chair(), at(0.0), watch=later, every=0.5).history] == [0.0, 0.75]
     with pytest.raises(ZeroDivisionError): virtual(chair(), at(0.0), watch=lambda: 1 / 0)
     said = iter([dict(x=1)])
     assert len(virtual(chair(), at(0.0), watch=lambda: next(said), every=0.1).history) == 1, "what was seen is kept"
