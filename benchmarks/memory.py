@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -65,6 +66,7 @@ KEEPING = {"a page": GIVEN_BACK, "128 KiB": limited("131072"), "as it comes": {}
 KEPT = "LoRA, SmolLM2, 256", "QLoRA, SmolLM2, 512, again"                               # kinds for which all are run
 
 
+@cache
 def config_of(shape):
     from llm_workbench import ModelConfig, load
     return load().decoder.config if SHAPES[shape] is None else ModelConfig(max_position_embeddings=4096,

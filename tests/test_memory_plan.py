@@ -255,7 +255,7 @@ def given_back(**malloc):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
 def test_what_is_freed_is_gone_where_it_is_measured():
-    assert given_back(**benchmark.GIVEN_BACK) > 0.95
+    assert given_back(**benchmark.GIVEN_BACK) > 0.9
     kept = given_back(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
     assert kept < 0.5, "the check does not see holes below the limit"
     assert benchmark.unused() >= 0
