@@ -78,7 +78,9 @@ def refusal(error: Exception) -> Refused:
     if isinstance(error, Overloaded):
         after = str(max(1, math.ceil(error.retry_after)))
         return Refused(429, str(error), "rate_limit_exceeded", headers={"Retry-After": after})
-    if isinstance(error, Unavailable): return Refused(503, str(error), "unavailable", headers={"Retry-After": "5"})
+    if isinstance(error, Unavailable):
+        log.info("no engine: %s", error)
+        return Refused(503, "The engine is closing, or has stopped.", "unavailable", headers={"Retry-After": "5"})
     if isinstance(error, UnsupportedError): return Refused(400, str(error), "unsupported_value")
     if isinstance(error, InputError): return Refused(400, str(error), "invalid_value")
     log.error("internal error", exc_info=error)
