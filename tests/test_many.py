@@ -163,5 +163,5 @@ def test_bad_input():
     with pytest.raises(InputError, match="name one for each row"):
         with using(together, [None]): together.hidden(TOKENS[:2])
     with pytest.raises(InputError, match="no single one"): together.layers[0].self_attn.q_proj.dense()
-    with pytest.raises(InputError, match="one row"):
+    with pytest.raises(InputError, match="each row of a batch"):
         with using(together, ["small"]): together.hidden(TOKENS[:2])

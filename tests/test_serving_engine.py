@@ -221,7 +221,7 @@ def test_what_cannot_be_done_is_refused_when_it_comes(llama, bad, error, words):
 
 
 def test_of_several_texts_all_are_taken_or_none(llama):
-    engine = Engine(llama, memory=pages_of(llama, 60), page=4, queue=3)
+    engine = Engine(llama, memory=pages_of(llama, 60), page=4, most=1, queue=2)
     engine.add(Request([1, 2], 3))
     with pytest.raises(Overloaded): engine.add(Request([1, 2], 3, n=3))
     assert len(engine.scheduler.waiting) == len(engine.texts) == 1

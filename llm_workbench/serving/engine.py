@@ -159,7 +159,9 @@ class Engine:
         self.lm, self.speculate, self.adapters, self.clock = lm, whole("speculate", speculate, 0), adapters, clock
         self.cache = paged_cache(lm.decoder, memory=memory or room(lm, most), page=page, dtype=kv,
                                  tables=PrefixTables, rewind=speculate)
-        self.scheduler = Scheduler(self.cache.tables, budget=budget, most=min(most, budget), queue=queue, clock=clock)
+        most = min(most, budget)
+        self.limit = most + queue                    # texts that are here at a time
+        self.scheduler = Scheduler(self.cache.tables, budget=budget, most=most, queue=self.limit, clock=clock)
         self.texts: dict[tuple[int, int], Text] = {}
         self.ids, self.steps = itertools.count(), 0
         self.counts = dict.fromkeys(("prompt_tokens", "generation_tokens", "guessed_tokens", "accepted_tokens"), 0)
@@ -199,6 +201,7 @@ def check(self: Engine, request: Request) -> None:
 def add(self: Engine, request: Request, id: int | None = None) -> int:    # id: drawn from `ids` before
     "Take a request; its number. Raises what `check` raises, and Overloaded."
     self.check(request)
+    if len(self.texts) + request.n > self.limit: raise self.full(len(self.texts))
     id, now = next(self.ids) if id is None else id, self.clock()
     texts = [Text(id, i, request, self.lm, self.speculate > 0, now) for i in range(request.n)]
     for i, text in enumerate(texts):
@@ -478,12 +481,11 @@ def submit(self: Runner, request: Request, deliver: Callable[[Piece], None]) -> 
     """Ask; `deliver` gets the pieces, in the engine's thread. The request's number. Raises what `Engine.check` raises,
     Overloaded and Unavailable."""
     self.engine.check(request)
-    scheduler, id = self.engine.scheduler, next(self.engine.ids)
+    id = next(self.engine.ids)
     with self.changed:
         if self.draining: raise Unavailable("the engine is being closed and takes nothing new")
         there = sum(self.open.values())
-        if there + request.n > scheduler.most + scheduler.queue:
-            raise Overloaded(f"{there} texts are here already: ask again later", scheduler.retry_after())
+        if there + request.n > self.engine.limit: raise self.engine.full(there)
         self.open[id], self.listeners[id] = request.n, deliver
     def add():
         try: self.engine.add(request, id)

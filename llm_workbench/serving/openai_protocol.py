@@ -12,7 +12,7 @@ __all__ = ['log', 'DONE', 'TYPES', 'TEXT', 'FLAG', 'LIST', 'OBJECT', 'NOT_HERE',
            'response_fields', 'as_messages', 'as_chat', 'ResponseAnswer', 'respond', 'embedding_fields',
            'embedding_rows', 'embedding_answer']
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #e938fa23
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #0007a0b7
 import base64
 import copy
 import functools
@@ -40,7 +40,7 @@ from .engine import Piece, Request, Scored, Unavailable
 
 log = logging.getLogger("llm_workbench.serving")
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #3998c969
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #a487c116
 def event(data: dict | str,           # JSON, or a word such as [DONE]
           name: str | None = None,    # the type of the event, where a protocol has several
           ) -> bytes:
@@ -50,7 +50,7 @@ def event(data: dict | str,           # JSON, or a word such as [DONE]
 
 DONE = event("[DONE]")
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #de0a63da
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #6f112663
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error"}     # the rest: server_error
 
@@ -78,13 +78,15 @@ def refusal(error: Exception) -> Refused:
     if isinstance(error, Overloaded):
         after = str(max(1, math.ceil(error.retry_after)))
         return Refused(429, str(error), "rate_limit_exceeded", headers={"Retry-After": after})
-    if isinstance(error, Unavailable): return Refused(503, str(error), "unavailable", headers={"Retry-After": "5"})
+    if isinstance(error, Unavailable):
+        log.info("no engine: %s", error)
+        return Refused(503, "The engine is closing, or has stopped.", "unavailable", headers={"Retry-After": "5"})
     if isinstance(error, UnsupportedError): return Refused(400, str(error), "unsupported_value")
     if isinstance(error, InputError): return Refused(400, str(error), "invalid_value")
     log.error("internal error", exc_info=error)
     return Refused(500, f"internal error ({type(error).__name__}): the server's log has the rest", "internal_error")
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #03e3344e
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #d403ed25
 @dataclass(frozen=True)
 class Limits:
     "What one request may ask for. Beyond it the answer is an error that names the limit."
@@ -102,7 +104,7 @@ class Limits:
     open: int = 1024              # requests that are being answered or wait (server)
     stall: float = 60.0           # seconds that a client may take to bring a request, or to read a piece (server)
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #98d06137
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #d5644618
 def real(low: float, high: float):
     is_one = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
     return lambda v: is_one(v) and low <= v <= high, f"a number from {low:g} to {high:g}"
@@ -128,7 +130,7 @@ def biases(limits: Limits):
             and all(k.isdecimal() and k.isascii() for k in v),
             f"an object of at most {limits.bias} token ids with numbers from -100 to 100")
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #70c7c054
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #66a8a7b8
 def common_fields(limits: Limits) -> dict:
     "What all requests for text have."
     return dict(model=TEXT, temperature=real(0, 2), top_p=real(0, 1), top_k=count(-1), min_p=real(0, 1),
@@ -156,7 +158,7 @@ NOT_HERE = dict(functions="use tools", function_call="use tool_choice", suffix="
                 background="answers are sent while they are written: leave it out",
                 prompt_logprobs="use echo with logprobs, in completions")
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #5891930a
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #d90948ec
 def checked(body, fields: dict) -> dict:   # by name: a test and what it must be
     "The known fields of a request that are not null. Raises Refused; what is unknown is logged."
     if not isinstance(body, dict): raise invalid("The request must be a JSON object.")
@@ -169,7 +171,7 @@ def checked(body, fields: dict) -> dict:   # by name: a test and what it must be
     if unknown := sorted(asked.keys() - fields.keys()): log.info("ignored: %s", ", ".join(map(repr, unknown))[:300])
     return {name: value for name, value in asked.items() if name in fields}
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #5f52aa53
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #4c514b7b
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"      # around a call, in what the model reads and writes
 
@@ -198,7 +200,7 @@ def call_of(call, where: str) -> dict:
     if isinstance(name, str) and isinstance(arguments, dict): return dict(name=name, arguments=arguments)
     raise invalid(f"{where} is {call!r:.60}: it needs a function with a name and arguments (JSON of an object).", where)
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #f8eb251d
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #9848a4c1
 def plain_messages(messages: list, native: bool) -> list[dict]:   # native: the template knows tools
     "Messages as chat templates want them. Raises Refused."
     if not messages: raise invalid("messages is empty: there is nothing to answer.", "messages")
@@ -233,7 +235,7 @@ def with_tools(messages: list[dict], offered: list[dict]) -> list[dict]:
     if messages[0]["role"] != "system": return [dict(role="system", content=words), *messages]
     return [dict(role="system", content=messages[0]["content"] + "\n\n" + words), *messages[1:]]
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #fe11c4db
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #472716e0
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 def offered_tools(asked: dict, limits: Limits) -> tuple[list[dict], str]:   # "none", "auto", "required"
@@ -261,7 +263,7 @@ def offered_tools(asked: dict, limits: Limits) -> tuple[list[dict], str]:   # "n
     if choice == "required" and not listed: raise wrong("is required, and there are no tools", "tool_choice")
     return (listed, choice) if listed and choice != "none" else ([], "none")
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #a3f9ee6d
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #0a71ee5b
 RESERVED = {"self", "messages", "template", "chat_template", "tools", "add_generation_prompt"}
 
 def conversation_ids(lm: LM, asked: dict, offered: list[dict]) -> list[int]:
@@ -279,7 +281,7 @@ def conversation_ids(lm: LM, asked: dict, offered: list[dict]) -> list[int]:
     ids = lm.tokenizer.encode_chat(messages, goes_on or asked.get("add_generation_prompt", True), **more)
     return ids + (lm.tokenizer.encode(begun, add_bos=False) if begun else [])
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #b2e12ed3
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #6018cff8
 @functools.lru_cache(maxsize=8)
 def schema_rule(tokenizer, schema: str, closed: bool) -> Constraint:
     return json_schema(tokenizer, schema, closed=closed)
@@ -299,7 +301,7 @@ def ending(rule: Constraint, most: int) -> Constraint:
     except InputError: made.finish_within = None
     return made
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #3621a928
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #aead788f
 class CallWhenOpened:
     "A mask: free text, but behind the opening mark only calls of tools."
     def __init__(self, rule: ToolCalls, tokenizer):
@@ -329,7 +331,7 @@ class CallWhenOpened:
         rule.rows[row] = 0, state
         return rule, row
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #9a789ab7
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #a06ab4fe
 def called_rule(lm: LM, offered: list[dict], choice: str, many: bool, most: int) -> Callable:
     "The mask for calls. A tool that is not `strict` and has a schema beyond us may get any object."
     made = []
@@ -363,7 +365,7 @@ def rule_of(lm: LM, asked: dict, offered: list[dict], choice: str, most: int, li
         return ending(schema_rule(lm.tokenizer, schema, bool(given.get("strict"))), most)
     except RecursionError: raise wrong("is nested too deeply") from None
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #240c4d52
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #ac035d09
 def room(lm: LM, ids: Sequence[int], most: int | None, limits: Limits) -> int:   # most: asked for; None: nothing said
     "How many tokens an answer may have. Raises ContextLengthError."
     context = min(lm.decoder.config.max_position_embeddings, limits.context or 2**62)
@@ -390,7 +392,7 @@ def settled(lm: LM, ids: list[int], asked: dict, most: int, **more) -> Request: 
                    stop_at_eos=not asked.get("ignore_eos", False), bias=bias, priority=asked.get("priority", 0),
                    salt=asked.get("cache_salt"), **more)
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #d475c0db
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #3bc09dde
 HEAD = re.compile(r'\s*[\[,]?\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 TAIL, END = re.compile(r"\s*\}"), re.compile(rf"\s*\]?\s*{CLOSE}")
 
@@ -421,7 +423,7 @@ class CallReader:
         held = 0 if last else max((n for n in range(1, len(OPEN)) if self.buffer.endswith(OPEN[:n])), default=0)
         return ("text", self.take(len(self.buffer) - held)) if len(self.buffer) > held else None
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #72f29688
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #03656dfb
 @patch
 def in_head(self: CallReader, last: bool):
     "Between the mark, or another call, and the arguments."
@@ -455,7 +457,7 @@ def behind(self: CallReader, last: bool):
     self.state = "in_head"
     return "text", ""
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #9d4b85fa
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #e31659ba
 def name_of(lm: LM, token: int) -> str: return lm.tokenizer.decode([token])
 
 def bytes_of(lm: LM, token: int) -> list[int]:
@@ -494,7 +496,7 @@ class Choice:
     @property
     def finish(self) -> str | None: return "tool_calls" if self.calls and self.reason == "stop" else self.reason
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #ce868f48
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #6af0588d
 class Answer:
     "An answer that is being written. What it sends are dicts; `name` of one is the type of its event, if it needs one."
     prefix = object = chunk = ""
@@ -530,7 +532,7 @@ class Answer:
         return [self.sent(self.chunk, [], usage=self.usage())] if self.wants_usage else []
     def failed(self, error: Refused) -> list[dict]: return [error.body]      # in the middle of a stream
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #3bd6f3b0
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #a0eaf158
 class ChatAnswer(Answer):
     prefix, object, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -581,7 +583,7 @@ def chat(lm: LM, model: str, body: dict, limits: Limits = Limits()) -> ChatAnswe
     mask = rule_of(lm, asked, offered, choice, most, limits)
     return ChatAnswer(lm, model, asked, [settled(lm, ids, asked, most, mask=mask, logprobs=top)], calls=bool(offered))
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #4a2c4211
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #14136256
 class CompletionAnswer(Answer):
     prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
 
@@ -625,7 +627,7 @@ class CompletionAnswer(Answer):
                                     logprobs=self.logprobs(c, [*head[1], *c.scored]))
         return self.sent(self.object, [told(c, self.head(c)) for c in self.choices], usage=self.usage())
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #bbc838eb
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #8cfeaa7f
 def prompts_of(prompt) -> list[str | list[int]]:
     "One prompt or several, each a text or token ids. Raises Refused."
     ids = lambda v: isinstance(v, list) and bool(v) and all(type(t) is int for t in v)
@@ -651,7 +653,7 @@ def complete(lm: LM, model: str, body: dict, limits: Limits = Limits()) -> Compl
     texts = [p if isinstance(p, str) else lm.tokenizer.decode(p) for p in prompts]
     return CompletionAnswer(lm, model, asked, requests, texts)
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #33fa52db
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #86828477
 def response_fields(limits: Limits) -> dict:
     return common_fields(limits) | dict(
         input=kind((str, list), "a text or a list of items"), instructions=TEXT, max_output_tokens=count(1),
@@ -690,7 +692,7 @@ def as_chat(asked: dict) -> dict:
     return more | dict(messages=first + as_messages(asked.get("input", "")), tools=functions, tool_choice=choice,
                        max_completion_tokens=asked.get("max_output_tokens"), response_format=form)
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #35783820
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #2da34dd9
 class ResponseAnswer(Answer):
     prefix = "resp_"
 
@@ -723,7 +725,7 @@ class ResponseAnswer(Answer):
 
     def begin(self): return [self.event(t, response=self.response("in_progress")) for t in ("created", "in_progress")]
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #820bfe92
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #d9968991
 @patch
 def take(self: ResponseAnswer, i: int, piece: Piece) -> list[dict]:
     choice, events = self.choice(i, piece), []
@@ -788,7 +790,7 @@ def respond(lm: LM, model: str, body: dict, limits: Limits = Limits()) -> Respon
     if asked.get("n", 1) != 1: raise Refused(400, "A response has one text: leave n out.", "unsupported_parameter", "n")
     return ResponseAnswer(lm, model, asked, chat(lm, model, as_chat(asked), limits))
 
-# %% ../../nbs/11_serving/05_openai_protocol.ipynb #7c7c67f7
+# %% ../../nbs/11_serving/05_openai_protocol.ipynb #0b1de83a
 def embedding_fields(limits: Limits) -> dict:
     return dict(model=TEXT, input=kind((str, list), "a text, token ids, or a list of either"), dimensions=count(1),
                 user=TEXT, encoding_format=(lambda v: v in ("float", "base64"), "float or base64"))

@@ -7,7 +7,7 @@ __all__ = ['DEAD', 'HERE', 'OPEN_PATHS', 'Gone', 'Line', 'metrics_text', 'Servic
            'parsed', 'making', 'known_model', 'Written', 'EngineBatch', 'ollama_of', 'Native', 'small_answers', 'Small',
            'app', 'model_name', 'bound', 'Server', 'start', 'greeting', 'serve']
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #c1c12711
+# %% ../../nbs/11_serving/06_openai_server.ipynb #4decf1fb
 import asyncio
 import contextlib
 import functools
@@ -40,7 +40,7 @@ from .openai_protocol import (
     DONE, FLAG, LIST, TEXT, Answer, Limits, Refused, chat, checked, complete, conversation_ids, embedding_answer,
     embedding_fields, embedding_rows, event, refusal, respond)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #c71493ba
+# %% ../../nbs/11_serving/06_openai_server.ipynb #95a733a3
 class Gone(Exception):
     "The client has hung up."
 
@@ -68,7 +68,7 @@ class Line:
         with self.lock: self.stopped, ids = True, list(self.ids)
         for id in ids: self.service.runner.abort(id)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #fe92daf2
+# %% ../../nbs/11_serving/06_openai_server.ipynb #f2535915
 @patch
 def put(self: Line, i: int, piece) -> None:
     "In the engine's thread: a piece of request i."
@@ -112,7 +112,7 @@ async def next(self: Line, patience: float = 1.0) -> list[dict]:
 
 DEAD = 503, "The engine has stopped; the server has to be started again.", "engine_dead"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #005e11b8
+# %% ../../nbs/11_serving/06_openai_server.ipynb #a1dd328d
 def metrics_text(stats: dict, model: str) -> str:   # of `Engine.stats`; the model's name, a label of all
     "The numbers of an engine in Prometheus' format."
     lines, label = [], 'model_name="' + model.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -130,7 +130,7 @@ def metrics_text(stats: dict, model: str) -> str:   # of `Engine.stats`; the mod
         else: told(name, "counter" if name.endswith("_total") else "gauge", [("", "", value)])
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #133794c5
+# %% ../../nbs/11_serving/06_openai_server.ipynb #cf8edb04
 @dataclass
 class Service:
     "What all parts of a server share."
@@ -179,7 +179,7 @@ async def body_of(receive, limits: Limits) -> bytes:
                 if not message.get("more_body"): return b"".join(parts)
     except TimeoutError: raise Refused(408, "The request took too long to arrive.", "timeout") from None
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #b86d3080
+# %% ../../nbs/11_serving/06_openai_server.ipynb #df20e613
 def head(status: int, headers: dict[str, str]) -> dict:
     return dict(type="http.response.start", status=status, headers=[(k.lower().encode(), v.encode())
                                                                     for k, v in headers.items()])
@@ -233,7 +233,7 @@ class Gate:
         async def again(): return parts.pop() if parts else await receive()
         return again
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #4e5d3045
+# %% ../../nbs/11_serving/06_openai_server.ipynb #7a5125fe
 def parsed(body: bytes):
     "JSON, or Refused."
     try: return json.loads(body)
@@ -260,7 +260,7 @@ def known_model(service: Service, name) -> str:
     if name in names: return name
     raise Refused(404, f"There is no model {name!r:.80} here; there is {', '.join(names)}.", "model_not_found", "model")
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #1cc96500
+# %% ../../nbs/11_serving/06_openai_server.ipynb #d29abae1
 class Written:
     "An endpoint whose answers the engine writes."
     silence = 15.0                                               # seconds, then a comment is sent
@@ -303,7 +303,7 @@ class Written:
         except Exception as e: await out(answer.failed(refusal(e)))
         await send(dict(type="http.response.body", body=b"", more_body=False))
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #760b1bbd
+# %% ../../nbs/11_serving/06_openai_server.ipynb #c31c8913
 class EngineBatch:
     "What `LM.batch` gives where an engine writes: one row, filled by the pieces of one request."
     def __init__(self, runner: Runner, decoder, prompts, *, max_new_tokens=256, sampler=None, eos_ids=(), seed=None,
@@ -335,7 +335,7 @@ def ollama_of(service: Service) -> OllamaApp:
     app.turn = contextlib.nullcontext()                          # the engine takes turns itself
     return app
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #25573af3
+# %% ../../nbs/11_serving/06_openai_server.ipynb #cdaa2d8d
 class Native:
     "The endpoint of Ollama's API."
     def __init__(self, service: Service):
@@ -362,7 +362,7 @@ class Native:
             watching.cancel()
             if hasattr(pieces, "close"): await run(pieces.close)
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #91441f5e
+# %% ../../nbs/11_serving/06_openai_server.ipynb #a623e471
 def small_answers(service: Service) -> dict[tuple[str, str], Callable]:
     "By method and path: functions of the request's JSON."
     lm, limits = service.lm, service.limits
@@ -400,7 +400,7 @@ def small_answers(service: Service) -> dict[tuple[str, str], Callable]:
     posts = {"/v1/embeddings": embeddings, "/tokenize": tokenize, "/detokenize": detokenize}
     return {("GET", path): f for path, f in gets.items()} | {("POST", path): f for path, f in posts.items()}
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #576b1c5d
+# %% ../../nbs/11_serving/06_openai_server.ipynb #1835f3d8
 class Small:
     "An endpoint with a function of the request's JSON, which runs in a worker's thread."
     def __init__(self, function: Callable): self.function = function
@@ -471,7 +471,7 @@ def model_name(lm: LM) -> str:
     "The card's name as clients like it: without blanks."
     return re.sub(r"[^\w.-]+", "-", getattr(lm.card, "name", None) or "model").strip("-").lower() or "model"
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #144df8b5
+# %% ../../nbs/11_serving/06_openai_server.ipynb #073d5fb8
 def bound(host: str, port: int) -> socket.socket:
     "A socket that listens. Raises SourceError for a port that is taken."
     try:
@@ -508,7 +508,7 @@ class Server:
         if self.closed: return
         self.closed = self.service.draining = True
         until = time.monotonic() + timeout
-        self.service.runner.drain(timeout)
+        if self.runner is not None: self.runner.drain(timeout)                    # else it may serve others, too
         while self.service.open and time.monotonic() < until: time.sleep(0.01)    # their last bytes
         self.server.should_exit = True
         self.thread.join(10)
@@ -517,7 +517,7 @@ class Server:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/11_serving/06_openai_server.ipynb #ac9b603f
+# %% ../../nbs/11_serving/06_openai_server.ipynb #8b1c68a1
 def start(lm: LM, host: str = "127.0.0.1", port: int = 0, *, key: str | Sequence[str] = (), name: str | None = None,
           origins: Sequence[str] = (), limits: Limits = Limits(), adapters: dict[str, str] | None = None,
           **engine) -> Server:   # engine: memory, most, budget, queue ... of `Engine`
