@@ -7,7 +7,7 @@ __all__ = ['ALL', 'EXPERTS', 'WAYS', 'Route', 'Share', 'Wire', 'Processes', 'Thr
            'Vocabulary', 'WholeNorm', 'OwnExperts', 'sharded', 'sent', 'Device', 'Model', 'model_of', 'decode_step',
            'prefix_key', 'by_load', 'by_prefix', 'Fleet', 'engine_arguments', 'vllm_command', 'ray_serve_config']
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #5fcc7cb8
+# %% ../../nbs/11_serving/09_scale_out.ipynb #5e16fd33
 import hashlib
 import math
 import threading
@@ -27,7 +27,7 @@ from ..architecture.moe import MoE
 from ..architecture.norms_and_mlps import GatedMLP, PlainMLP
 from ..errors import InputError, UnsupportedError, did_you_mean
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #ed4f8caf
+# %% ../../nbs/11_serving/09_scale_out.ipynb #dc8119a0
 @dataclass(frozen=True)
 class Share:
     "What one rank of several has of things that stand in a row. Raises InputError for a rank that cannot be."
@@ -60,7 +60,7 @@ class Share:
         kv, part = self.rank // copies, Share(self.rank % copies, copies).of(G)        # a part of one group
         return slice(kv * G + part.start, kv * G + part.stop), slice(kv, kv + 1)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #3fb66769
+# %% ../../nbs/11_serving/09_scale_out.ipynb #c080c9b5
 class Wire:
     "What ranks tell each other, counted. By itself a group of one; a subclass carries tensors (`every`, `added`)."
     def __init__(self, rank: int = 0, size: int = 1):
@@ -97,7 +97,7 @@ class Processes(Wire):
         dist.all_reduce(x)                            # in place: it is a fresh product
         return x
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #b9e70c7b
+# %% ../../nbs/11_serving/09_scale_out.ipynb #f1973a27
 class Threads(Wire):
     "Ranks that are threads of one process: a table that all of them see, and a barrier."
     def __init__(self, rank: int, table: list, barrier: threading.Barrier):
@@ -126,7 +126,7 @@ def played(size: int, work: Callable[[Wire], object]) -> list:    # what `work(w
     if errors: raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return [job.result() for job in jobs]
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #6092c13d
+# %% ../../nbs/11_serving/09_scale_out.ipynb #87165683
 ALL = slice(None)
 
 def own(t: Tensor) -> nn.Parameter: return nn.Parameter(t.detach().clone(), requires_grad=False)
@@ -149,7 +149,7 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor, ops) -> Tensor: return self.wire.sum(self.term(x, ops))
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #0c8023cd
+# %% ../../nbs/11_serving/09_scale_out.ipynb #f93b48be
 class Vocabulary(nn.Module):
     "The rows of an embedding, or of a head, that belong to this rank."
     def __init__(self, matrix: Matrix, wire: Wire, V: int):       # V: rows of all ranks
@@ -171,7 +171,7 @@ class Vocabulary(nn.Module):
     def forward(self, x: Tensor, ops) -> Tensor:                                 # (..., C) -> (..., V)
         return self.wire.gather(self.part(x, ops), self.widths)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #dea31463
+# %% ../../nbs/11_serving/09_scale_out.ipynb #d0967fa1
 class WholeNorm(nn.Module):
     "A norm over the heads of all ranks, of which this one keeps its own."
     def __init__(self, norm: nn.Module, wire: Wire, parts: list[slice]):         # parts: numbers of each rank
@@ -213,7 +213,7 @@ def _term(half: nn.Module, share: Share, experts: str) -> nn.Module:
         return module                                                            # routers: all of it, on all ranks
     return swapped(half, make)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #9649d70f
+# %% ../../nbs/11_serving/09_scale_out.ipynb #d5529ab6
 EXPERTS = ("split", "own")
 
 def sharded(decoder: Decoder,
@@ -252,7 +252,7 @@ def sharded(decoder: Decoder,
         if getattr(block.self_attn, "sinks", None) is not None: block.self_attn.sinks = own(block.self_attn.sinks[q])
     return shard.eval()
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #9c346538
+# %% ../../nbs/11_serving/09_scale_out.ipynb #a4b38b1f
 def sent(config: ModelConfig,
          size: int,           # ranks
          tokens: int = 1,     # of a step, all texts together
@@ -269,7 +269,7 @@ def sent(config: ModelConfig,
                 scores=widest(c.vocab_size) * scored * number,
                 norms=L * normed * tokens * number if c.qk_norm == "all" else 0.0)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #2dd1fca0
+# %% ../../nbs/11_serving/09_scale_out.ipynb #f028ed8e
 @dataclass(frozen=True)
 class Device:
     "One of several equal ones, and the link between them."
@@ -313,7 +313,7 @@ def model_of(config: ModelConfig) -> Model:
                  c.num_hidden_layers * each, c.vocab_size, 1 if latent else c.num_key_value_heads, c.num_experts, c.num_experts_per_tok,
                  experts / c.num_experts if c.num_experts else 0)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #87767366
+# %% ../../nbs/11_serving/09_scale_out.ipynb #ccd9c5b0
 WAYS = ("tensor", "pipeline", "data", "expert")
 
 def decode_step(model: Model, device: Device, way: str,
@@ -352,7 +352,7 @@ def decode_step(model: Model, device: Device, way: str,
     return dict(seconds=seconds, computing=computing, sending=sending, waiting=waiting, rate=batch / seconds,
                 held=(held + spread) * number)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #a0bd513a
+# %% ../../nbs/11_serving/09_scale_out.ipynb #19c41448
 Route = Callable[[Sequence[int], Mapping[str, int]], list[str]]     # tokens, open requests by replica -> best first
 
 def prefix_key(tokens: Sequence[int], page: int = 32, pages: int = 4, salt: str = "") -> bytes | None:
@@ -375,7 +375,7 @@ def by_prefix(tokens: Sequence[int],
     rank = lambda name: hashlib.blake2b(key + name.encode(), digest_size=8).digest()
     return sorted(load, key=lambda name: (load[name] + 1 > most, rank(name)))
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #4d2173de
+# %% ../../nbs/11_serving/09_scale_out.ipynb #33a21864
 @dataclass(frozen=True)
 class Fleet:
     "Copies of a model on many GPUs, described once. Raises InputError for numbers that cannot be."
