@@ -160,18 +160,21 @@ def run(path):
 
 
 def check(path):
-    "What Ray's own classes make of configurations; the typo has to be refused."
-    from importlib.util import find_spec
+    """What Ray's own classes make of configurations; the typo has to be refused. Importing `ray.serve.llm` wants vLLM: the
+    two names in it, the application and the router, are looked up in its source."""
     from pathlib import Path
 
-    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig     # the public name imports vLLM
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
     from ray.serve.schema import ServeDeploySchema
-    entries, read = json.loads(open(path).read()), []
+    entries, read, folder = json.loads(Path(path).read_text()), [], Path(serve.__file__).parent / "llm"
     for config in entries["fleets"]:
-        schema = ServeDeploySchema.model_validate(config)
-        module, name = schema.applications[0].import_path.split(":")
-        assert f"def {name}(" in Path(find_spec(module).origin).read_text()
-        llm = LLMConfig.model_validate(schema.applications[0].args["llm_configs"][0])
+        app = ServeDeploySchema.model_validate(config).applications[0]
+        llm = app.args["llm_configs"][0]
+        router = llm["deployment_config"].pop("request_router_config")["request_router_class"]
+        assert app.import_path.startswith("ray.serve.llm:") and router.startswith("ray.serve.llm.request_router.")
+        assert f"def {app.import_path.split(':')[1]}(" in (folder / "__init__.py").read_text()
+        assert f"class {router.split('.')[-1]}(" in (folder / "request_router.py").read_text()
+        llm = LLMConfig.model_validate(llm)
         scaling = llm.deployment_config["autoscaling_config"]
         read.append(dict(replicas=[scaling["min_replicas"], scaling["max_replicas"]], engine_kwargs=llm.engine_kwargs))
     try: typo = f"taken: {ServeDeploySchema.model_validate(entries['typo'])}"[:160]

@@ -103,7 +103,7 @@ def test_random_crowds(llama, seed, options):
 
 
 def test_pages_that_lack_cost_steps_and_nothing_else(llama):
-    engine = Engine(llama, memory=pages_of(llama, 13), page=4, budget=12, most=5)
+    engine = Engine(llama, memory=pages_of(llama, 9), page=4, budget=12, most=5)
     assert differences(llama, asked(1, 9), engine) == [] and engine.scheduler.preemptions > 0
 
 

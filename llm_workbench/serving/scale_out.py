@@ -7,7 +7,7 @@ __all__ = ['ALL', 'EXPERTS', 'WAYS', 'Route', 'Share', 'Wire', 'Processes', 'Thr
            'Vocabulary', 'WholeNorm', 'OwnExperts', 'sharded', 'sent', 'Device', 'Model', 'model_of', 'decode_step',
            'prefix_key', 'by_load', 'by_prefix', 'Fleet', 'engine_arguments', 'vllm_command', 'ray_serve_config']
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #5fcc7cb8
+# %% ../../nbs/11_serving/09_scale_out.ipynb #f83a5f24
 import hashlib
 import math
 import threading
@@ -27,7 +27,7 @@ from ..architecture.moe import MoE
 from ..architecture.norms_and_mlps import GatedMLP, PlainMLP
 from ..errors import InputError, UnsupportedError, did_you_mean
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #ed4f8caf
+# %% ../../nbs/11_serving/09_scale_out.ipynb #68d302ba
 @dataclass(frozen=True)
 class Share:
     "What one rank of several has of things that stand in a row. Raises InputError for a rank that cannot be."
@@ -60,7 +60,7 @@ class Share:
         kv, part = self.rank // copies, Share(self.rank % copies, copies).of(G)        # a part of one group
         return slice(kv * G + part.start, kv * G + part.stop), slice(kv, kv + 1)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #3fb66769
+# %% ../../nbs/11_serving/09_scale_out.ipynb #1bb4ce9e
 class Wire:
     "What ranks tell each other, counted. By itself a group of one; a subclass carries tensors (`every`, `added`)."
     def __init__(self, rank: int = 0, size: int = 1):
@@ -97,7 +97,7 @@ class Processes(Wire):
         dist.all_reduce(x)                            # in place: it is a fresh product
         return x
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #b9e70c7b
+# %% ../../nbs/11_serving/09_scale_out.ipynb #0920a3d8
 class Threads(Wire):
     "Ranks that are threads of one process: a table that all of them see, and a barrier."
     def __init__(self, rank: int, table: list, barrier: threading.Barrier):
@@ -126,7 +126,7 @@ def played(size: int, work: Callable[[Wire], object]) -> list:    # what `work(w
     if errors: raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return [job.result() for job in jobs]
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #6092c13d
+# %% ../../nbs/11_serving/09_scale_out.ipynb #317617ec
 ALL = slice(None)
 
 def own(t: Tensor) -> nn.Parameter: return nn.Parameter(t.detach().clone(), requires_grad=False)
@@ -149,7 +149,7 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor, ops) -> Tensor: return self.wire.sum(self.term(x, ops))
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #0c8023cd
+# %% ../../nbs/11_serving/09_scale_out.ipynb #09081463
 class Vocabulary(nn.Module):
     "The rows of an embedding, or of a head, that belong to this rank."
     def __init__(self, matrix: Matrix, wire: Wire, V: int):       # V: rows of all ranks
@@ -171,7 +171,7 @@ class Vocabulary(nn.Module):
     def forward(self, x: Tensor, ops) -> Tensor:                                 # (..., C) -> (..., V)
         return self.wire.gather(self.part(x, ops), self.widths)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #dea31463
+# %% ../../nbs/11_serving/09_scale_out.ipynb #2219f111
 class WholeNorm(nn.Module):
     "A norm over the heads of all ranks, of which this one keeps its own."
     def __init__(self, norm: nn.Module, wire: Wire, parts: list[slice]):         # parts: numbers of each rank
@@ -213,7 +213,7 @@ def _term(half: nn.Module, share: Share, experts: str) -> nn.Module:
         return module                                                            # routers: all of it, on all ranks
     return swapped(half, make)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #9649d70f
+# %% ../../nbs/11_serving/09_scale_out.ipynb #5aecd909
 EXPERTS = ("split", "own")
 
 def sharded(decoder: Decoder,
@@ -252,7 +252,7 @@ def sharded(decoder: Decoder,
         if getattr(block.self_attn, "sinks", None) is not None: block.self_attn.sinks = own(block.self_attn.sinks[q])
     return shard.eval()
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #9c346538
+# %% ../../nbs/11_serving/09_scale_out.ipynb #7d63e9e3
 def sent(config: ModelConfig,
          size: int,           # ranks
          tokens: int = 1,     # of a step, all texts together
@@ -269,7 +269,7 @@ def sent(config: ModelConfig,
                 scores=widest(c.vocab_size) * scored * number,
                 norms=L * normed * tokens * number if c.qk_norm == "all" else 0.0)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #2dd1fca0
+# %% ../../nbs/11_serving/09_scale_out.ipynb #dd69814b
 @dataclass(frozen=True)
 class Device:
     "One of several equal ones, and the link between them."
@@ -310,11 +310,11 @@ def model_of(config: ModelConfig) -> Model:
     latent = c.kv_lora_rank or 0
     each = latent + c.qk_rope_head_dim if latent else 2 * c.num_key_value_heads * c.head_dim
     return Model(c.num_hidden_layers, c.hidden_size, count([decoder]) - experts - kept, kept,
-                 c.num_hidden_layers * each, c.vocab_size, 1 if latent else c.num_key_value_heads, c.num_experts,
-                 c.num_experts_per_tok,
+                 c.num_hidden_layers * each, c.vocab_size, 1 if latent else c.num_key_value_heads,
+                 c.num_experts, c.num_experts_per_tok,
                  experts / c.num_experts if c.num_experts else 0)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #87767366
+# %% ../../nbs/11_serving/09_scale_out.ipynb #53dd25d9
 WAYS = ("tensor", "pipeline", "data", "expert")
 
 def decode_step(model: Model, device: Device, way: str,
@@ -353,7 +353,7 @@ def decode_step(model: Model, device: Device, way: str,
     return dict(seconds=seconds, computing=computing, sending=sending, waiting=waiting, rate=batch / seconds,
                 held=(held + spread) * number)
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #a0bd513a
+# %% ../../nbs/11_serving/09_scale_out.ipynb #f800e290
 Route = Callable[[Sequence[int], Mapping[str, int]], list[str]]     # tokens, open requests by replica -> best first
 
 def prefix_key(tokens: Sequence[int], page: int = 32, pages: int = 4, salt: str = "") -> bytes | None:
@@ -376,7 +376,7 @@ def by_prefix(tokens: Sequence[int],
     rank = lambda name: hashlib.blake2b(key + name.encode(), digest_size=8).digest()
     return sorted(load, key=lambda name: (load[name] + 1 > most, rank(name)))
 
-# %% ../../nbs/11_serving/09_scale_out.ipynb #4d2173de
+# %% ../../nbs/11_serving/09_scale_out.ipynb #1791bc1b
 @dataclass(frozen=True)
 class Fleet:
     "Copies of a model on many GPUs, described once. Raises InputError for numbers that cannot be."
