@@ -160,7 +160,8 @@ def run(path):
 
 
 def check(path):
-    """What Ray's own classes make of configurations; the typo has to be refused. Importing `ray.serve.llm` wants vLLM: the
+    """What Ray's own classes make of configurations; the typo has to be refused. Importing
+    `ray.serve.llm` wants vLLM: the
     two names in it, the application and the router, are looked up in its source."""
     from pathlib import Path
 

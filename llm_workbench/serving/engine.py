@@ -213,6 +213,10 @@ def add(self: Engine, request: Request, id: int | None = None) -> int:    # id: 
     self.counts["prompt_tokens"] += len(request.prompt) * request.n
     return id
 
+@patch
+def full(self: Engine, texts: int) -> Overloaded:
+    return Overloaded(f"{texts} texts are here already: ask again later", self.scheduler.retry_after())
+
 # %% ../../nbs/11_serving/04_engine.ipynb #eab5e388
 @patch
 def drop(self: Engine, text: Text, reason: str) -> None:
