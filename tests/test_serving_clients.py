@@ -164,7 +164,7 @@ def test_openai_tries_again_when_the_house_is_full_and_is_told_of_a_death_in_mid
             if next(left, None): return step()
             raise MemoryError
         small.runner.engine.step = dies
-        with pytest.raises(sdk.APIError, match="stopped"):
+        with pytest.raises(sdk.APIError, match="has stopped"):
             for _ in client.chat.completions.create(**ASK, stream=True): pass
         with pytest.raises(sdk.InternalServerError) as dead:
             client.with_options(max_retries=0).chat.completions.create(**ASK)
