@@ -18,7 +18,6 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -174,6 +173,7 @@ class Engine:
 
 def room(lm: LM, most: int) -> int:      # bytes
     "For keys and values: what `most` texts of full length would take, but no more than a quarter of the free memory."
+    import psutil
     c, device = lm.decoder.config, lm.decoder.device
     latent = c.kv_lora_rank and dict(n_kv_heads=1, head_dim=c.kv_lora_rank + c.qk_rope_head_dim, v_head_dim=0)
     sizes = latent or dict(n_kv_heads=c.num_key_value_heads, head_dim=c.head_dim)
