@@ -438,8 +438,8 @@ def pieces(self: OllamaApp, method: str, path: str, body, gone) -> tuple[Iterato
 # %% ../../nbs/07_inference/06_ollama.ipynb #de098989
 def status_of(error: Exception) -> int:
     "The HTTP status of an error: 404 not there, 501 not implemented, 503 too much to do, 400 wrong, 500 ours."
-    for kind, status in ((NotFound, 404), (Overloaded, 503), (UnsupportedError, 501), (SourceError, 500), (CheckpointError, 500),
-                         (WorkbenchError, 400)):
+    for kind, status in ((NotFound, 404), (Overloaded, 503), (UnsupportedError, 501), (SourceError, 500),
+                         (CheckpointError, 500), (WorkbenchError, 400)):
         if isinstance(error, kind): return status
     return 500
 
