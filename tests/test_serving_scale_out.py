@@ -270,7 +270,8 @@ def test_keys_are_prefixes():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(tensor=0), "tensor is 0"), (dict(pipeline=True), "pipeline is True"),
-    (dict(replicas=(0, 2)), "replicas is 0"), (dict(replicas=(3, 2)), "the larger one"), (dict(context="8k"), "context is '8k'")])
+    (dict(replicas=(0, 2)), "replicas is 0"), (dict(replicas=(3, 2)), "the larger one"),
+    (dict(context="8k"), "context is '8k'")])
 def test_fleets_that_cannot_be(wrong, message):
     with pytest.raises(InputError, match=message): Fleet("m", "org/m", **wrong)
 
