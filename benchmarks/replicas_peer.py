@@ -160,8 +160,8 @@ def run(path):
 
 
 def check(path):
-    """What Ray's own classes make of configurations, and of one with a typo. Importing `ray.serve.llm` wants vLLM, so the
-    two names in it, the application and the router, are looked up in its source."""
+    """What Ray's own classes make of configurations, and of one with a typo. Importing `ray.serve.llm` wants vLLM, so
+    the two names in it, the application and the router, are looked up in its source."""
     from pathlib import Path
 
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
