@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
-from jsonschema import Draft202012Validator
 from protocol_server import BREAKS, protocol_server
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+Draft202012Validator = pytest.importorskip("jsonschema", reason="jsonschema is not installed").Draft202012Validator
 
 from llm_workbench.errors import InputError, SourceError, UnsupportedError, WorkbenchError
 from llm_workbench.serving import production_engines as m
