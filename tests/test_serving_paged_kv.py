@@ -290,7 +290,9 @@ class OneByOne(PagedCache):
         return torch.cat(outs, 1)
 
 
-def test_keys_of_a_step_are_written_before_anybody_reads():
+def test_keys_of_a_step_are_written_before_anybody_reads(monkeypatch):
+    # new pages hold what was in that memory before, perhaps the very keys of the first cache
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     decoder = Decoder.from_transformers(small_model("llama"))
     assert same_step(PagedCache([None] * 3, Tables(5, 4)), decoder) <= 1e-3
     assert same_step(OneByOne([None] * 3, Tables(5, 4)), decoder) > 1e-2
