@@ -272,6 +272,20 @@ def answer(engine, request):
     return dict(first=first, rest=rest) | (dict(written=tokens) if "ids" in request else {})
 
 
+def speaker():
+    "What sends an answer. Whatever a library prints must not come between: answers get a descriptor of their own."
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return lambda what: print(json.dumps(what), file=answers)
+
+
+def converse(say, answer):
+    "Answer the requests that come on standard input, a line each; what fails is said in one line."
+    for line in sys.stdin:
+        try: say(answer(json.loads(line)))
+        except Exception as e: say(dict(error=f"{type(e).__name__}: {e}".splitlines()[0]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
@@ -279,11 +293,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=1024)
     args = parser.parse_args()
-    # Whatever a library prints must not come between the answers: those get a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    def say(what): print(json.dumps(what), file=answers)
-
+    say = speaker()
     kind = ENGINES[args.engine]
     engine = kind(args.model, args.threads, args.context)
     loaded = time.perf_counter()
@@ -291,9 +301,7 @@ def main():
     now = time.perf_counter()
     say(dict(loaded=loaded - BORN, first_token=now - BORN, weight_bytes=engine.weight_bytes,
              version=f"{kind.package} {metadata.version(kind.package)}"))
-    for line in sys.stdin:
-        try: say(answer(engine, json.loads(line)))
-        except Exception as e: say(dict(error=f"{type(e).__name__}: {e}".splitlines()[0]))
+    converse(say, lambda request: answer(engine, request))
 
 
 if __name__ == "__main__":

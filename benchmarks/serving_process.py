@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peer_process import random_ids  # noqa: E402
+from peer_process import converse, random_ids, speaker  # noqa: E402
 
 
 class Watch:
@@ -199,18 +199,12 @@ def main():
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--context", type=int, default=256, help="tokens that a text can have")
     args = parser.parse_args()
-    # Whatever a library prints must not come between the answers: those get a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    def say(what): print(json.dumps(what), file=answers)
-
+    say = speaker()
     kind = ENGINES[args.engine]
     engine = kind(args.model, args.threads, args.streams, args.context)
     engine.run([[1, 504, 338]], 2)
     say(dict(weight_bytes=engine.weight_bytes, version=f"{kind.package} {metadata.version(kind.package)}"))
-    for line in sys.stdin:
-        try: say(answer(engine, json.loads(line)))
-        except Exception as e: say(dict(error=f"{type(e).__name__}: {e}".splitlines()[0]))
+    converse(say, lambda request: answer(engine, request))
     os._exit(0)                                                          # threads of engines do not always end
 
 

@@ -44,6 +44,10 @@ class Overloaded(WorkbenchError):
         self.retry_after = retry_after
 
 
+class Unavailable(WorkbenchError):
+    "A server takes nothing more: it is being closed, or it is dead."
+
+
 def did_you_mean(name: str,             # what was asked for
                  known: Iterable[str],  # what there is
                  ) -> str:              # a sentence with a blank before it, or nothing when no name is near

@@ -14,6 +14,19 @@ DIE = object()      # among the pieces of an answer: the connection ends here, w
 
 
 @contextmanager
+def running(Server, Handler):
+    "The address of a server in a thread of its own, which ends with the context."
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
+    thread.start()
+    try: yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
 def serving(answer):
     """Serve `answer(path, body, headers) -> (status, pieces)` at the address that this gives.
 
@@ -46,14 +59,7 @@ def serving(answer):
         def handle_error(self, request, client_address):
             if not isinstance(sys.exc_info()[1], OSError): super().handle_error(request, client_address)   # else: gone
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
-    thread.start()
-    try: yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(Server, Handler) as url: yield url
 
 
 def event(part): return f"data: {json.dumps(part, ensure_ascii=False)}\n\n".encode()

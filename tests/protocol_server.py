@@ -11,6 +11,8 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from endpoints import running
+
 CONTEXT, MODEL = 4096, "quick"
 WORDS = "red green blue amber violet ochre slate ivory coral umber".split()
 
@@ -215,11 +217,4 @@ def protocol_server(key=None, broken=None):
         daemon_threads = True
         def handle_error(self, request, client_address): pass
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
-    thread.start()
-    try: yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(Server, Handler) as url: yield url

@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llm_workbench as wb
 from llm_workbench import Decoder
 from llm_workbench.embedded import embedded_model
-from llm_workbench.errors import InputError, SourceError, UnsupportedError, WorkbenchError
+from llm_workbench.errors import InputError, Overloaded, SourceError, Unavailable, UnsupportedError, WorkbenchError
 from llm_workbench.files.gguf import write_gguf
 from llm_workbench.inference import ollama as chapter
 from llm_workbench.inference.generation import LM
 from llm_workbench.inference.modelfiles import DEFAULTS, Modelfile, ModelStore, parse_modelfile, settings_of
-from llm_workbench.inference.ollama import Interrupted, OllamaApp, OllamaLM, seconds_of, serve
+from llm_workbench.inference.ollama import Interrupted, OllamaApp, OllamaLM, seconds_of, serve, status_of
 
 ROUTES = sorted({path for _, path in chapter.ROUTES} | {"/api/pull", "/v1/chat/completions", "/nothing",
                                                         "/api/blobs/x"})
@@ -57,6 +57,11 @@ def text_of(lines): return "".join(p["message"]["content"] if "message" in p els
     ("5m", 300), ("1h30m", 5400), ("250ms", 0.25), ("0", 0), (0, 0), (7, 7), (1.5, 1.5), (10**400, 2**53),
                                            (-1, float("inf")), ("-1s", float("inf"))])
 def test_keep_alive(text, seconds): assert seconds_of(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("error, status", [
+    (Overloaded("full"), 503), (Unavailable("gone"), 503), (InputError("no"), 400)])
+def test_a_server_that_cannot_now_is_told_apart_from_a_wrong_request(error, status): assert status_of(error) == status
 
 
 @pytest.mark.parametrize("text", ["", "5", "m", "1d", "5 m", "１m", None, True, [], float("nan")])

@@ -204,11 +204,15 @@ def begin(self: Cache,
 
 # %% ../../nbs/05_architecture/07_kv_cache.ipynb #97afbe93
 @patch
-def commit(self: Cache, step: Step) -> None:
-    "Close a step: its tokens are part of the past now. Raises InputError for a step of another cache or a closed one."
+def _close(self: Cache, step: Step) -> None:
     if step.cache is not self or step.closed:
         raise InputError("this step is closed or belongs to another cache: commit each step once, where it was begun")
     step.closed = True
+
+@patch
+def commit(self: Cache, step: Step) -> None:
+    "Close a step: its tokens are part of the past now. Raises InputError for a step of another cache or a closed one."
+    self._close(step)
     by, device = step.n_tokens if step.counts is None else step.counts, step.positions.device
     self.states.update(step.states)
     self._text = self._promised(step.counts, step.n_tokens, device)

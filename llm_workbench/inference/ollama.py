@@ -30,8 +30,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..errors import (
-    CheckpointError, ContextLengthError, InputError, Overloaded, SourceError, UnsupportedError, WorkbenchError)
+from llm_workbench.errors import (
+    CheckpointError, ContextLengthError, InputError, Overloaded, SourceError, Unavailable, UnsupportedError,
+    WorkbenchError)
 from ..files.gguf import GGUFFile
 from .generation import LM, Completion, LogLikelihood
 from llm_workbench.inference.modelfiles import (
@@ -437,9 +438,9 @@ def pieces(self: OllamaApp, method: str, path: str, body, gone) -> tuple[Iterato
 
 # %% ../../nbs/07_inference/06_ollama.ipynb #de098989
 def status_of(error: Exception) -> int:
-    "The HTTP status of an error: 404 not there, 501 not implemented, 503 too much to do, 400 wrong, 500 ours."
-    for kind, status in ((NotFound, 404), (Overloaded, 503), (UnsupportedError, 501), (SourceError, 500),
-                         (CheckpointError, 500), (WorkbenchError, 400)):
+    "The HTTP status of an error: 404 not there, 501 not implemented, 503 not now, 400 wrong, 500 ours."
+    for kind, status in ((NotFound, 404), ((Overloaded, Unavailable), 503), (UnsupportedError, 501),
+                         ((SourceError, CheckpointError), 500), (WorkbenchError, 400)):
         if isinstance(error, kind): return status
     return 500
 

@@ -32,11 +32,11 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..errors import (
-    ContextLengthError, InputError, Overloaded, UnsupportedError, WorkbenchError)
+    ContextLengthError, InputError, Overloaded, Unavailable, UnsupportedError, WorkbenchError)
 from ..inference.constrained import Constraint
 from ..inference.generation import LM, Row
 from ..inference.json_schemas import SchemaReader, ToolCalls, json_schema, tools
-from .engine import Piece, Request, Scored, Unavailable
+from .engine import Piece, Request, Scored
 
 log = logging.getLogger("llm_workbench.serving")
 

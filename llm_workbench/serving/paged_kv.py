@@ -343,9 +343,7 @@ def _copy_pages(self: PagedCache) -> None:
 @patch
 def commit(self: PagedCache, step: PagedStep) -> None:
     "See `Cache.commit`: every text advances by its own piece."
-    if step.cache is not self or step.closed:
-        raise InputError("this step is closed or belongs to another cache: commit each step once, where it was begun")
-    step.closed = True
+    self._close(step)
     for (name, n), context in zip(step.pieces, step.contexts):
         self.tables.text(name).context = context
         self.tables.advance(name, n)
